@@ -1,0 +1,96 @@
+//! What surrounds every request: its id, its trace, and the envelope of its error.
+
+use std::time::Instant;
+
+use axum::{
+    body::Body,
+    extract::{MatchedPath, Request},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    middleware::Next,
+    response::Response,
+};
+use common::telemetry::{TraceContext, trace_id};
+use tracing::Instrument;
+
+use crate::error::ErrorBody;
+
+/// Header with the request's id, the caller's where it is sane.
+pub const REQUEST_ID: &str = "x-request-id";
+/// Header with the trace's id.
+pub const TRACE_ID: &str = "x-trace-id";
+
+/// The id of the request.
+#[derive(Clone, Debug)]
+pub struct RequestId(pub String);
+
+fn request_id(headers: &HeaderMap) -> RequestId {
+    let sane = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b));
+    let given = headers.get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(sane);
+    RequestId(given.map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned))
+}
+
+fn trace_context(headers: &HeaderMap) -> TraceContext {
+    let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+    TraceContext { traceparent: text("traceparent"), tracestate: text("tracestate") }
+}
+
+/// The middleware around everything else.
+pub async fn surround(mut request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    let id = request_id(request.headers());
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map_or("unknown", MatchedPath::as_str).to_owned();
+    let span = tracing::info_span!(
+        "request",
+        otel.name = %format!("{method} {route}"), otel.kind = "server",
+        http.request.method = %method, http.route = %route, http.response.status_code = tracing::field::Empty,
+        request_id = %id.0,
+    );
+    trace_context(request.headers()).adopt(&span);
+    request.extensions_mut().insert(id.clone());
+    let mut response = next.run(request).instrument(span.clone()).await;
+
+    let status = response.status();
+    span.record("http.response.status_code", status.as_u16());
+    if status.is_client_error() || status.is_server_error() {
+        response = envelope(response, &id);
+    }
+    let headers = response.headers_mut();
+    for (name, value) in [(REQUEST_ID, id.0.as_str()), (TRACE_ID, &trace_id(&span))] {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            headers.insert(name, value);
+        }
+    }
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    span.in_scope(|| {
+        let (status, ms) = (status.as_u16(), began.elapsed().as_millis());
+        if status >= 500 {
+            tracing::warn!(status, ms, %method, route, "answered");
+        } else {
+            tracing::debug!(status, ms, %method, route, "answered");
+        }
+    });
+    response
+}
+
+/// Every failure has the same form, also one that a layer made without a body.
+fn envelope(mut response: Response, id: &RequestId) -> Response {
+    let status = response.status();
+    let body = response.extensions_mut().remove::<ErrorBody>().unwrap_or_else(|| {
+        let (code, error) = match status {
+            StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "the body is too large"),
+            StatusCode::SERVICE_UNAVAILABLE => ("timeout", "the request took too long; try again"),
+            StatusCode::METHOD_NOT_ALLOWED => ("method_not_allowed", "this path has no such method"),
+            s if s.is_server_error() => ("internal_error", "internal error; the log has it under this requestId"),
+            _ => ("bad_request", "the request is not understood"),
+        };
+        ErrorBody { success: false, error: error.to_owned(), code, fields: Vec::new(), execution_id: None }
+    });
+    let mut json = serde_json::to_value(&body).unwrap_or_default();
+    json["requestId"] = id.0.clone().into();
+    let (mut parts, _) = response.into_parts();
+    parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    parts.headers.remove(header::CONTENT_LENGTH);
+    Response::from_parts(parts, Body::from(json.to_string()))
+}

@@ -1,0 +1,125 @@
+//! Extractors whose refusals have the envelope.
+
+use axum::{
+    body::Bytes,
+    extract::{FromRequest, FromRequestParts, Request},
+    http::{StatusCode, request::Parts},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+
+use crate::error::ApiError;
+
+/// A JSON body. The content type is not looked at: `curl -d` sends another, and there is only JSON here. An empty
+/// body counts as `{}`.
+pub struct Body<T>(pub T);
+
+/// The body as it came, for its hash.
+pub struct RawBody(pub Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for RawBody {
+    type Rejection = ApiError;
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        match Bytes::from_request(request, state).await {
+            Ok(bytes) => Ok(Self(bytes)),
+            Err(error) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => {
+                Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is too large"))
+            }
+            Err(error) => Err(ApiError::malformed("body", error.body_text())),
+        }
+    }
+}
+
+/// Reads JSON, naming the field that does not fit.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let bytes = if bytes.iter().all(u8::is_ascii_whitespace) { b"{}" } else { bytes };
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let field = match error.path().to_string() {
+            path if path == "." => "body".to_owned(),
+            path => path,
+        };
+        ApiError::malformed(field, error.into_inner().to_string())
+    })?;
+    deserializer.end().map_err(|error| ApiError::malformed("body", error.to_string()))?;
+    Ok(value)
+}
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = ApiError;
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let RawBody(bytes) = RawBody::from_request(request, state).await?;
+        parse(&bytes).map(Self)
+    }
+}
+
+/// A query string.
+pub struct Query<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        axum::extract::Query::try_from_uri(&parts.uri)
+            .map(|axum::extract::Query(value)| Self(value))
+            .map_err(|error| ApiError::malformed("query", error.body_text()))
+    }
+}
+
+/// The segment of a path that names a thing.
+pub struct Segment(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = axum::extract::Path::<String>::from_request_parts(parts, state).await;
+        // Bytes that are not UTF-8 name nothing.
+        Ok(Self(path.map(|p| p.0).unwrap_or_default()))
+    }
+}
+
+/// `limit`, `cursor`, `name` and `label` of a list.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListQuery {
+    limit: Option<i64>,
+    cursor: Option<String>,
+    /// Part of a name.
+    pub name: Option<String>,
+    label: Option<String>,
+    /// Only with this source.
+    pub source_id: Option<String>,
+}
+
+/// Most rows on a page.
+pub const MAX_LIMIT: i64 = 1000;
+
+/// A limit that a client gave.
+pub fn limit(limit: Option<i64>) -> Result<Option<i64>, ApiError> {
+    match limit {
+        Some(n) if !(1..=MAX_LIMIT).contains(&n) => Err(ApiError::malformed("limit", format!("must be between 1 and {MAX_LIMIT}"))),
+        limit => Ok(limit),
+    }
+}
+
+/// A cursor that an earlier page gave.
+pub fn cursor<T: std::str::FromStr>(cursor: Option<&str>) -> Result<Option<T>, ApiError> {
+    cursor.map(|text| text.parse().map_err(|_| ApiError::malformed("cursor", "is not one that a list gave"))).transpose()
+}
+
+impl ListQuery {
+    /// See [`limit`].
+    pub fn limit(&self) -> Result<Option<i64>, ApiError> {
+        limit(self.limit)
+    }
+
+    /// See [`cursor`].
+    pub fn cursor(&self) -> Result<Option<uuid::Uuid>, ApiError> {
+        cursor(self.cursor.as_deref())
+    }
+
+    /// `label=name=value`, or `label=name:value`.
+    pub fn labels(&self) -> Result<common::label::Labels, ApiError> {
+        let Some(label) = &self.label else { return Ok(Default::default()) };
+        let (name, value) = label.split_once(['=', ':']).ok_or_else(|| ApiError::malformed("label", "must be name=value"))?;
+        Ok([(name.to_owned(), value.to_owned())].into())
+    }
+}

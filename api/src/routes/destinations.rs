@@ -1,0 +1,116 @@
+//! `/api/destinations`.
+
+use axum::{
+    Json,
+    extract::State,
+    http::Uri,
+    response::Response,
+};
+use common::{
+    connection::SplitConfig,
+    connection_test::Target,
+    destination::{self, Destination, DestinationDraft, Filter, Kind},
+    id::Reference,
+    label::Labels,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Check, connection_test, created, data, merged, page, sent_config};
+use crate::{
+    error::ApiError,
+    extract::{Body, ListQuery, Query, Segment},
+    state::AppState,
+};
+
+/// A destination as a client sends it; PUT takes any subset.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DestinationBody {
+    name: Option<String>,
+    slug: Option<String>,
+    kind: Option<Kind>,
+    config: Option<Value>,
+    pool: Option<String>,
+    labels: Option<Labels>,
+}
+
+impl DestinationBody {
+    fn draft(self, stored: Option<(Destination, SplitConfig)>) -> Result<DestinationDraft, ApiError> {
+        let (old, config) = stored.map_or((None, SplitConfig::default()), |(destination, config)| (Some(destination), config));
+        let kind = self.kind.or(old.as_ref().map(|o| o.kind)).ok_or_else(|| ApiError::malformed("kind", "is required: local or s3"))?;
+        let draft = DestinationDraft {
+            name: self.name.or(old.as_ref().map(|o| o.name.clone())).unwrap_or_default(),
+            slug: self.slug,
+            kind,
+            config: merged(kind.shape(), config, sent_config(self.config)?)?,
+            pool: self.pool.or(old.as_ref().map(|o| o.pool.clone())).unwrap_or_else(|| "default".to_owned()),
+            labels: self.labels.or(old.map(|o| o.labels)).unwrap_or_default(),
+        };
+        let mut check = Check::default();
+        check.name(&draft.name);
+        check.slug(draft.slug.as_ref());
+        check.pool(&draft.pool);
+        check.labels(&draft.labels);
+        check.0.extend(destination::config_problems(draft.kind, &draft.config));
+        check.done()?;
+        Ok(draft)
+    }
+}
+
+async fn find(state: &AppState, segment: String) -> Result<Destination, ApiError> {
+    let reference = Reference::new(segment);
+    let found = state.ask(async |conn| destination::find(conn, &reference).await).await?;
+    found.ok_or_else(|| ApiError::not_found("Destination", "destination_not_found"))
+}
+
+/// A page of destinations.
+pub async fn list(State(state): State<AppState>, uri: Uri, Query(query): Query<ListQuery>) -> Result<Response, ApiError> {
+    let filter = Filter { labels: query.labels()?, limit: query.limit()?, cursor: query.cursor()?, name: query.name };
+    let rows = state.ask(async |conn| destination::list(conn, &filter).await).await?;
+    Ok(page(&rows, &uri, false))
+}
+
+/// Makes a destination.
+pub async fn create(State(state): State<AppState>, Body(body): Body<DestinationBody>) -> Result<Response, ApiError> {
+    let draft = body.draft(None)?;
+    let made = state.ask(async |conn| destination::create(conn, &state.key, &draft).await).await?;
+    let made = made.ok_or_else(|| ApiError::conflict("slug_taken", "another destination has this slug: choose another"))?;
+    Ok(created(&made))
+}
+
+/// One destination.
+pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    Ok(data(&find(&state, id).await?))
+}
+
+/// Changes some fields.
+pub async fn update(State(state): State<AppState>, Segment(id): Segment, Body(body): Body<DestinationBody>) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, id).await?;
+    let id = old.id;
+    let config = old.open_config(&state.key).map_err(|error| {
+        tracing::error!(%error, destination = %id, "stored secrets do not open");
+        ApiError::conflict("secret_unreadable", "the stored secrets do not open with this encryption key: delete the destination and make it anew")
+    })?;
+    let draft = body.draft(Some((old, config)))?;
+    let updated = state.ask(async |conn| destination::update(conn, &state.key, id, &draft).await).await?;
+    Ok(data(&updated.ok_or_else(|| ApiError::not_found("Destination", "destination_not_found"))?))
+}
+
+/// Deletes a destination that no job uses.
+pub async fn delete(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    let id = find(&state, id).await?.id;
+    let deleted = state.db.within(common::db::ANSWER_TIMEOUT, async |conn| destination::delete(conn, id).await).await;
+    match deleted {
+        Err(error) if error.constraint() == Some("job_destinations_destination_exists") => Err(ApiError::conflict("in_use", "a job uses this destination: delete the job first")),
+        Err(error) => Err(error.into()),
+        Ok(false) => Err(ApiError::not_found("Destination", "destination_not_found")),
+        Ok(true) => Ok(Json(json!({ "success": true }))),
+    }
+}
+
+/// Has a worker write to it; the first time this leaves the marker of a local store.
+pub async fn test(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    let destination = find(&state, id).await?;
+    connection_test(&state, Target::Destination(destination.id), &destination.pool).await
+}

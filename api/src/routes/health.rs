@@ -1,0 +1,33 @@
+//! Probes.
+
+use std::time::Duration;
+
+use axum::{Json, extract::State, http::StatusCode};
+use serde_json::{Value, json};
+
+use crate::{error::ApiError, state::AppState};
+
+/// The process runs.
+pub async fn livez() -> Json<Value> {
+    Json(json!({ "success": true, "status": "alive" }))
+}
+
+/// The process can do its work: its database answers, and it is not stopping.
+pub async fn readyz(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+    if state.stop.is_cancelled() {
+        return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "this process is stopping"));
+    }
+    database(&state).await?;
+    Ok(Json(json!({ "success": true, "status": "ready" })))
+}
+
+/// What people look at.
+pub async fn health(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+    database(&state).await?;
+    Ok(Json(json!({ "success": true, "status": "healthy", "version": env!("CARGO_PKG_VERSION"), "database": "up" })))
+}
+
+async fn database(state: &AppState) -> Result<(), ApiError> {
+    state.db.within(Duration::from_secs(2), async |conn| sqlx::query("select 1").execute(conn).await).await?;
+    Ok(())
+}

@@ -1,0 +1,194 @@
+//! `/api/jobs`.
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    http::Uri,
+    response::Response,
+};
+use common::{
+    destination,
+    id::{DestinationId, JobId, Reference, SourceId},
+    job::{self, Compression, Created, Deleted, Filter, Job, JobDraft, Overlap},
+    label::Labels,
+    source,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Check, created, data, page, present};
+use crate::{
+    auth::Caller,
+    error::ApiError,
+    extract::{Body, ListQuery, Query, Segment},
+    state::AppState,
+};
+
+/// A job as a client sends it; PUT takes any subset.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct JobBody {
+    name: Option<String>,
+    slug: Option<String>,
+    source_id: Option<String>,
+    destination_ids: Option<Vec<String>>,
+    compression: Option<Compression>,
+    enabled: Option<bool>,
+    overlap: Option<Overlap>,
+    max_attempts: Option<i32>,
+    timeout_seconds: Option<i32>,
+    #[serde(default, deserialize_with = "present")]
+    expect_every_seconds: Option<Option<i32>>,
+    labels: Option<Labels>,
+    schedule: Option<Value>,
+    timezone: Option<String>,
+    encryption: Option<Value>,
+    retention: Option<Value>,
+}
+
+impl JobBody {
+    /// Fields of the API that this version refuses rather than to accept and ignore.
+    fn not_yet(&self, check: &mut Check) {
+        for (field, given) in [("schedule", self.schedule.is_some()), ("encryption", self.encryption.is_some()), ("retention", self.retention.is_some())] {
+            if given {
+                check.refuse(field, "is not available in this version: leave it out or null");
+            }
+        }
+        if self.timezone.as_deref().is_some_and(|zone| zone != "UTC") {
+            check.refuse("timezone", "is not available in this version: leave it out or \"UTC\"");
+        }
+    }
+
+    fn draft(self, old: Option<Job>, source: Option<SourceId>, destinations: Option<Vec<DestinationId>>) -> Result<JobDraft, ApiError> {
+        let mut check = Check::default();
+        self.not_yet(&mut check);
+        let old = old.as_ref();
+        let source_id = source.or(old.map(|o| o.source_id)).ok_or_else(|| ApiError::malformed("sourceId", "is required"))?;
+        let draft = JobDraft {
+            name: self.name.or(old.map(|o| o.name.clone())).unwrap_or_default(),
+            slug: self.slug,
+            source_id,
+            destination_ids: destinations.or(old.map(|o| o.destination_ids.clone())).unwrap_or_default(),
+            compression: self.compression.or(old.map(|o| o.compression)).unwrap_or_default(),
+            enabled: self.enabled.or(old.map(|o| o.enabled)).unwrap_or(true),
+            overlap: self.overlap.or(old.map(|o| o.overlap)).unwrap_or_default(),
+            max_attempts: self.max_attempts.or(old.map(|o| o.max_attempts)).unwrap_or(3),
+            timeout_seconds: self.timeout_seconds.or(old.map(|o| o.timeout_seconds)).unwrap_or(21_600),
+            expect_every_seconds: self.expect_every_seconds.unwrap_or(old.and_then(|o| o.expect_every_seconds)),
+            labels: self.labels.or(old.map(|o| o.labels.clone())).unwrap_or_default(),
+        };
+        check.name(&draft.name);
+        check.slug(draft.slug.as_ref());
+        check.labels(&draft.labels);
+        if draft.destination_ids.is_empty() || draft.destination_ids.len() > 16 {
+            check.refuse("destinationIds", "must name between 1 and 16 destinations");
+        }
+        if !(1..=20).contains(&draft.max_attempts) {
+            check.refuse("maxAttempts", "must be between 1 and 20");
+        }
+        if !(1..=2_592_000).contains(&draft.timeout_seconds) {
+            check.refuse("timeoutSeconds", "must be between 1 and 2592000 (30 days)");
+        }
+        if draft.expect_every_seconds.is_some_and(|n| n < 1) {
+            check.refuse("expectEverySeconds", "must be at least 1, or null");
+        }
+        check.done()?;
+        Ok(draft)
+    }
+
+    /// Ids of the source and destinations, which a client may also name by slug.
+    async fn resolve(&self, state: &AppState) -> Result<(Option<SourceId>, Option<Vec<DestinationId>>), ApiError> {
+        let mut check = Check::default();
+        let mut source_id = None;
+        if let Some(text) = &self.source_id {
+            let reference = Reference::new(text);
+            source_id = state.ask(async |conn| source::find(conn, &reference).await).await?.map(|s| s.id);
+            if source_id.is_none() {
+                check.refuse("sourceId", "there is no such source");
+            }
+        }
+        let mut destinations = None;
+        if let Some(texts) = &self.destination_ids {
+            let mut ids: Vec<DestinationId> = Vec::new();
+            for (at, text) in texts.iter().enumerate().take(16) {
+                let reference = Reference::new(text);
+                match state.ask(async |conn| destination::find(conn, &reference).await).await? {
+                    Some(found) if ids.contains(&found.id) => check.refuse(&format!("destinationIds[{at}]"), "is listed twice"),
+                    Some(found) => ids.push(found.id),
+                    None => check.refuse(&format!("destinationIds[{at}]"), "there is no such destination"),
+                }
+            }
+            destinations = Some(ids);
+        }
+        check.done()?;
+        Ok((source_id, destinations))
+    }
+}
+
+fn not_found() -> ApiError {
+    ApiError::not_found("Job", "job_not_found")
+}
+
+async fn find(state: &AppState, caller: &Caller, segment: String) -> Result<Job, ApiError> {
+    let reference = Reference::new(segment);
+    let found = state.ask(async |conn| job::find(conn, &reference).await).await?;
+    found.filter(|job| caller.sees(job.id)).ok_or_else(not_found)
+}
+
+/// Jobs as a bare array: what clients of this API expect.
+pub async fn list(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    uri: Uri,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let mut source_id = None;
+    if let Some(text) = &query.source_id {
+        let reference = Reference::new(text);
+        let found = state.ask(async |conn| source::find(conn, &reference).await).await?;
+        source_id = Some(found.map_or(SourceId::new(), |s| s.id));
+    }
+    let filter = Filter { labels: query.labels()?, source_id, only: caller.only(), limit: query.limit()?, cursor: query.cursor()?, name: query.name };
+    let rows = state.ask(async |conn| job::list(conn, &filter).await).await?;
+    Ok(page(&rows, &uri, true))
+}
+
+/// Makes a job.
+pub async fn create(State(state): State<AppState>, Body(body): Body<JobBody>) -> Result<Response, ApiError> {
+    let (source, destinations) = body.resolve(&state).await?;
+    let draft = body.draft(None, source, destinations)?;
+    match state.ask(async |conn| job::create(conn, &draft).await).await? {
+        Created::Job(job) => Ok(created(&*job)),
+        Created::SlugTaken => Err(ApiError::conflict("slug_taken", "another job has this slug: choose another")),
+    }
+}
+
+/// One job.
+pub async fn get(State(state): State<AppState>, Extension(caller): Extension<Caller>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    Ok(data(&find(&state, &caller, id).await?))
+}
+
+/// Changes some fields.
+pub async fn update(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+    Body(body): Body<JobBody>,
+) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, &caller, id).await?;
+    let id: JobId = old.id;
+    let (source, destinations) = body.resolve(&state).await?;
+    let draft = body.draft(Some(old), source, destinations)?;
+    let updated = state.ask(async |conn| job::update(conn, id, &draft).await).await?;
+    Ok(data(&updated.ok_or_else(not_found)?))
+}
+
+/// Deletes a job; its artifacts and history stay.
+pub async fn delete(State(state): State<AppState>, Extension(caller): Extension<Caller>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    let id = find(&state, &caller, id).await?.id;
+    match state.ask(async |conn| job::delete(conn, id).await).await? {
+        Deleted::Done => Ok(Json(json!({ "success": true }))),
+        Deleted::NotFound => Err(not_found()),
+        Deleted::Active => Err(ApiError::conflict("in_use", "a run of this job is waiting or running: cancel it or wait for its end")),
+    }
+}

@@ -1,0 +1,122 @@
+//! `/api/sources`.
+
+use axum::{
+    Json,
+    extract::State,
+    http::Uri,
+    response::Response,
+};
+use common::{
+    connection::SplitConfig,
+    connection_test::Target,
+    id::Reference,
+    label::Labels,
+    source::{self, Engine, Filter, SHAPE, Source, SourceDraft},
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Check, connection_test, created, data, merged, page, present, sent_config};
+use crate::{
+    error::ApiError,
+    extract::{Body, ListQuery, Query, Segment},
+    state::AppState,
+};
+
+/// A source as a client sends it; PUT takes any subset.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SourceBody {
+    name: Option<String>,
+    slug: Option<String>,
+    engine: Option<Engine>,
+    config: Option<Value>,
+    pool: Option<String>,
+    #[serde(default, deserialize_with = "present")]
+    max_concurrent_runs: Option<Option<i32>>,
+    labels: Option<Labels>,
+}
+
+impl SourceBody {
+    fn draft(self, stored: Option<(Source, SplitConfig)>) -> Result<SourceDraft, ApiError> {
+        let (old, config) = stored.map_or((None, SplitConfig::default()), |(source, config)| (Some(source), config));
+        let engine = self.engine.or(old.as_ref().map(|o| o.engine)).ok_or_else(|| ApiError::malformed("engine", "is required: postgres, mysql or mariadb"))?;
+        let draft = SourceDraft {
+            name: self.name.or(old.as_ref().map(|o| o.name.clone())).unwrap_or_default(),
+            slug: self.slug,
+            engine,
+            config: merged(SHAPE, config, sent_config(self.config)?)?,
+            pool: self.pool.or(old.as_ref().map(|o| o.pool.clone())).unwrap_or_else(|| "default".to_owned()),
+            max_concurrent_runs: self.max_concurrent_runs.unwrap_or(old.as_ref().and_then(|o| o.max_concurrent_runs)),
+            labels: self.labels.or(old.map(|o| o.labels)).unwrap_or_default(),
+        };
+        let mut check = Check::default();
+        check.name(&draft.name);
+        check.slug(draft.slug.as_ref());
+        check.pool(&draft.pool);
+        check.labels(&draft.labels);
+        if draft.max_concurrent_runs.is_some_and(|n| n < 1) {
+            check.refuse("maxConcurrentRuns", "must be at least 1, or null for no limit");
+        }
+        check.0.extend(source::config_problems(&draft.config));
+        check.done()?;
+        Ok(draft)
+    }
+}
+
+async fn find(state: &AppState, segment: String) -> Result<Source, ApiError> {
+    let reference = Reference::new(segment);
+    let found = state.ask(async |conn| source::find(conn, &reference).await).await?;
+    found.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))
+}
+
+/// A page of sources.
+pub async fn list(State(state): State<AppState>, uri: Uri, Query(query): Query<ListQuery>) -> Result<Response, ApiError> {
+    let filter = Filter { labels: query.labels()?, limit: query.limit()?, cursor: query.cursor()?, name: query.name };
+    let rows = state.ask(async |conn| source::list(conn, &filter).await).await?;
+    Ok(page(&rows, &uri, false))
+}
+
+/// Makes a source.
+pub async fn create(State(state): State<AppState>, Body(body): Body<SourceBody>) -> Result<Response, ApiError> {
+    let draft = body.draft(None)?;
+    let made = state.ask(async |conn| source::create(conn, &state.key, &draft).await).await?;
+    let made = made.ok_or_else(|| ApiError::conflict("slug_taken", "another source has this slug: choose another"))?;
+    Ok(created(&made))
+}
+
+/// One source.
+pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    Ok(data(&find(&state, id).await?))
+}
+
+/// Changes some fields.
+pub async fn update(State(state): State<AppState>, Segment(id): Segment, Body(body): Body<SourceBody>) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, id).await?;
+    let id = old.id;
+    let config = old.open_config(&state.key).map_err(|error| {
+        tracing::error!(%error, source = %id, "stored secrets do not open");
+        ApiError::conflict("secret_unreadable", "the stored secrets do not open with this encryption key: delete the source and make it anew")
+    })?;
+    let draft = body.draft(Some((old, config)))?;
+    let updated = state.ask(async |conn| source::update(conn, &state.key, id, &draft).await).await?;
+    Ok(data(&updated.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))?))
+}
+
+/// Deletes a source that no job uses.
+pub async fn delete(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    let id = find(&state, id).await?.id;
+    let deleted = state.db.within(common::db::ANSWER_TIMEOUT, async |conn| source::delete(conn, id).await).await;
+    match deleted {
+        Err(error) if error.constraint() == Some("jobs_source_exists") => Err(ApiError::conflict("in_use", "a job uses this source: delete the job first")),
+        Err(error) => Err(error.into()),
+        Ok(false) => Err(ApiError::not_found("Source", "source_not_found")),
+        Ok(true) => Ok(Json(json!({ "success": true }))),
+    }
+}
+
+/// Has a worker sign in and look at every database.
+pub async fn test(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    let source = find(&state, id).await?;
+    connection_test(&state, Target::Source(source.id), &source.pool).await
+}

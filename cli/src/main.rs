@@ -1,0 +1,47 @@
+//! `dbackup`: everything in one process (`up`), and what an administrator does by hand.
+
+mod commands;
+mod embedded;
+mod instance;
+mod up;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+use common::config;
+
+/// Database backups by REST: run all of it in one process, or administer an instance.
+#[derive(Parser)]
+#[command(name = "dbackup", version)]
+struct Program {
+    /// Folder of an instance made by `dbackup up`; without it DATABASE_URL names the instance
+    #[arg(long, env = "DBACKUP_DATA", global = true)]
+    data: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run API and workers in one process, on a private PostgreSQL in --data
+    Up(Box<up::UpArgs>),
+    /// Bring the database's schema up to date
+    Migrate,
+    /// API keys
+    #[command(subcommand)]
+    Key(commands::KeyCommand),
+    /// Ask whether the instance's database answers and the encryption key fits
+    Health,
+}
+
+#[tokio::main]
+async fn main() {
+    let program = config::parse_or_exit::<Program>();
+    let done = match program.command {
+        Command::Up(args) => up::run(program.data, *args).await,
+        Command::Migrate => commands::migrate(program.data).await,
+        Command::Key(command) => commands::key(program.data, command).await,
+        Command::Health => commands::health(program.data).await,
+    };
+    std::process::exit(done.map_or_else(|error| error.report(), |()| 0));
+}

@@ -1,0 +1,218 @@
+//! The connection to PostgreSQL: options that keep a dead peer from holding anything, embedded migrations,
+//! and a time limit on everything that is asked.
+
+use std::{str::FromStr, time::Duration};
+
+use sqlx::{
+    ConnectOptions, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+
+/// Longest time a process waits for its database when it starts.
+pub const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why the database could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// PostgreSQL or the connection to it failed.
+    #[error("the database refused or failed a statement")]
+    Sql(#[from] sqlx::Error),
+    /// No answer in time.
+    #[error("the database did not answer within {} ms", .0.as_millis())]
+    Timeout(Duration),
+}
+
+impl DbError {
+    /// The constraint that a statement ran into, when that is what happened.
+    pub fn constraint(&self) -> Option<&str> {
+        match self {
+            DbError::Sql(sqlx::Error::Database(e)) => e.constraint(),
+            _ => None,
+        }
+    }
+}
+
+/// A pool of connections, and how to make one outside it.
+#[derive(Clone, Debug)]
+pub struct Db {
+    pool: PgPool,
+    options: PgConnectOptions,
+}
+
+/// Longest time of an ordinary question, waiting for a connection included.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Db {
+    /// Connects lazily. `program` is what `pg_stat_activity` shows.
+    pub fn new(url: &str, program: &str, max_connections: u32) -> Result<Self, sqlx::Error> {
+        let options = PgConnectOptions::from_str(url)?
+            .application_name(program)
+            .options([
+                ("statement_timeout", "15000"),
+                ("lock_timeout", "10000"),
+                // A stopped process must not hold a row lock that others wait for.
+                ("idle_in_transaction_session_timeout", "5000"),
+                ("synchronous_commit", "on"),
+                ("timezone", "UTC"),
+                // The server's side of a half-open connection; the client's side is ANSWER_TIMEOUT.
+                ("tcp_user_timeout", "15000"),
+                ("tcp_keepalives_idle", "10"),
+                ("tcp_keepalives_interval", "5"),
+                ("tcp_keepalives_count", "3"),
+            ])
+            .log_statements(tracing::log::LevelFilter::Off)
+            .log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(1));
+        let pool = PgPoolOptions::new()
+            .max_connections(max_connections)
+            .acquire_timeout(Duration::from_secs(5))
+            .idle_timeout(Duration::from_secs(300))
+            .max_lifetime(Duration::from_secs(1800))
+            // A round trip for each use costs a fifth of the claims per second; a dead connection shows itself
+            // at the first statement, and every caller can retry.
+            .test_before_acquire(false)
+            .connect_lazy_with(options.clone());
+        Ok(Self { pool, options })
+    }
+
+    /// The pool, for single statements that bear waiting.
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// A connection outside the pool, for heartbeats, listening and migrations.
+    pub async fn connect_apart(&self) -> Result<PgConnection, sqlx::Error> {
+        self.options.connect().await
+    }
+
+    /// A pool of one, apart from the shared one: what a listener needs.
+    pub fn pool_apart(&self) -> PgPool {
+        PgPoolOptions::new().max_connections(1).acquire_timeout(Duration::from_secs(5)).connect_lazy_with(self.options.clone())
+    }
+
+    /// Runs `ask` on a pooled connection within `limit`. When the time is up the connection is closed instead
+    /// of returned: sqlx would wait without limit for the answer that never came.
+    pub async fn within<T>(
+        &self,
+        limit: Duration,
+        ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, DbError> {
+        let mut conn = self.pool.acquire().await?;
+        match tokio::time::timeout(limit, ask(&mut conn)).await {
+            Ok(answer) => Ok(answer?),
+            Err(_) => {
+                conn.close_on_drop();
+                Err(DbError::Timeout(limit))
+            }
+        }
+    }
+
+    /// Waits for the database, at most [`START_TIMEOUT`], then brings its schema up to date. Many processes may
+    /// do this at once: the migrations run under PostgreSQL's advisory lock. A schema that is newer than this
+    /// program is accepted, so that a cluster can be upgraded process by process.
+    pub async fn prepare(&self) -> Result<(), PrepareError> {
+        let mut conn = self.wait_until_up().await?;
+        sqlx::query("set statement_timeout = 0").execute(&mut conn).await.map_err(PrepareError::Away)?;
+        sqlx::query("set lock_timeout = 0").execute(&mut conn).await.map_err(PrepareError::Away)?;
+        let mut migrator = sqlx::migrate!("../migrations");
+        migrator.set_ignore_missing(true);
+        migrator.run(&mut conn).await?;
+        Ok(())
+    }
+
+    async fn wait_until_up(&self) -> Result<PgConnection, PrepareError> {
+        let give_up = tokio::time::Instant::now() + START_TIMEOUT;
+        let mut told = false;
+        loop {
+            let failed = match tokio::time::timeout(Duration::from_secs(5), self.connect_apart()).await {
+                Ok(Ok(conn)) => return Ok(conn),
+                Ok(Err(sqlx::Error::Database(e))) if !is_starting(e.code().as_deref()) => {
+                    return Err(PrepareError::Away(sqlx::Error::Database(e)));
+                }
+                Ok(Err(e)) => e,
+                Err(_) => sqlx::Error::PoolTimedOut,
+            };
+            if tokio::time::Instant::now() > give_up {
+                return Err(PrepareError::Away(failed));
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(error = %failed, "waiting for the database at most {} s", START_TIMEOUT.as_secs());
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    }
+}
+
+/// `cannot_connect_now` while PostgreSQL starts or recovers, and too many connections: both pass.
+fn is_starting(sqlstate: Option<&str>) -> bool {
+    matches!(sqlstate, Some("57P03" | "53300"))
+}
+
+/// Why a process could not start on its database.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// Not reachable, or it refused us.
+    #[error("could not connect to the database of DATABASE_URL: {0}")]
+    Away(sqlx::Error),
+    /// The schema could not be brought up to date.
+    #[error("could not migrate the database: {0}")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+}
+
+/// Why a process could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The database is away or its schema could not be made.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// The encryption key is not the one of this database.
+    #[error("DBACKUP_ENCRYPTION_KEY: {0}")]
+    Key(#[from] crate::seal::CanaryError),
+    /// The database failed later.
+    #[error(transparent)]
+    Database(#[from] DbError),
+    /// The operating system refused.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// A setting is wrong.
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
+}
+
+impl StartError {
+    /// Prints one line for people and gives the exit status: 2 for the configuration, 1 for everything else.
+    pub fn report(&self) -> i32 {
+        eprintln!("error: {self}");
+        match self {
+            StartError::Key(crate::seal::CanaryError::Key(_)) | StartError::Config(_) => crate::config::EXIT_CONFIG,
+            _ => 1,
+        }
+    }
+}
+
+/// What every process does first: bring the schema up to date and check the encryption key.
+pub async fn start(db: &Db, key: &crate::seal::SealKey) -> Result<(), StartError> {
+    db.prepare().await?;
+    let mut conn = db.connect_apart().await.map_err(PrepareError::Away)?;
+    crate::seal::check_canary(&mut conn, key).await?;
+    Ok(())
+}
+
+impl DbError {
+    /// Whether the same question may be answered a moment later: the database is away, starts, fails over, or is
+    /// overloaded.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            DbError::Timeout(_) => true,
+            DbError::Sql(sqlx::Error::Database(e)) => {
+                let code = e.code().unwrap_or_default();
+                // Connection, resources, operator intervention (shutdown, cancel, cannot connect now), locks,
+                // serialization and deadlock, and a standby that is not promoted yet.
+                ["08", "53", "57"].iter().any(|class| code.starts_with(class)) || ["55P03", "40001", "40P01", "25006"].contains(&&*code)
+            }
+            DbError::Sql(e) => matches!(
+                e,
+                sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed | sqlx::Error::Protocol(_)
+            ),
+        }
+    }
+}

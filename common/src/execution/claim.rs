@@ -1,0 +1,129 @@
+//! Claim: the right to run an execution, given under the gate. The SQL is one function of the database
+//! (`claim_executions_v1`), because the lock and the count must be two statements and one round trip.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use sqlx::{PgConnection, types::Json};
+
+use crate::{
+    destination::{self, Destination},
+    id::{ExecutionId, JobId, Reference},
+    job::{self, Job},
+    label::Labels,
+    source::{self, Source},
+    telemetry::TraceContext,
+};
+
+/// A fencing token: grows with every claim, and every write under a claim names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, sqlx::Type)]
+#[sqlx(transparent)]
+pub struct Token(pub i64);
+
+impl std::fmt::Display for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The right to run an execution until the lease ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// What to run.
+    pub execution: ExecutionId,
+    /// Proof of the right.
+    pub token: Token,
+    /// Unit of the global limit.
+    pub slot: i32,
+    /// Which claim of this execution.
+    pub attempt: i32,
+}
+
+/// Claims at most `want` executions of the worker's pools: never more than the global limit, than the limit of
+/// a source, or than one of a serial job.
+pub async fn claim(
+    conn: &mut PgConnection,
+    worker: &str,
+    pools: &[String],
+    lease: Duration,
+    want: usize,
+) -> Result<Vec<Claim>, sqlx::Error> {
+    let rows = sqlx::query!(
+        r#"select execution_id as "execution_id!: ExecutionId", token as "token!: Token", slot as "slot!", attempt as "attempt!"
+             from claim_executions_v1($1, $2, $3, $4)"#,
+        worker,
+        pools,
+        i64::try_from(lease.as_millis()).unwrap_or(i64::MAX),
+        i32::try_from(want).unwrap_or(i32::MAX),
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|r| Claim { execution: r.execution_id, token: r.token, slot: r.slot, attempt: r.attempt })
+        .collect())
+}
+
+/// When to look at the queue again at the latest: the next back-off that ends. `None` when nothing waits for a time.
+pub async fn next_due(conn: &mut PgConnection, pools: &[String]) -> Result<Option<Duration>, sqlx::Error> {
+    let ms = sqlx::query_scalar!(
+        "select extract(epoch from min(run_at) - clock_timestamp())::float8 * 1000
+           from executions where status = 'Pending' and run_at > clock_timestamp() and pool = any ($1)",
+        pools
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(ms.map(|ms| Duration::from_secs_f64(ms.max(0.0) / 1000.0)))
+}
+
+/// All that a run needs to know, read once after its claim.
+#[derive(Clone, Debug)]
+pub struct Assignment {
+    /// The claim.
+    pub claim: Claim,
+    /// When this attempt was claimed, by the database's clock: names the files.
+    pub claimed_at: DateTime<Utc>,
+    /// The job as it is now.
+    pub job: Job,
+    /// The job's slug at the trigger.
+    pub job_slug: String,
+    /// What to back up.
+    pub source: Source,
+    /// Where to.
+    pub destinations: Vec<Destination>,
+    /// Labels of the execution.
+    pub labels: Labels,
+    /// Retention leaves the backup alone.
+    pub locked: bool,
+    /// Trace of the trigger.
+    pub trace: TraceContext,
+}
+
+/// Reads what a claim is about; `None` when the claim is no longer ours or its job is gone.
+pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<Assignment>, sqlx::Error> {
+    let row = sqlx::query!(
+        r#"select e.job_id as "job_id: JobId", e.job_slug, e.labels as "labels: Json<Labels>", e.locked, e.traceparent, e.tracestate,
+                  l.claimed_at
+             from executions e join execution_leases l on l.execution_id = e.id and l.token = $2
+            where e.id = $1"#,
+        claim.execution as _,
+        claim.token as _,
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    let Some(job) = job::find(conn, &Reference::new(row.job_id.to_string())).await? else { return Ok(None) };
+    let Some(source) = source::find(conn, &Reference::new(job.source_id.to_string())).await? else { return Ok(None) };
+    let destinations = destination::of_job(conn, job.id).await?;
+    Ok(Some(Assignment {
+        claim,
+        claimed_at: row.claimed_at,
+        job,
+        job_slug: row.job_slug,
+        source,
+        destinations,
+        labels: row.labels.0,
+        locked: row.locked,
+        trace: TraceContext { traceparent: row.traceparent, tracestate: row.tracestate },
+    }))
+}

@@ -1,0 +1,117 @@
+//! Leases: kept by heartbeats, and taken back when the heartbeats stop.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+
+use super::{Stage, claim::Token};
+use crate::id::ExecutionId;
+
+/// Rescues after which an execution fails instead of going back to the queue.
+pub const MAX_RESCUES: i32 = 3;
+
+/// How a run tells how far it is; rides on the heartbeat so that the wide row is left alone while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Whose.
+    pub token: Token,
+    /// Where the bytes are.
+    pub stage: Stage,
+    /// Percent, 0 to 99.
+    pub percent: i16,
+}
+
+/// What a heartbeat learned of a lease that is still ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alive {
+    /// Whose.
+    pub token: Token,
+    /// Somebody asked the run to stop.
+    pub cancel_requested: bool,
+}
+
+/// One heartbeat for all runs of a process. A token that does not come back is lost: its lease was rescued. A
+/// lease past its end that nobody rescued yet is revived, so that an outage of the database loses no run.
+pub async fn heartbeat(conn: &mut PgConnection, lease: Duration, runs: &[Progress]) -> Result<Vec<Alive>, sqlx::Error> {
+    let tokens: Vec<i64> = runs.iter().map(|r| r.token.0).collect();
+    let stages: Vec<String> = runs.iter().map(|r| r.stage.as_str().to_owned()).collect();
+    let percents: Vec<i16> = runs.iter().map(|r| r.percent.clamp(0, 99)).collect();
+    let rows = sqlx::query!(
+        r#"update execution_leases l
+              set expires_at = clock_timestamp() + $4::bigint * interval '1 millisecond',
+                  stage = r.stage,
+                  progress = greatest(l.progress, r.percent)
+             from unnest($1::bigint[], $2::text[], $3::smallint[]) as r (token, stage, percent), executions e
+            where l.token = r.token and e.id = l.execution_id
+           returning l.token as "token!: Token", e.cancel_requested_at is not null as "cancel_requested!""#,
+        &tokens,
+        &stages,
+        &percents,
+        i64::try_from(lease.as_millis()).unwrap_or(i64::MAX),
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|r| Alive { token: r.token, cancel_requested: r.cancel_requested }).collect())
+}
+
+/// What became of a run whose worker was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rescue {
+    /// Waits again.
+    Requeued(ExecutionId),
+    /// Over: cancelled meanwhile, or rescued too often.
+    Closed(ExecutionId),
+}
+
+/// Takes back every lease whose time is up. Any process may call it, provided that its own contact with the
+/// database was unbroken for a whole lease: after an outage of the database the runs that live must get the
+/// chance to revive their leases first.
+///
+/// It needs no gate, since it only ever lowers the number of leases. The execution is locked before its lease
+/// (the lock order), and the lease's time is looked at again under the lock: a heartbeat may have won.
+pub async fn rescue(conn: &mut PgConnection) -> Result<Vec<Rescue>, sqlx::Error> {
+    let rows = sqlx::query!(
+        r#"with expired as materialized (
+               select e.id, l.token
+                 from execution_leases l join executions e on e.id = l.execution_id
+                where l.expires_at < clock_timestamp()
+                order by e.id
+                  for update of e skip locked
+           ), dead as (
+               delete from execution_leases l using expired x
+                where l.token = x.token and l.expires_at < clock_timestamp()
+               returning l.execution_id, l.token, l.worker, l.stage
+           ), closed as (
+               update executions e
+                  set status = case when e.cancel_requested_at is not null or e.rescues >= $1 then 'Failed' else 'Pending' end,
+                      outcome = case when e.cancel_requested_at is not null then 'Cancelled'
+                                     when e.rescues >= $1 then 'WorkerLost' end,
+                      ended_at = case when e.cancel_requested_at is not null or e.rescues >= $1 then clock_timestamp() end,
+                      error_code = case when e.cancel_requested_at is not null then 'cancelled'
+                                        when e.rescues >= $1 then 'worker_lost' end,
+                      error = case when e.cancel_requested_at is not null then 'cancelled on request'
+                                   when e.rescues >= $1
+                                   then format('the worker was lost %s times, at last %s while %s: look at its log and memory',
+                                               e.rescues + 1, d.worker, lower(d.stage)) end,
+                      stage = case when e.cancel_requested_at is not null or e.rescues >= $1 then d.stage end,
+                      rescues = e.rescues + 1
+                 from dead d
+                where e.id = d.execution_id and e.last_token = d.token and e.status = 'Running'
+               returning e.id, e.status, d.worker, d.stage
+           ), told as (
+               insert into execution_logs (execution_id, at, level, stage, message)
+               select id, clock_timestamp(), 'warning', stage,
+                      format('worker %s stopped answering; %s', worker,
+                             case status when 'Pending' then 'the run waits for another worker' else 'the run is closed' end)
+                 from closed
+           )
+           select id as "id!: ExecutionId", status as "status!" from closed"#,
+        MAX_RESCUES
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|r| if r.status == "Pending" { Rescue::Requeued(r.id) } else { Rescue::Closed(r.id) })
+        .collect())
+}

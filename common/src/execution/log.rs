@@ -1,0 +1,113 @@
+//! Log lines of executions: rows, written in batches while a run goes on, readable at once.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use sqlx::PgConnection;
+
+use super::{Stage, claim::Token};
+use crate::id::ExecutionId;
+
+/// How grave a line is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// For developers.
+    Debug,
+    /// What happens.
+    Info,
+    /// What went well.
+    Success,
+    /// What somebody should look at.
+    Warning,
+    /// Why it failed.
+    Error,
+}
+
+impl Level {
+    /// The name as clients read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Level::Debug => "debug",
+            Level::Info => "info",
+            Level::Success => "success",
+            Level::Warning => "warning",
+            Level::Error => "error",
+        }
+    }
+}
+
+/// A line to be written.
+#[derive(Clone, Debug)]
+pub struct NewLine {
+    /// The worker's clock.
+    pub at: DateTime<Utc>,
+    /// See [`Level`].
+    pub level: Level,
+    /// Where the bytes were.
+    pub stage: Stage,
+    /// One sentence.
+    pub message: String,
+    /// Longer text.
+    pub details: Option<String>,
+}
+
+/// A line as clients read it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    /// The worker's clock.
+    #[serde(serialize_with = "crate::time::millis")]
+    pub timestamp: DateTime<Utc>,
+    /// debug, info, success, warning or error.
+    pub level: String,
+    /// Where the bytes were.
+    pub stage: String,
+    /// One sentence.
+    pub message: String,
+    /// Longer text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub details: Option<String>,
+    /// Order and cursor.
+    #[serde(skip)]
+    pub seq: i64,
+}
+
+/// Appends lines of a run; `false` when the claim is no longer ours, and nothing was written.
+pub async fn append(conn: &mut PgConnection, token: Token, lines: &[NewLine]) -> Result<bool, sqlx::Error> {
+    let at: Vec<DateTime<Utc>> = lines.iter().map(|l| l.at).collect();
+    let level: Vec<String> = lines.iter().map(|l| l.level.as_str().to_owned()).collect();
+    let stage: Vec<String> = lines.iter().map(|l| l.stage.as_str().to_owned()).collect();
+    // PostgreSQL's text holds no NUL; a tool's output may.
+    let clean = |text: &str| text.replace('\0', "\u{fffd}");
+    let message: Vec<String> = lines.iter().map(|l| clean(&l.message)).collect();
+    let details: Vec<Option<String>> = lines.iter().map(|l| l.details.as_deref().map(clean)).collect();
+    let done = sqlx::query!(
+        "insert into execution_logs (execution_id, at, level, stage, message, details)
+         select l.execution_id, n.at, n.level, n.stage, n.message, n.details
+           from execution_leases l,
+                unnest($2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[])
+                    with ordinality as n (at, level, stage, message, details, position)
+          where l.token = $1
+          order by n.position",
+        token as _,
+        &at,
+        &level,
+        &stage,
+        &message,
+        &details as &[Option<String>],
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0 || lines.is_empty())
+}
+
+/// Lines of an execution in order, those after `after` when it is given.
+pub async fn read(conn: &mut PgConnection, execution: ExecutionId, after: Option<i64>) -> Result<Vec<Line>, sqlx::Error> {
+    sqlx::query_as!(
+        Line,
+        "select at as timestamp, level, stage, message, details, seq from execution_logs
+          where execution_id = $1 and seq > $2 order by seq",
+        execution as _,
+        after.unwrap_or(0),
+    )
+    .fetch_all(conn)
+    .await
+}

@@ -1,0 +1,326 @@
+//! Executions: one run of a job each, from the trigger to the result. The verbs are in the order of a run:
+//! [`enqueue`], [`claim`], [`lease`], [`log`], [`finish`], and [`cancel`]; reading is here.
+//!
+//! ```text
+//!            claim            finish
+//! Pending ─────────► Running ───────► Success
+//!    ▲                 │  │
+//!    └─ retry, rescue, ┘  └─────────► Failed (outcome says more: Cancelled, TimedOut, WorkerLost, Expired)
+//!       release
+//! ```
+
+pub mod cancel;
+pub mod claim;
+pub mod enqueue;
+pub mod finish;
+pub mod lease;
+pub mod log;
+pub mod ticker;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use sqlx::{PgConnection, types::Json};
+
+use crate::{
+    id::{ExecutionId, JobId},
+    label::Labels,
+    page::{Page, fetch_limit},
+};
+
+/// The four states of the contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[sqlx(type_name = "text")]
+pub enum Status {
+    /// Waits for a slot.
+    Pending,
+    /// A worker holds its lease.
+    Running,
+    /// Published.
+    Success,
+    /// Over without a backup; the error says why.
+    Failed,
+}
+
+impl Status {
+    /// The name as clients write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Pending => "Pending",
+            Status::Running => "Running",
+            Status::Success => "Success",
+            Status::Failed => "Failed",
+        }
+    }
+
+    /// Whether nothing will change any more.
+    pub fn is_over(self) -> bool {
+        matches!(self, Status::Success | Status::Failed)
+    }
+}
+
+/// What is finer than the status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[sqlx(type_name = "text")]
+pub enum Outcome {
+    /// Somebody asked.
+    Cancelled,
+    /// Longer than the job allows.
+    TimedOut,
+    /// Its workers were lost too often.
+    WorkerLost,
+    /// Not started in time.
+    Expired,
+    /// An optional destination failed.
+    Partial,
+}
+
+impl Outcome {
+    /// The name as clients write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Cancelled => "Cancelled",
+            Outcome::TimedOut => "TimedOut",
+            Outcome::WorkerLost => "WorkerLost",
+            Outcome::Expired => "Expired",
+            Outcome::Partial => "Partial",
+        }
+    }
+}
+
+/// Where the bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Stage {
+    /// Waits for a slot.
+    Queued,
+    /// Looks at the source and the destinations.
+    Initializing,
+    /// The dump tool writes.
+    Dumping,
+    /// The last bytes go out.
+    Uploading,
+    /// Sizes and checksums are compared.
+    Verifying,
+    /// Over.
+    Completed,
+}
+
+impl Stage {
+    /// The name as clients read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Stage::Queued => "Queued",
+            Stage::Initializing => "Initializing",
+            Stage::Dumping => "Dumping",
+            Stage::Uploading => "Uploading",
+            Stage::Verifying => "Verifying",
+            Stage::Completed => "Completed",
+        }
+    }
+}
+
+/// What triggered a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Trigger {
+    /// Api, Manual, Schedule or Restore.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Who: the name of the key.
+    pub label: Option<String>,
+}
+
+/// An execution as it is polled.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Execution {
+    /// Its id.
+    pub id: ExecutionId,
+    /// The job it ran.
+    pub job_id: JobId,
+    /// The job's name at the trigger.
+    pub job_name: String,
+    /// Backup or Restore.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// See [`Status`].
+    pub status: Status,
+    /// See [`Outcome`].
+    pub outcome: Option<Outcome>,
+    /// Percent; null while Pending, at most 99 until Success.
+    pub progress: Option<i16>,
+    /// See [`Stage`].
+    pub stage: String,
+    /// When it was triggered.
+    #[serde(serialize_with = "crate::time::millis")]
+    pub queued_at: DateTime<Utc>,
+    /// When it was first claimed.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it ended.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    pub ended_at: Option<DateTime<Utc>>,
+    /// Milliseconds from the first claim (or, never claimed, from the trigger) to the end.
+    pub duration: Option<i64>,
+    /// Stored bytes of one copy.
+    pub size: Option<i64>,
+    /// Where the backup lies in its first destination.
+    pub path: Option<String>,
+    /// `sha256:<hex>` of what lies there.
+    pub checksum: Option<String>,
+    /// The time whose data the backup holds.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    pub snapshot_at: Option<DateTime<Utc>>,
+    /// What a person needs to act on.
+    pub error: Option<String>,
+    /// A stable word for programs.
+    pub error_code: Option<String>,
+    /// Claims so far.
+    pub attempt: i32,
+    /// Who triggered it.
+    pub trigger: Trigger,
+    /// Order in the queue: higher first.
+    pub priority: i16,
+    /// Labels given at the trigger.
+    pub labels: Labels,
+    /// Trace of the request that triggered it.
+    pub trace_id: Option<String>,
+    /// Order of arrival; the cursor of lists.
+    #[serde(skip)]
+    pub seq: i64,
+}
+
+struct Row {
+    id: ExecutionId,
+    seq: i64,
+    job_id: JobId,
+    job_name: String,
+    kind: String,
+    status: Status,
+    outcome: Option<Outcome>,
+    progress: Option<i16>,
+    stage: Option<String>,
+    queued_at: DateTime<Utc>,
+    started_at: Option<DateTime<Utc>>,
+    ended_at: Option<DateTime<Utc>>,
+    size_bytes: Option<i64>,
+    path: Option<String>,
+    checksum: Option<String>,
+    snapshot_at: Option<DateTime<Utc>>,
+    error: Option<String>,
+    error_code: Option<String>,
+    attempt: i32,
+    trigger_kind: String,
+    trigger_label: Option<String>,
+    priority: i16,
+    labels: Json<Labels>,
+    traceparent: Option<String>,
+}
+
+impl From<Row> for Execution {
+    fn from(row: Row) -> Self {
+        let duration = row.ended_at.map(|end| (end - row.started_at.unwrap_or(row.queued_at)).num_milliseconds());
+        let (progress, stage) = match row.status {
+            Status::Pending => (None, Stage::Queued.as_str().to_owned()),
+            // The lease goes first when a run ends, and a poll may fall between.
+            Status::Running => (Some(row.progress.unwrap_or(0)), row.stage.unwrap_or_else(|| Stage::Initializing.as_str().to_owned())),
+            Status::Success => (Some(100), Stage::Completed.as_str().to_owned()),
+            Status::Failed => (None, row.stage.unwrap_or_else(|| Stage::Queued.as_str().to_owned())),
+        };
+        Execution {
+            id: row.id,
+            job_id: row.job_id,
+            job_name: row.job_name,
+            kind: row.kind,
+            status: row.status,
+            outcome: row.outcome,
+            progress,
+            stage,
+            queued_at: row.queued_at,
+            started_at: row.started_at,
+            ended_at: row.ended_at,
+            duration,
+            size: row.size_bytes,
+            path: row.path,
+            checksum: row.checksum,
+            snapshot_at: row.snapshot_at,
+            // A retry that waits keeps the last error for people; the contract's error is of the end.
+            error: row.error.filter(|_| row.status == Status::Failed),
+            error_code: row.error_code.filter(|_| row.status == Status::Failed),
+            attempt: row.attempt,
+            trigger: Trigger { kind: row.trigger_kind, label: row.trigger_label },
+            priority: row.priority,
+            labels: row.labels.0,
+            trace_id: crate::telemetry::TraceContext { traceparent: row.traceparent, tracestate: None }.trace_id().map(str::to_owned),
+            seq: row.seq,
+        }
+    }
+}
+
+/// One execution.
+pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Execution>, sqlx::Error> {
+    let row = sqlx::query_as!(
+        Row,
+        r#"select e.id as "id: ExecutionId", e.seq, e.job_id as "job_id: JobId", e.job_name, e.type as kind, e.status as "status: Status",
+                  e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at, e.started_at,
+                  e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt, e.trigger_kind,
+                  e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent
+             from executions e left join execution_leases l on l.execution_id = e.id
+            where e.id = $1"#,
+        id as _
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(Execution::from))
+}
+
+/// Which executions a list shows.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Only of this job.
+    pub job_id: Option<JobId>,
+    /// Only of these jobs, for a caller that is scoped.
+    pub only: Option<Vec<JobId>>,
+    /// Only in this state.
+    pub status: Option<Status>,
+    /// Only with this outcome.
+    pub outcome: Option<Outcome>,
+    /// Triggered at this time or later.
+    pub from: Option<DateTime<Utc>>,
+    /// Triggered before this time.
+    pub to: Option<DateTime<Utc>>,
+    /// Rows on a page.
+    pub limit: Option<i64>,
+    /// Sequence number of the last row of the page before.
+    pub cursor: Option<i64>,
+}
+
+/// A page of executions, newest first.
+pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execution>, sqlx::Error> {
+    let rows = sqlx::query_as!(
+        Row,
+        r#"select e.id as "id: ExecutionId", e.seq, e.job_id as "job_id: JobId", e.job_name, e.type as kind, e.status as "status: Status",
+                  e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at, e.started_at,
+                  e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt, e.trigger_kind,
+                  e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent
+             from executions e left join execution_leases l on l.execution_id = e.id
+            where ($1::uuid is null or e.job_id = $1)
+              and ($2::uuid[] is null or e.job_id = any ($2))
+              and ($3::text is null or e.status = $3)
+              and ($4::text is null or e.outcome = $4)
+              and ($5::timestamptz is null or e.queued_at >= $5)
+              and ($6::timestamptz is null or e.queued_at < $6)
+              and ($7::bigint is null or e.seq < $7)
+            order by e.seq desc
+            limit $8"#,
+        filter.job_id as _,
+        filter.only.as_deref() as _,
+        filter.status.map(Status::as_str),
+        filter.outcome.map(Outcome::as_str),
+        filter.from,
+        filter.to,
+        filter.cursor,
+        fetch_limit(filter.limit),
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(Page::cut(rows.into_iter().map(Execution::from).collect(), filter.limit, |e| e.seq.to_string()))
+}

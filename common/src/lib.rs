@@ -1,0 +1,27 @@
+//! The domain of DBackup and its SQL.
+//!
+//! Every query of the project is here, in the file of its noun, checked at compile time. There is no HTTP
+//! and no child process on purpose: the API and the workers meet only in the database.
+
+pub mod api_key;
+pub mod artifact;
+pub mod config;
+pub mod connection;
+pub mod connection_test;
+pub mod db;
+pub mod destination;
+pub mod execution;
+pub mod id;
+pub mod job;
+pub mod label;
+pub mod page;
+pub mod permission;
+pub mod queue;
+pub mod seal;
+pub mod setting;
+pub mod shutdown;
+pub mod slug;
+pub mod source;
+pub mod staged_object;
+pub mod telemetry;
+pub mod time;

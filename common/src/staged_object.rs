@@ -1,0 +1,84 @@
+//! Staged objects: every name that an attempt is going to write, recorded before its first byte. After a crash
+//! the sweeper removes what was not published, from this record alone: it never lists a store, so that a shared
+//! bucket or a restored database loses nothing.
+
+use sqlx::PgConnection;
+
+use crate::{
+    execution::claim::{Claim, Token},
+    id::{DestinationId, ExecutionId},
+};
+
+/// Records a name before it is written; `false` when the claim is no longer ours.
+pub async fn record(
+    conn: &mut PgConnection,
+    claim: Claim,
+    destination: DestinationId,
+    path: &str,
+    upload_id: Option<&str>,
+) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query!(
+        "insert into staged_objects (id, execution_id, token, destination_id, path, upload_id)
+         select $1, l.execution_id, l.token, $3, $4, $5 from execution_leases l where l.token = $2",
+        uuid::Uuid::now_v7(),
+        claim.token as _,
+        destination as _,
+        path,
+        upload_id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Forgets the names of a claim: they are published, or cleaned away.
+pub async fn forget(conn: &mut PgConnection, token: Token) -> Result<(), sqlx::Error> {
+    sqlx::query!("delete from staged_objects where token = $1", token as _).execute(conn).await?;
+    Ok(())
+}
+
+/// A name that nobody will publish any more.
+#[derive(Clone, Debug)]
+pub struct Litter {
+    /// Row of the record.
+    pub id: uuid::Uuid,
+    /// Whose it was.
+    pub execution: ExecutionId,
+    /// Where it lies.
+    pub destination: DestinationId,
+    /// Relative to the destination's root.
+    pub path: String,
+    /// Multipart upload of an object store.
+    pub upload_id: Option<String>,
+    /// It was removed before; after this time the record goes.
+    pub swept_before: bool,
+}
+
+/// Names of dead claims in the worker's pools that are due for a sweep: at once, and once more a minute later in
+/// case a stopped process woke up and wrote.
+pub async fn due(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<Litter>, sqlx::Error> {
+    sqlx::query_as!(
+        Litter,
+        r#"select s.id, s.execution_id as "execution: ExecutionId", s.destination_id as "destination: DestinationId", s.path, s.upload_id,
+                  s.swept_at is not null as "swept_before!"
+             from staged_objects s join executions e on e.id = s.execution_id
+            where e.pool = any ($1)
+              and not exists (select 1 from execution_leases l where l.token = s.token)
+              and (s.swept_at is null or s.swept_at < clock_timestamp() - interval '1 minute')
+            order by s.id
+            limit 200"#,
+        pools
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Notes that a name was removed; the second time its record goes.
+pub async fn swept(conn: &mut PgConnection, litter: &Litter) -> Result<(), sqlx::Error> {
+    if litter.swept_before {
+        sqlx::query!("delete from staged_objects where id = $1", litter.id).execute(conn).await?;
+    } else {
+        sqlx::query!("update staged_objects set swept_at = clock_timestamp() where id = $1", litter.id).execute(conn).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! What a worker reads from its flags and environment.
+
+use std::{path::PathBuf, time::Duration};
+
+use common::config::{ConfigError, Timing, TimingArgs};
+
+/// Flags of a worker; each is also an environment variable.
+#[derive(clap::Args, Clone, Debug)]
+pub struct WorkerArgs {
+    /// Runs at once in this process; the limit over all processes is the setting maxConcurrentJobs
+    #[arg(long, env = "DBACKUP_CONCURRENCY", default_value_t = 4)]
+    pub concurrency: usize,
+    /// Pools whose sources this worker reaches, separated by commas
+    #[arg(long, env = "DBACKUP_POOLS", default_value = "default", value_delimiter = ',')]
+    pub pools: Vec<String>,
+    /// Name in logs and leases [default: the host's name and the process id]
+    #[arg(long, env = "DBACKUP_WORKER_NAME")]
+    pub worker_name: Option<String>,
+    /// Folders under which local destinations may lie, separated by colons
+    #[arg(long, env = "DBACKUP_LOCAL_PATHS", default_value = "/var/backups/dbackup", value_delimiter = ':')]
+    pub local_paths: Vec<PathBuf>,
+    /// How long runs may go on after SIGTERM before they are given back, in seconds
+    #[arg(long, env = "DBACKUP_DRAIN_SECONDS", default_value_t = 25)]
+    pub drain_seconds: u64,
+    /// First pause before a failed run is tried again; doubles each time, in milliseconds
+    #[arg(long, env = "DBACKUP_RETRY_PAUSE_MS", default_value_t = 10_000)]
+    pub retry_pause_ms: u64,
+    /// Folders with pg_dump and psql, separated by colons [default: every /usr/lib/postgresql/*/bin, then PATH]
+    #[arg(long, env = "DBACKUP_POSTGRES_BIN", value_delimiter = ':')]
+    pub postgres_bin: Vec<PathBuf>,
+    /// Folders with mariadb-dump or mysqldump, separated by colons [default: PATH]
+    #[arg(long, env = "DBACKUP_MARIADB_BIN", value_delimiter = ':')]
+    pub mariadb_bin: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub timing: TimingArgs,
+}
+
+/// Validated configuration of a worker.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Name in logs and leases.
+    pub name: String,
+    /// Runs at once in this process.
+    pub concurrency: usize,
+    /// Pools it claims from.
+    pub pools: Vec<String>,
+    /// Folders under which local destinations may lie.
+    pub local_paths: Vec<PathBuf>,
+    /// Time that runs get after SIGTERM.
+    pub drain: Duration,
+    /// First pause before a retry.
+    pub retry_pause: Duration,
+    /// Where PostgreSQL's tools are looked for.
+    pub postgres_bin: Vec<PathBuf>,
+    /// Where MariaDB's and MySQL's tools are looked for.
+    pub mariadb_bin: Vec<PathBuf>,
+    /// The clockwork.
+    pub timing: Timing,
+}
+
+impl WorkerArgs {
+    /// Checks everything, relations too.
+    pub fn validate(self) -> Result<WorkerConfig, ConfigError> {
+        let fail = |text: String| Err(ConfigError(text));
+        let timing = self.timing.validate()?;
+        if !(1..=1000).contains(&self.concurrency) {
+            return fail(format!("DBACKUP_CONCURRENCY is {} but must be between 1 and 1000", self.concurrency));
+        }
+        if self.pools.iter().any(|p| p.trim().is_empty()) {
+            return fail("DBACKUP_POOLS holds an empty name".to_owned());
+        }
+        if let Some(path) = self.local_paths.iter().find(|p| !p.is_absolute()) {
+            return fail(format!("DBACKUP_LOCAL_PATHS: {} is not an absolute path", path.display()));
+        }
+        if self.drain_seconds > 86_400 {
+            return fail(format!("DBACKUP_DRAIN_SECONDS is {} but must be at most 86400", self.drain_seconds));
+        }
+        let name = self.worker_name.unwrap_or_else(|| {
+            let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "worker".to_owned());
+            format!("{}-{}", host.trim(), std::process::id())
+        });
+        Ok(WorkerConfig {
+            name,
+            concurrency: self.concurrency,
+            pools: self.pools.iter().map(|p| p.trim().to_owned()).collect(),
+            local_paths: self.local_paths,
+            drain: Duration::from_secs(self.drain_seconds),
+            retry_pause: Duration::from_millis(self.retry_pause_ms),
+            postgres_bin: if self.postgres_bin.is_empty() { default_postgres_bin() } else { self.postgres_bin },
+            mariadb_bin: if self.mariadb_bin.is_empty() { search_path() } else { self.mariadb_bin },
+            timing,
+        })
+    }
+}
+
+fn search_path() -> Vec<PathBuf> {
+    std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default()
+}
+
+/// Debian keeps each major's tools in a folder of its own.
+fn default_postgres_bin() -> Vec<PathBuf> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    versions.map(|entry| entry.path().join("bin")).chain(search_path()).collect()
+}

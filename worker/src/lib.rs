@@ -1,0 +1,20 @@
+//! A worker: claims executions, runs their backups, and gives back what it cannot end.
+//!
+//! What is absent on purpose: no HTTP, no state that another process would miss, no retry inside a run (a retry
+//! is a row that waits), no transaction that stays open over a dump or an upload.
+
+pub mod backend;
+pub mod config;
+pub mod failure;
+pub mod fence;
+pub mod keeper;
+pub mod lease;
+pub mod pipeline;
+pub mod run;
+pub mod run_log;
+pub mod service;
+pub mod sweeper;
+pub mod tester;
+
+pub use config::{WorkerArgs, WorkerConfig};
+pub use service::serve;

@@ -1,0 +1,193 @@
+//! Dumps by the engine's own tools.
+
+mod child;
+mod mariadb;
+mod postgres;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    sync::Arc,
+};
+
+use chrono::{DateTime, Utc};
+use common::source::{Engine, SourceAccess};
+use tokio::process::ChildStdout;
+
+use super::compress::Compressed;
+use crate::{
+    config::WorkerConfig,
+    failure::RunError,
+    lease::{Lease, ProcessGroups},
+    run_log::RunLog,
+};
+use child::{Ended, Program, Running};
+
+/// A source and the tools to dump it.
+pub struct Dump {
+    access: SourceAccess,
+    bins: Vec<PathBuf>,
+}
+
+/// What a look at the source told.
+#[derive(Clone, Debug)]
+pub struct Inspected {
+    /// Version of the server, as it says.
+    pub server_version: String,
+    /// Version of the tool that will write the dump.
+    pub tool_version: String,
+    /// That tool.
+    pub tool: PathBuf,
+    /// By the server's clock, before the dump: the backup holds the data of this time or a little later.
+    pub snapshot_at: DateTime<Utc>,
+    /// Every database that will be dumped.
+    pub databases: Vec<Database>,
+}
+
+/// One database.
+#[derive(Clone, Debug)]
+pub struct Database {
+    /// Its name.
+    pub name: String,
+    /// Bytes by the server's own account.
+    pub estimate: u64,
+}
+
+impl Inspected {
+    /// Bytes of all databases together.
+    pub fn estimate(&self) -> u64 {
+        self.databases.iter().map(|d| d.estimate).sum()
+    }
+}
+
+/// A tool that was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tool {
+    pub path: PathBuf,
+    /// The whole line that `--version` prints.
+    pub version: String,
+}
+
+impl Dump {
+    /// For one source.
+    pub fn new(config: &WorkerConfig, access: SourceAccess) -> Self {
+        let bins = match access.engine {
+            Engine::Postgres => config.postgres_bin.clone(),
+            Engine::Mysql | Engine::Mariadb => config.mariadb_bin.clone(),
+        };
+        Self { access, bins }
+    }
+
+    /// Signs in, finds the right tool and measures the databases.
+    pub async fn inspect(&self, groups: &ProcessGroups, log: &RunLog) -> Result<Inspected, RunError> {
+        let (inspected, warning) = self.look(groups).await?;
+        if let Some(warning) = warning {
+            log.warn(warning);
+        }
+        Ok(inspected)
+    }
+
+    /// As [`Dump::inspect`], for a connection test: without a log, the warning apart.
+    pub async fn look(&self, groups: &ProcessGroups) -> Result<(Inspected, Option<String>), RunError> {
+        match self.access.engine {
+            Engine::Postgres => postgres::inspect(&self.access, &self.bins, groups).await,
+            Engine::Mysql | Engine::Mariadb => mariadb::inspect(&self.access, &self.bins, groups).await.map(|i| (i, None)),
+        }
+    }
+
+    /// Starts the dump of one database.
+    pub fn start(&self, database: &str, inspected: &Inspected, lease: &Arc<Lease>, log: &RunLog) -> Result<RunningDump, RunError> {
+        let program = match self.access.engine {
+            Engine::Postgres => postgres::dump(&self.access, &inspected.tool, database)?,
+            Engine::Mysql | Engine::Mariadb => mariadb::dump(&self.access, &inspected.tool, &inspected.tool_version, database)?,
+        };
+        Ok(RunningDump { running: program.start(lease, log)?, engine: self.access.engine, database: database.to_owned() })
+    }
+
+    /// A last look at the bytes themselves: a whole dump begins and ends as its format says.
+    pub fn check_complete(&self, database: &str, facts: &Compressed) -> Result<(), RunError> {
+        let whole = match self.access.engine {
+            Engine::Postgres => facts.plain_ends.head.starts_with(postgres::MAGIC),
+            Engine::Mysql | Engine::Mariadb => contains(&facts.plain_ends.tail, mariadb::LAST_LINE),
+        };
+        if whole {
+            return Ok(());
+        }
+        Err(RunError::retry("dump_incomplete", format!("the dump of '{database}' is not whole, although the tool reported success")))
+    }
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
+}
+
+/// A dump under way. Dropping it kills the tool.
+pub struct RunningDump {
+    running: Running,
+    engine: Engine,
+    database: String,
+}
+
+impl RunningDump {
+    /// The dump itself; may be taken once.
+    pub fn stdout(&mut self) -> Option<ChildStdout> {
+        self.running.stdout()
+    }
+
+    /// Waits for the tool. Only an exit status of 0 makes a good dump, whatever was written.
+    pub async fn finish(&mut self) -> Result<(), RunError> {
+        let Ended { status, stderr, name } = self.running.wait().await?;
+        if status.success() {
+            return Ok(());
+        }
+        let how = describe(status);
+        let said = if stderr.is_empty() { String::new() } else { format!(": {stderr}") };
+        let doing = format!("{name} of '{}' {how}{said}", self.database);
+        Err(match self.engine {
+            Engine::Postgres => postgres::classify(&stderr, doing),
+            Engine::Mysql | Engine::Mariadb => mariadb::classify(&stderr, doing),
+        })
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exited with status {code}"),
+        (None, Some(9)) => "was killed (signal 9): perhaps by the system, for want of memory".to_owned(),
+        (None, Some(signal)) => format!("was killed by signal {signal}"),
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+/// Every `name` in the folders, with its version; the same file under two names counts once.
+async fn find_tools(bins: &[PathBuf], name: &str, groups: &ProcessGroups) -> Vec<Tool> {
+    let mut tools: Vec<Tool> = Vec::new();
+    for bin in bins {
+        let Ok(path) = std::fs::canonicalize(bin.join(name)) else { continue };
+        // Debian's /usr/bin/pg_dump is a wrapper that chooses by itself; the folders of the majors come first.
+        if tools.iter().any(|t| t.path == path) || !path.is_file() {
+            continue;
+        }
+        let started = bin.join(name);
+        if let Some(version) = version_of(&started, groups).await {
+            tools.push(Tool { path: started, version });
+        }
+    }
+    tools
+}
+
+async fn version_of(path: &Path, groups: &ProcessGroups) -> Option<String> {
+    let mut program = Program::new(path);
+    program.arg("--version");
+    let output = program.output(groups).await.ok()?;
+    output.status.success().then(|| output.stdout.lines().next().unwrap_or_default().trim().to_owned())
+}
+
+fn missing(tool: &str, bins: &[PathBuf], variable: &str, package: &str) -> RunError {
+    let looked: Vec<String> = bins.iter().map(|b| b.display().to_string()).collect();
+    RunError::give_up(
+        "tool_missing",
+        format!("this worker has no {tool} (looked in {}): install {package}, or name its folder in {variable}", looked.join(", ")),
+    )
+}

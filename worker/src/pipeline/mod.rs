@@ -1,0 +1,319 @@
+//! What a run does with bytes: dump → compress → every destination at once, as one stream with the pace of the
+//! slowest; then publish, in an order that lets nothing be seen that is not whole.
+
+pub mod compress;
+pub mod dump;
+pub mod manifest;
+pub mod name;
+pub mod upload;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use common::{
+    artifact::{NewArtifact, Plain},
+    destination::Destination,
+    execution::{Stage, claim::Assignment, finish::Published, log::Level},
+    id::DestinationId,
+    staged_object,
+};
+use futures::future::{join_all, try_join_all};
+use tokio::{io::AsyncReadExt, sync::mpsc};
+use tracing::Instrument;
+
+use crate::{
+    failure::RunError,
+    lease::Lease,
+    run_log::RunLog,
+    service::Shared,
+};
+use compress::Compressed;
+use dump::{Dump, Inspected};
+use manifest::{FORMAT_VERSION, Manifest, ManifestObject};
+use name::Names;
+use upload::{Store, Upload};
+
+/// One read from the dump tool, at most.
+const READ: usize = 256 << 10;
+/// Chunks between two parts of the stream.
+const QUEUE: usize = 4;
+
+/// Every name that this attempt may have left in a destination.
+#[derive(Default)]
+pub struct Staging(Mutex<Vec<Staged>>);
+
+#[derive(Clone)]
+struct Staged {
+    store: Arc<Store>,
+    path: String,
+    upload_id: Option<String>,
+}
+
+impl Staging {
+    /// Records a name in the database before its first byte, and here.
+    async fn record(&self, shared: &Shared, assignment: &Assignment, target: &Target, path: &str, upload_id: Option<&str>) -> Result<(), RunError> {
+        let staged = Staged { store: target.store.clone(), path: path.to_owned(), upload_id: upload_id.map(str::to_owned) };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(staged);
+        let recorded = shared
+            .db
+            .within(common::db::ANSWER_TIMEOUT, async |conn| {
+                staged_object::record(conn, assignment.claim, target.id, path, upload_id).await
+            })
+            .await?;
+        if recorded { Ok(()) } else { Err(RunError::retry("lease_lost", "the lease was lost")) }
+    }
+
+    /// Removes whatever lies under the recorded names. What cannot be removed now is left to the sweeper.
+    pub async fn discard(&self, shared: &Shared, log: &RunLog) {
+        let staged = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let removed = join_all(staged.iter().map(|s| s.store.remove(&s.path, s.upload_id.as_deref()))).await;
+        let mut clean = true;
+        for (staged, result) in staged.iter().zip(removed) {
+            if let Err(error) = result {
+                clean = false;
+                log.warn(format!("{} could not be cleaned away yet ({error}); the sweeper tries again", staged.path));
+            }
+        }
+        if clean && !staged.is_empty() {
+            let claim = log.claim();
+            let forgotten = shared.db.within(common::db::ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, claim.token).await).await;
+            if let Err(error) = forgotten {
+                tracing::debug!(error = &error as &dyn std::error::Error, "the record of staged names stays for the sweeper");
+            }
+        }
+    }
+}
+
+/// A destination, opened.
+struct Target {
+    id: DestinationId,
+    name: String,
+    store: Arc<Store>,
+}
+
+/// Objects that are whole and in their destinations, but not visible yet.
+pub struct StagedBackup {
+    targets: Vec<Target>,
+    names: Names,
+    inspected: Inspected,
+    objects: Vec<StagedObject>,
+}
+
+struct StagedObject {
+    database: String,
+    path: String,
+    facts: Compressed,
+    uploads: Vec<Upload>,
+}
+
+/// Streams every database to every destination. When it returns, all bytes are there and none can be seen.
+pub async fn stream(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, log: &RunLog, staging: &Staging) -> Result<StagedBackup, RunError> {
+    lease.set_stage(Stage::Initializing);
+    let targets = open_targets(shared, assignment).await?;
+    let access = assignment.source.access(&shared.key).map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", assignment.source.slug)))?;
+    let dump = Dump::new(&shared.config, access);
+    let inspected = dump.inspect(&lease.groups, log).instrument(tracing::info_span!("source.inspect")).await?;
+    log.info(format!(
+        "{} {} with {}; about {} bytes in {} database(s)",
+        assignment.source.engine.as_str(), inspected.server_version, inspected.tool_version,
+        inspected.estimate(), inspected.databases.len()
+    ));
+    let names = Names::new(&assignment.job_slug, assignment.claimed_at, assignment.claim);
+    let mut backup = StagedBackup { targets, names, inspected, objects: Vec::new() };
+    let mut done = 0;
+    for at in 0..backup.inspected.databases.len() {
+        let object = stream_one(shared, lease, assignment, log, staging, &dump, &backup, at, done).await?;
+        done += object.facts.plain.bytes;
+        backup.objects.push(object);
+    }
+    Ok(backup)
+}
+
+async fn open_targets(shared: &Shared, assignment: &Assignment) -> Result<Vec<Target>, RunError> {
+    if assignment.destinations.is_empty() {
+        return Err(RunError::give_up("no_destination", "the job has no destination"));
+    }
+    try_join_all(assignment.destinations.iter().map(|destination| open_target(shared, destination))).await
+}
+
+async fn open_target(shared: &Shared, destination: &Destination) -> Result<Target, RunError> {
+    let store = open_store(shared, destination)?;
+    store.check().await.map_err(|e| e.at(&destination.slug))?;
+    Ok(Target { id: destination.id, name: destination.slug.clone(), store: Arc::new(store) })
+}
+
+/// Opens a destination without asking it anything.
+pub fn open_store(shared: &Shared, destination: &Destination) -> Result<Store, RunError> {
+    let access = destination.access(&shared.key).map_err(|e| RunError::give_up("secret_unreadable", format!("destination '{}': {e}", destination.slug)))?;
+    Store::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn stream_one(
+    shared: &Shared,
+    lease: &Arc<Lease>,
+    assignment: &Assignment,
+    log: &RunLog,
+    staging: &Staging,
+    dump: &Dump,
+    backup: &StagedBackup,
+    at: usize,
+    done_before: u64,
+) -> Result<StagedObject, RunError> {
+    let database = &backup.inspected.databases[at];
+    let path = backup.names.object(&database.name, assignment.source.engine, assignment.job.compression);
+    let mut uploads = Vec::new();
+    for target in &backup.targets {
+        let upload = target.store.begin(&path, database.estimate).await.map_err(|e| e.at(&target.name))?;
+        staging.record(shared, assignment, target, &path, upload.id()).await?;
+        uploads.push(upload.start().await.map_err(|e| e.at(&target.name))?);
+    }
+    lease.set_stage(Stage::Dumping);
+    log.info(format!("dumping '{}'", database.name));
+    let mut tool = dump.start(&database.name, &backup.inspected, lease, log)?;
+    let estimate = backup.inspected.estimate().max(1);
+
+    let (plain_out, plain_in) = mpsc::channel(QUEUE);
+    let (stored_out, stored_in) = mpsc::channel(QUEUE);
+    let compression = assignment.job.compression;
+    let compressing = tokio::task::spawn_blocking(move || compress::compress(compression, plain_in, stored_out));
+    let stdout = tool.stdout();
+    let reading = async {
+        let mut read = done_before;
+        let Some(mut stdout) = stdout else { return Ok(()) };
+        loop {
+            let mut chunk = BytesMut::with_capacity(READ);
+            match stdout.read_buf(&mut chunk).await {
+                Ok(0) => break,
+                Ok(n) => read += n as u64,
+                Err(error) => return Err(RunError::retry("dump_failed", format!("the dump of '{}' could not be read: {error}", database.name))),
+            }
+            lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate).unwrap_or(99).min(99));
+            // A closed channel means that a destination failed, which is told where it failed.
+            if plain_out.send(chunk.freeze()).await.is_err() {
+                break;
+            }
+        }
+        drop(plain_out);
+        Ok(())
+    };
+    let writing = distribute(stored_in, &mut uploads, &backup.targets);
+    let span = tracing::info_span!("dump", otel.name = "pipeline.dump", db.namespace = %database.name);
+    let (read, written) = async { tokio::join!(reading, writing) }.instrument(span).await;
+    // The tool's own words come first: a broken pipe elsewhere is often only the echo.
+    written?;
+    read?;
+    let compressed = compressing.await.map_err(|e| RunError::give_up("internal_error", format!("the compression ended: {e}")))?;
+    tool.finish().await?;
+    let facts = compressed.map_err(|e| RunError::retry("compression_failed", format!("the dump of '{}' could not be compressed: {e}", database.name)))?;
+    dump.check_complete(&database.name, &facts)?;
+    lease.set_stage(Stage::Uploading);
+    let flush = try_join_all(uploads.iter_mut().zip(&backup.targets).map(async |(upload, target)| upload.flush().await.map_err(|e| e.at(&target.name))));
+    flush.instrument(tracing::info_span!("upload", otel.name = "pipeline.upload")).await?;
+    log.info(format!("'{}': {} bytes dumped, {} to store", database.name, facts.plain.bytes, facts.stored.bytes));
+    Ok(StagedObject { database: database.name.clone(), path, facts, uploads })
+}
+
+/// Hands each chunk to every destination; the slowest sets the pace.
+async fn distribute(mut input: mpsc::Receiver<Bytes>, uploads: &mut [Upload], targets: &[Target]) -> Result<(), RunError> {
+    while let Some(chunk) = input.recv().await {
+        try_join_all(uploads.iter_mut().zip(targets).map(|(upload, target)| {
+            let chunk = chunk.clone();
+            async move { upload.write(chunk).await.map_err(|e| e.at(&target.name)) }
+        }))
+        .await?;
+    }
+    Ok(())
+}
+
+/// Makes a staged backup visible: every object in every destination, checked, and then the manifests.
+pub async fn publish(shared: &Shared, assignment: &Assignment, log: &RunLog, staging: &Staging, backup: StagedBackup) -> Result<Published, RunError> {
+    let span = tracing::info_span!("publish", otel.name = "pipeline.publish");
+    publish_all(shared, assignment, log, staging, backup).instrument(span).await
+}
+
+async fn publish_all(shared: &Shared, assignment: &Assignment, log: &RunLog, staging: &Staging, mut backup: StagedBackup) -> Result<Published, RunError> {
+    let mut artifacts = Vec::new();
+    for object in &mut backup.objects {
+        let stored = &object.facts.stored;
+        try_join_all(object.uploads.iter_mut().zip(&backup.targets).map(async |(upload, target)| {
+            let note = upload.publish(stored).await.map_err(|e| e.at(&target.name))?;
+            if let Some(note) = note {
+                log.line(Level::Debug, format!("destination '{}': {note}", target.name));
+            }
+            Ok::<_, RunError>(())
+        }))
+        .await?;
+        artifacts.extend(backup.targets.iter().map(|target| NewArtifact {
+            destination: target.id,
+            database: Some(object.database.clone()),
+            path: object.path.clone(),
+            size_bytes: as_i64(stored.bytes),
+            sha256: stored.sha256.clone(),
+            plain: Some(Plain { size_bytes: as_i64(object.facts.plain.bytes), sha256: object.facts.plain.sha256.clone() }),
+        }));
+    }
+    let (path, text) = (backup.names.manifest(), manifest_text(assignment, &backup)?);
+    let measure = compress::Measure { bytes: text.len() as u64, sha256: hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&text)) };
+    for target in &backup.targets {
+        staging.record(shared, assignment, target, &path, None).await?;
+        target.store.put(&path, text.clone()).await.map_err(|e| e.at(&target.name))?;
+        log.info(format!("stored at {}", target.store.describe(&backup.objects.first().map_or(&path, |o| &o.path))));
+        artifacts.push(NewArtifact {
+            destination: target.id,
+            database: None,
+            path: path.clone(),
+            size_bytes: as_i64(measure.bytes),
+            sha256: measure.sha256.clone(),
+            plain: None,
+        });
+    }
+    let (path, checksum) = match &backup.objects[..] {
+        [only] => (only.path.clone(), &only.facts.stored.sha256),
+        _ => (path, &measure.sha256),
+    };
+    Ok(Published {
+        job: assignment.job.id,
+        size_bytes: as_i64(backup.objects.iter().map(|o| o.facts.stored.bytes).sum()),
+        path,
+        checksum: format!("sha256:{checksum}"),
+        snapshot_at: backup.inspected.snapshot_at,
+        artifacts,
+    })
+}
+
+fn as_i64(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+fn manifest_text(assignment: &Assignment, backup: &StagedBackup) -> Result<Bytes, RunError> {
+    let manifest = Manifest {
+        format_version: FORMAT_VERSION,
+        execution_id: assignment.claim.execution.to_string(),
+        trace_id: assignment.trace.trace_id().map(str::to_owned),
+        job_id: assignment.job.id.to_string(),
+        job: assignment.job_slug.clone(),
+        engine: assignment.source.engine.as_str(),
+        server_version: backup.inspected.server_version.clone(),
+        tool_version: backup.inspected.tool_version.clone(),
+        snapshot_at: backup.inspected.snapshot_at,
+        compression: assignment.job.compression.as_str(),
+        recipients: Vec::new(),
+        labels: assignment.labels.clone(),
+        locked: assignment.locked,
+        objects: backup
+            .objects
+            .iter()
+            .map(|object| ManifestObject {
+                database: object.database.clone(),
+                file: object.path.rsplit('/').next().unwrap_or(&object.path).to_owned(),
+                stored_bytes: object.facts.stored.bytes,
+                stored_sha256: object.facts.stored.sha256.clone(),
+                plain_bytes: object.facts.plain.bytes,
+                plain_sha256: object.facts.plain.sha256.clone(),
+            })
+            .collect(),
+    };
+    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| RunError::give_up("internal_error", format!("the manifest could not be written: {e}")))?;
+    Ok(text.into())
+}

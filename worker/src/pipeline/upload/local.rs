@@ -1,0 +1,226 @@
+//! Local folders: `.part` file, fsync, rename, fsync of the folder.
+
+use std::{
+    io::{self, ErrorKind},
+    os::unix::fs::OpenOptionsExt,
+    path::{Component, Path, PathBuf},
+};
+
+use bytes::Bytes;
+use common::destination::LocalConfig;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use tokio::{fs, io::AsyncWriteExt};
+
+use super::{Measure, StoreError};
+
+/// Written once by the first test. A folder without it is not the store: a missing mount looks like an empty
+/// folder, and a backup written there would be on the wrong disk.
+pub const MARKER: &str = ".dbackup-store";
+
+/// A folder that backups are written to.
+#[derive(Clone, Debug)]
+pub struct LocalStore {
+    root: PathBuf,
+}
+
+impl LocalStore {
+    /// Refuses a root outside the allowed folders.
+    pub fn open(config: &LocalConfig, allowed: &[PathBuf]) -> Result<Self, StoreError> {
+        let root = &config.root;
+        let climbs = root.components().any(|c| c == Component::ParentDir);
+        // Links are followed where the folder exists, so that none leads outside.
+        let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if climbs || !allowed.iter().any(|folder| real(root).starts_with(real(folder))) {
+            let allowed: Vec<_> = allowed.iter().map(|p| p.display().to_string()).collect();
+            return Err(StoreError::give_up(
+                "path_not_allowed",
+                format!("{} is not under DBACKUP_LOCAL_PATHS of this worker ({})", root.display(), allowed.join(":")),
+            ));
+        }
+        Ok(Self { root: root.clone() })
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+
+    /// Beside the final name, hidden, so that a rename is enough and no glob over backups finds it.
+    fn part(&self, path: &str) -> PathBuf {
+        let path = self.path(path);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        path.with_file_name(format!(".{name}.part"))
+    }
+
+    /// The marker must be there.
+    pub async fn check(&self) -> Result<(), StoreError> {
+        match fs::metadata(self.root.join(MARKER)).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Err(StoreError::give_up(
+                "store_missing",
+                format!(
+                    "{} holds no {MARKER}: is the mount missing? (A new destination gets the file from its first test: POST /api/destinations/…/test)",
+                    self.root.display()
+                ),
+            )),
+            Err(error) => Err(io_error(&error, "look for the marker in", &self.root)),
+        }
+    }
+
+    /// Writes, reads and removes a small file; leaves the marker the first time.
+    pub async fn test(&self, first: bool) -> Result<String, StoreError> {
+        if first {
+            match create_private(&self.root.join(MARKER)).await {
+                Ok(mut file) => {
+                    let text = b"This folder is a DBackup destination. Backups stop when this file is missing.\n";
+                    let written = async { file.write_all(text).await?; file.sync_all().await }.await;
+                    written.map_err(|e| io_error(&e, "write the marker in", &self.root))?;
+                    sync_folder(&self.root).await.map_err(|e| io_error(&e, "sync", &self.root))?;
+                }
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(io_error(&error, "write the marker in", &self.root)),
+            }
+        }
+        self.check().await?;
+        let probe = self.root.join(format!(".dbackup-test-{}", uuid::Uuid::now_v7()));
+        let tried = async {
+            let mut file = create_private(&probe).await?;
+            file.write_all(b"test").await?;
+            file.sync_all().await
+        }
+        .await;
+        let removed = fs::remove_file(&probe).await;
+        tried.and(removed).map_err(|e| io_error(&e, "write to", &self.root))?;
+        Ok(format!("{} is writable", self.root.display()))
+    }
+
+    /// Names a file, without making it.
+    pub fn begin(&self, path: &str) -> LocalBegun {
+        LocalBegun { store: self.clone(), path: path.to_owned() }
+    }
+
+    /// A small file: part, fsync, rename, fsync of the folder.
+    pub async fn put(&self, path: &str, text: Bytes) -> Result<(), StoreError> {
+        let measure = Measure { bytes: text.len() as u64, sha256: String::new() };
+        let mut upload = self.begin(path).start().await?;
+        upload.write(text).await?;
+        upload.flush().await?;
+        upload.publish(&measure).await
+    }
+
+    /// Removes the part file and the final one. Only where the store is really mounted: otherwise the files are
+    /// elsewhere, and another worker or a later sweep finds them.
+    pub async fn remove(&self, path: &str) -> Result<(), StoreError> {
+        self.check().await?;
+        for file in [self.part(path), self.path(path)] {
+            match fs::remove_file(&file).await {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(io_error(&error, "remove", &file)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole path.
+    pub fn describe(&self, path: &str) -> String {
+        self.path(path).display().to_string()
+    }
+}
+
+/// A file that has a name but does not exist.
+pub struct LocalBegun {
+    store: LocalStore,
+    path: String,
+}
+
+impl LocalBegun {
+    /// Makes the part file; one that exists is somebody else's and an error.
+    pub async fn start(self) -> Result<LocalUpload, StoreError> {
+        let (part, path) = (self.store.part(&self.path), self.store.path(&self.path));
+        let folder = path.parent().unwrap_or(&self.store.root).to_owned();
+        if !folder.exists() {
+            // Not create_dir_all: the root itself must be there already.
+            match fs::create_dir(&folder).await {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error(&error, "make the folder", &folder)),
+                _ => sync_folder(&self.store.root).await.map_err(|e| io_error(&e, "sync", &self.store.root))?,
+            }
+        }
+        let inside = fs::canonicalize(&folder).await.map_err(|e| io_error(&e, "open", &folder))?;
+        let root = fs::canonicalize(&self.store.root).await.map_err(|e| io_error(&e, "open", &self.store.root))?;
+        if !inside.starts_with(&root) {
+            return Err(StoreError::give_up("path_not_allowed", format!("{} leads out of the destination: remove the link", folder.display())));
+        }
+        let file = create_private(&part).await.map_err(|e| io_error(&e, "make", &part))?;
+        Ok(LocalUpload { file, part, path })
+    }
+}
+
+/// A part file that is written.
+pub struct LocalUpload {
+    file: fs::File,
+    part: PathBuf,
+    path: PathBuf,
+}
+
+impl LocalUpload {
+    /// Takes the next bytes.
+    pub async fn write(&mut self, chunk: Bytes) -> Result<(), StoreError> {
+        self.file.write_all(&chunk).await.map_err(|e| io_error(&e, "write to", &self.part))
+    }
+
+    /// Forces everything to the disk. A full disk may show itself only here.
+    pub async fn flush(&mut self) -> Result<(), StoreError> {
+        let flushed = async { self.file.flush().await?; self.file.sync_all().await }.await;
+        flushed.map_err(|e| io_error(&e, "write to", &self.part))
+    }
+
+    /// Gives the file its name, unless the name is taken, and forces the folder to the disk.
+    pub async fn publish(&mut self, expected: &Measure) -> Result<(), StoreError> {
+        let length = self.file.metadata().await.map_err(|e| io_error(&e, "look at", &self.part))?.len();
+        if length != expected.bytes {
+            return Err(StoreError::retry(
+                "size_differs",
+                format!("{} has {length} bytes, but {} were written to it", self.part.display(), expected.bytes),
+            ));
+        }
+        let (part, path) = (self.part.clone(), self.path.clone());
+        let renamed = tokio::task::spawn_blocking(move || rename_new(&part, &path)).await.map_err(io::Error::other);
+        renamed.and_then(|r| r).map_err(|e| io_error(&e, "rename to", &self.path))?;
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        sync_folder(folder).await.map_err(|e| io_error(&e, "sync", folder))
+    }
+}
+
+fn rename_new(part: &Path, path: &Path) -> io::Result<()> {
+    match renameat2(AT_FDCWD, part, AT_FDCWD, path, RenameFlags::RENAME_NOREPLACE) {
+        Ok(()) => Ok(()),
+        // A file system without the flag (NFS, some FUSE). The token in the name makes a clash impossible but
+        // for a copy that somebody put there.
+        Err(nix::Error::EINVAL | nix::Error::ENOSYS | nix::Error::ENOTSUP) => match path.try_exists()? {
+            true => Err(ErrorKind::AlreadyExists.into()),
+            false => std::fs::rename(part, path),
+        },
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn create_private(path: &Path) -> io::Result<fs::File> {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    fs::OpenOptions::from(options).open(path).await
+}
+
+async fn sync_folder(path: &Path) -> io::Result<()> {
+    fs::File::open(path).await?.sync_all().await
+}
+
+fn io_error(error: &io::Error, doing: &str, path: &Path) -> StoreError {
+    let text = |hint: &str| format!("could not {doing} {}: {error}{hint}", path.display());
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => StoreError::give_up("disk_full", text("; free space or choose another destination")),
+        ErrorKind::ReadOnlyFilesystem => StoreError::give_up("read_only", text("; remount it writable")),
+        ErrorKind::PermissionDenied => StoreError::give_up("permission_denied", text("; the worker's user needs write permission there")),
+        ErrorKind::NotFound => StoreError::give_up("store_missing", text("; is the mount missing?")),
+        ErrorKind::AlreadyExists => StoreError::give_up("name_taken", text("; nothing is overwritten")),
+        _ => StoreError::retry("store_failed", text("")),
+    }
+}

@@ -1,0 +1,199 @@
+//! A run, from its claim to its recorded end:
+//!
+//! 1. read what the claim is about ([`claim::assignment`]);
+//! 2. stream the dump to every destination ([`pipeline::stream`]), nothing visible yet;
+//! 3. have a heartbeat acknowledged, then publish ([`pipeline::publish`]);
+//! 4. finish, fenced by the token ([`mod@finish`]).
+//!
+//! Whatever stops it in between (a lost lease, a cancel, the job's time limit, the end of the process) drops the
+//! stream, which kills the tools, and what was staged is cleaned away before the end is recorded.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use common::{
+    execution::{
+        Stage,
+        claim::{self, Assignment},
+        finish::{self, Ending, Finished},
+        log::Level,
+    },
+    queue::Notice,
+};
+use futures::FutureExt;
+use nix::sys::signal::Signal;
+use tracing::{Instrument, Span};
+
+use crate::{
+    backend::Claimed,
+    failure::{Class, RunError, of_stop},
+    lease::{Lease, Stop},
+    pipeline::{self, Staging},
+    run_log::RunLog,
+    service::Shared,
+};
+
+/// What a tool gets between SIGTERM and SIGKILL when somebody cancels.
+const CANCEL_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs a claim to its end.
+pub async fn run(shared: Shared, claimed: Claimed) {
+    let lease = claimed.lease.clone();
+    let (log, log_writer) = RunLog::start(shared.db.clone(), lease.clone());
+    let (ending, span) = match assignment(&shared, &lease).await {
+        Ok(assignment) => {
+            let span = span_of(&assignment, &shared);
+            let ending = attempt(&shared, &lease, &assignment, &log).instrument(span.clone()).await;
+            (ending, span)
+        }
+        Err(error) => (failed(&lease, error, &shared, 1), Span::none()),
+    };
+    tell_log(&log, &ending);
+    drop(log);
+    // The last lines are written under the lease, so before it goes.
+    let _ = log_writer.await;
+    record(&shared, &lease, ending).instrument(span).await;
+    drop(claimed);
+}
+
+async fn assignment(shared: &Shared, lease: &Lease) -> Result<Assignment, RunError> {
+    let claim = lease.claim;
+    let read = shared.db.within(common::db::ANSWER_TIMEOUT, async |conn| claim::assignment(conn, claim).await).await?;
+    read.ok_or_else(|| RunError::give_up("job_gone", "the job was deleted before its run began"))
+}
+
+fn span_of(assignment: &Assignment, shared: &Shared) -> Span {
+    let claim = assignment.claim;
+    let span = tracing::info_span!(
+        "execution",
+        otel.name = "execution.run",
+        otel.kind = "consumer",
+        execution = %claim.execution, job = %assignment.job.slug, attempt = claim.attempt,
+        slot = claim.slot, worker = %shared.config.name,
+    );
+    assignment.trace.adopt(&span);
+    span
+}
+
+/// The run itself. Every way out leaves nothing behind but what is published.
+async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, log: &RunLog) -> Ending {
+    tracing::info!("the run begins");
+    log.info(format!("attempt {} on worker {}, slot {}", assignment.claim.attempt, shared.config.name, assignment.claim.slot));
+    let staging = Staging::default();
+    let work = async {
+        let staged = pipeline::stream(shared, lease, assignment, log, &staging).await?;
+        // The last moment at which a lost lease can still keep the backup from becoming visible.
+        lease.set_stage(Stage::Verifying);
+        shared.keeper.confirm(lease).await.map_err(|_| RunError::retry("lease_lost", "the lease was lost before the backup was published"))?;
+        pipeline::publish(shared, assignment, log, &staging, staged).await
+    };
+    let work = AssertUnwindSafe(work).catch_unwind();
+    let result = {
+        tokio::pin!(work);
+        let limit = Duration::from_secs(u64::try_from(assignment.job.timeout_seconds).unwrap_or(u64::MAX));
+        tokio::select! {
+            biased;
+            stop = lease.stopped() => {
+                if stop == Stop::Cancelled {
+                    lease.groups.signal(Signal::SIGTERM);
+                    let _ = tokio::time::timeout(CANCEL_GRACE, &mut work).await;
+                }
+                Err(stop)
+            }
+            () = tokio::time::sleep(limit) => Err(Stop::TimedOut),
+            result = &mut work => Ok(result),
+        }
+        // Here the stream is dropped, and with it the tools die.
+    };
+    lease.groups.kill();
+    let error = match result {
+        Ok(Ok(Ok(published))) => return Ending::Success(Box::new(published)),
+        Ok(Ok(Err(error))) => Ok(error),
+        Ok(Err(panic)) => Ok(RunError::give_up("internal_error", format!("a bug in the worker ended the run: {}", panic_text(&*panic)))),
+        Err(stop) => Err(stop),
+    };
+    staging.discard(shared, log).await;
+    match error {
+        Ok(error) => match lease.stop_reason() {
+            Some(stop) => stopped(lease, stop, assignment),
+            None => failed(lease, error, shared, assignment.claim.attempt),
+        },
+        Err(stop) => stopped(lease, stop, assignment),
+    }
+}
+
+fn stopped(lease: &Lease, stop: Stop, assignment: &Assignment) -> Ending {
+    match of_stop(stop, lease.stage(), assignment.job.timeout_seconds) {
+        Some(failure) => Ending::Failed(failure),
+        // A lost lease records nothing either: the finish that follows is refused, or gives back a run that
+        // nobody has rescued yet.
+        None => Ending::Released,
+    }
+}
+
+fn failed(lease: &Lease, error: RunError, shared: &Shared, attempt: i32) -> Ending {
+    let class = error.class;
+    let failure = error.into_failure(lease.stage());
+    match class {
+        Class::GiveUp => Ending::Failed(failure),
+        Class::Retry => Ending::Retry(failure, retry_pause(shared.config.retry_pause, attempt)),
+    }
+}
+
+/// Doubles with each attempt, at most ten minutes, with jitter so that runs which failed together part.
+fn retry_pause(first: Duration, attempt: i32) -> Duration {
+    let doublings = u32::try_from(attempt - 1).unwrap_or(0).min(16);
+    first.saturating_mul(1 << doublings).min(Duration::from_secs(600)).mul_f64(rand::random_range(0.8..1.2))
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+fn tell_log(log: &RunLog, ending: &Ending) {
+    match ending {
+        Ending::Success(published) => {
+            log.line(Level::Success, format!("backup of {} bytes published as {}", published.size_bytes, published.path));
+        }
+        Ending::Failed(failure) => log.line(Level::Error, failure.error.clone()),
+        Ending::Retry(failure, pause) => {
+            log.line(Level::Error, failure.error.clone());
+            log.info(format!("trying again in {:.1} s, as far as the job's maxAttempts allow", pause.as_secs_f64()));
+        }
+        Ending::Released => log.info("given back to the queue"),
+    }
+}
+
+/// How long an end that the database does not take is tried again. A success is worth more patience: its
+/// objects lie in their destinations already, and nobody else can publish them.
+const RECORD_PATIENCE: Duration = Duration::from_secs(60);
+
+async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
+    let claim = lease.claim;
+    let give_up = tokio::time::Instant::now() + RECORD_PATIENCE;
+    let mut pause = Duration::from_millis(100);
+    let finished = loop {
+        match shared.db.within(Duration::from_secs(5), async |conn| finish::finish(conn, claim, &ending).await).await {
+            Ok(finished) => break Some(finished),
+            Err(error) if tokio::time::Instant::now() < give_up => {
+                tracing::warn!(execution = %claim.execution, error = &error as &dyn std::error::Error, "the end of a run could not be recorded; trying again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(2));
+            }
+            Err(error) => {
+                tracing::error!(execution = %claim.execution, error = &error as &dyn std::error::Error, "the end of a run could not be recorded; its lease runs out");
+                break None;
+            }
+        }
+    };
+    match finished {
+        Some(Finished::Ended) => tracing::info!(execution = %claim.execution, success = matches!(ending, Ending::Success(_)), "the run ended"),
+        Some(Finished::Requeued) => tracing::info!(execution = %claim.execution, "the run waits for another attempt"),
+        Some(Finished::Zombie) => tracing::warn!(execution = %claim.execution, token = %claim.token, "the lease was lost: nothing was recorded"),
+        None => {}
+    }
+    shared.keeper.drop_lease(claim.token);
+    shared.wakeups.tell(Notice::Changed(vec![claim.execution]));
+    shared.wakeups.tell(Notice::Work);
+}
+

@@ -1,0 +1,99 @@
+//! The log of a run: lines are gathered and written in batches while it goes on.
+
+use std::{sync::Arc, time::Duration};
+
+use chrono::Utc;
+use common::{
+    db::Db,
+    execution::{
+        claim::Claim,
+        log::{Level, NewLine, append},
+    },
+};
+use tokio::{sync::mpsc, task::JoinHandle};
+
+use crate::lease::Lease;
+
+/// Lines are readable at most this late.
+const GATHER: Duration = Duration::from_millis(300);
+/// Lines in one statement.
+const BATCH: usize = 200;
+/// Lines of one attempt; what a tool says beyond is counted, not kept.
+const MOST_LINES: usize = 5_000;
+
+/// Writes lines of one run.
+#[derive(Clone, Debug)]
+pub struct RunLog {
+    lease: Arc<Lease>,
+    lines: mpsc::Sender<NewLine>,
+}
+
+impl RunLog {
+    /// Starts the writing task; it ends when the last [`RunLog`] is dropped and everything is written.
+    pub fn start(db: Db, lease: Arc<Lease>) -> (Self, JoinHandle<()>) {
+        let (lines, receiver) = mpsc::channel(1024);
+        let writer = tokio::spawn(write(db, lease.claim, receiver));
+        (Self { lease, lines }, writer)
+    }
+
+    /// The claim whose log this is.
+    pub fn claim(&self) -> Claim {
+        self.lease.claim
+    }
+
+    /// A line at the run's stage.
+    pub fn line(&self, level: Level, message: impl Into<String>) {
+        self.with_details(level, message, None);
+    }
+
+    /// A line with longer text.
+    pub fn with_details(&self, level: Level, message: impl Into<String>, details: Option<String>) {
+        let message = message.into();
+        tracing::debug!(execution = %self.lease.claim.execution, level = level.as_str(), "{message}");
+        // A full channel means the database is slower than the tool's chatter: the run does not wait for its log.
+        let _ = self.lines.try_send(NewLine { at: Utc::now(), level, stage: self.lease.stage(), message, details });
+    }
+
+    /// What happens.
+    pub fn info(&self, message: impl Into<String>) {
+        self.line(Level::Info, message);
+    }
+
+    /// What somebody should look at.
+    pub fn warn(&self, message: impl Into<String>) {
+        self.line(Level::Warning, message);
+    }
+}
+
+async fn write(db: Db, claim: Claim, mut receiver: mpsc::Receiver<NewLine>) {
+    let mut batch = Vec::new();
+    let mut written = 0;
+    while receiver.recv_many(&mut batch, BATCH).await > 0 {
+        let room = MOST_LINES.saturating_sub(written);
+        if batch.len() > room {
+            batch.retain(|line| matches!(line.level, Level::Error | Level::Success));
+        }
+        if !batch.is_empty() {
+            store(&db, claim, &batch).await;
+        }
+        written += batch.len();
+        batch.clear();
+        if !receiver.is_closed() {
+            tokio::time::sleep(GATHER).await;
+        }
+    }
+}
+
+async fn store(db: &Db, claim: Claim, batch: &[NewLine]) {
+    for _ in 0..3 {
+        match db.within(Duration::from_secs(5), async |conn| append(conn, claim.token, batch).await).await {
+            Ok(true) => return,
+            // Another worker has the run; its log is not ours to write.
+            Ok(false) => return,
+            Err(error) => {
+                tracing::warn!(execution = %claim.execution, error = &error as &dyn std::error::Error, "log lines could not be written");
+                tokio::time::sleep(GATHER).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! One worker from start to drain.
+
+use std::{sync::Arc, time::Duration};
+
+use apalis::{layers::WorkerBuilderExt, prelude::*};
+use common::{db::Db, execution::ticker, queue::Wakeups, seal::SealKey};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backend::{Claimed, LeaseBackend},
+    config::WorkerConfig,
+    keeper::Keeper,
+    lease::Stop,
+    run, sweeper, tester,
+};
+
+/// What every run of a worker uses.
+#[derive(Clone)]
+pub struct Shared {
+    /// Its configuration.
+    pub config: Arc<WorkerConfig>,
+    /// The database.
+    pub db: Db,
+    /// Opens secrets.
+    pub key: Arc<SealKey>,
+    /// Tells the others.
+    pub wakeups: Wakeups,
+    /// Keeps the leases.
+    pub keeper: Arc<Keeper>,
+}
+
+/// Extra time after the drain for runs to clean up behind themselves.
+const CLEAN_UP: Duration = Duration::from_secs(10);
+
+/// Works until `stop`, then claims nothing more, lets runs go on for the drain time, gives the rest back, and
+/// returns when the last one is recorded.
+pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wakeups, stop: CancellationToken) {
+    let config = Arc::new(config);
+    let end = CancellationToken::new();
+    let keeper = match Keeper::start(db.clone(), config.timing, &wakeups, end.clone()) {
+        Ok(keeper) => keeper,
+        Err(error) => {
+            tracing::error!(%error, "the worker could not start a thread");
+            return;
+        }
+    };
+    let shared = Shared { config: config.clone(), db: db.clone(), key, wakeups: wakeups.clone(), keeper: keeper.clone() };
+    tokio::spawn(ticker::run(db.clone(), config.timing, wakeups.clone(), stop.clone()));
+    tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
+    tokio::spawn(stop.clone().run_until_cancelled_owned(tester::run(shared.clone())));
+    tracing::info!(
+        worker = config.name, concurrency = config.concurrency, pools = ?config.pools,
+        lease_ms = config.timing.lease.as_millis(), "the worker claims executions"
+    );
+
+    let backend = LeaseBackend::start(config.clone(), db, keeper.clone(), wakeups, stop.clone());
+    let worker = WorkerBuilder::new(config.name.as_str())
+        .backend(backend)
+        .concurrency(config.concurrency)
+        .catch_panic()
+        .data(shared.clone())
+        .build(handle);
+    let signal = {
+        let stop = stop.clone();
+        async move {
+            stop.cancelled().await;
+            Ok::<(), std::io::Error>(())
+        }
+    };
+    let running = tokio::spawn(worker.run_until(signal));
+    stop.cancelled().await;
+    drain(&shared).await;
+    end.cancel();
+    running.abort();
+    tracing::info!(worker = config.name, "the worker stopped");
+}
+
+async fn handle(claimed: Claimed, shared: Data<Shared>) -> Result<(), BoxDynError> {
+    // A task of its own: apalis drops its futures when it stops, and a run must still record its end.
+    tokio::spawn(run::run((*shared).clone(), claimed)).await.map_err(Into::into)
+}
+
+/// Waits for the runs; those that need longer than the drain time are given back.
+async fn drain(shared: &Shared) {
+    let runs = shared.keeper.all().len();
+    if runs > 0 {
+        tracing::info!(runs, "waiting at most {} s for runs to end", shared.config.drain.as_secs());
+    }
+    if tokio::time::timeout(shared.config.drain, all_gone(shared)).await.is_ok() {
+        return;
+    }
+    for lease in shared.keeper.all() {
+        lease.stop(Stop::Released);
+    }
+    if tokio::time::timeout(CLEAN_UP, all_gone(shared)).await.is_err() {
+        for lease in shared.keeper.all() {
+            tracing::warn!(execution = %lease.claim.execution, "not recorded in time; its lease runs out and another worker takes it");
+            lease.cut();
+        }
+    }
+}
+
+async fn all_gone(shared: &Shared) {
+    while !shared.keeper.all().is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
