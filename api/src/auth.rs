@@ -47,14 +47,15 @@ fn unauthorized(code: &'static str, error: &str) -> ApiError {
 }
 
 fn presented(headers: &HeaderMap) -> Result<PlainKey, ApiError> {
-    let value = headers.get(header::AUTHORIZATION).ok_or_else(|| {
-        unauthorized("key_missing", "no API key: send the header 'Authorization: Bearer dbm_…'")
-    })?;
+    let value = headers
+        .get(header::AUTHORIZATION)
+        .ok_or_else(|| unauthorized("key_missing", "no API key: send the header 'Authorization: Bearer dbm_…'"))?;
     let text = value.to_str().ok().and_then(|v| {
         let (scheme, token) = v.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
     });
-    text.and_then(PlainKey::parse).ok_or_else(|| unauthorized("key_invalid", "invalid API key: it should begin with dbm_ and be copied whole"))
+    text.and_then(PlainKey::parse)
+        .ok_or_else(|| unauthorized("key_invalid", "invalid API key: it should begin with dbm_ and be copied whole"))
 }
 
 /// Lets a request pass when its key holds `permission`.

@@ -24,7 +24,9 @@ pub const TRACE_ID: &str = "x-trace-id";
 pub struct RequestId(pub String);
 
 fn request_id(headers: &HeaderMap) -> RequestId {
-    let sane = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b));
+    let sane = |id: &&str| {
+        (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b))
+    };
     let given = headers.get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(sane);
     RequestId(given.map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned))
 }

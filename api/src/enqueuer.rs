@@ -58,7 +58,9 @@ async fn group(db: Db, wakeups: Wakeups, mut receiver: mpsc::Receiver<Waiting>) 
             // One of them is bad in a way that nobody foresaw: the others must not suffer.
             Err(_) => {
                 for (request, answer) in requests.into_iter().zip(answers) {
-                    let alone = db.within(ANSWER_TIMEOUT, async |conn| enqueue(conn, std::slice::from_ref(&request)).await).await;
+                    let alone = db
+                        .within(ANSWER_TIMEOUT, async |conn| enqueue(conn, std::slice::from_ref(&request)).await)
+                        .await;
                     let outcome = alone.map_err(ApiError::from).map(|mut outcomes| outcomes.remove(0));
                     if let Ok(outcome) = &outcome {
                         tell(&wakeups, std::slice::from_ref(outcome));

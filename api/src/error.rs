@@ -53,7 +53,8 @@ impl ApiError {
     /// 400: the body is not what it should be.
     pub fn malformed(field: impl Into<String>, message: impl Into<String>) -> Self {
         let problem = FieldProblem::new(field, message);
-        let mut error = Self::new(StatusCode::BAD_REQUEST, "malformed", format!("{}: {}", problem.field, problem.message));
+        let mut error =
+            Self::new(StatusCode::BAD_REQUEST, "malformed", format!("{}: {}", problem.field, problem.message));
         error.body.fields = vec![problem];
         error
     }
@@ -95,21 +96,35 @@ impl From<DbError> for ApiError {
         match error.constraint() {
             Some(name) => match of_constraint(name) {
                 Some(error) => return error,
-                None => tracing::error!(constraint = name, error = &error as &dyn std::error::Error, "a constraint has no answer of its own"),
+                None => tracing::error!(
+                    constraint = name,
+                    error = &error as &dyn std::error::Error,
+                    "a constraint has no answer of its own"
+                ),
             },
             None if error.is_passing() => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "the database is away");
-                return ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", "the database does not answer; try again").retry_after(2);
+                return ApiError::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "database_away",
+                    "the database does not answer; try again",
+                )
+                .retry_after(2);
             }
             None => tracing::error!(error = &error as &dyn std::error::Error, "a statement failed"),
         }
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "internal error; the log has it under this requestId")
+        ApiError::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal_error",
+            "internal error; the log has it under this requestId",
+        )
     }
 }
 
 /// Constraints are named so that they map to answers.
 fn of_constraint(name: &str) -> Option<ApiError> {
-    let taken = |what: &str| Some(ApiError::conflict("slug_taken", format!("another {what} has this slug: choose another")));
+    let taken =
+        |what: &str| Some(ApiError::conflict("slug_taken", format!("another {what} has this slug: choose another")));
     let field = |field: &str, message: &str| Some(ApiError::invalid(vec![FieldProblem::new(field, message)]));
     match name {
         "sources_slug_unique" => taken("source"),

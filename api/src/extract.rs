@@ -95,14 +95,18 @@ pub const MAX_LIMIT: i64 = 1000;
 /// A limit that a client gave.
 pub fn limit(limit: Option<i64>) -> Result<Option<i64>, ApiError> {
     match limit {
-        Some(n) if !(1..=MAX_LIMIT).contains(&n) => Err(ApiError::malformed("limit", format!("must be between 1 and {MAX_LIMIT}"))),
+        Some(n) if !(1..=MAX_LIMIT).contains(&n) => {
+            Err(ApiError::malformed("limit", format!("must be between 1 and {MAX_LIMIT}")))
+        }
         limit => Ok(limit),
     }
 }
 
 /// A cursor that an earlier page gave.
 pub fn cursor<T: std::str::FromStr>(cursor: Option<&str>) -> Result<Option<T>, ApiError> {
-    cursor.map(|text| text.parse().map_err(|_| ApiError::malformed("cursor", "is not one that a list gave"))).transpose()
+    cursor
+        .map(|text| text.parse().map_err(|_| ApiError::malformed("cursor", "is not one that a list gave")))
+        .transpose()
 }
 
 impl ListQuery {
@@ -119,7 +123,8 @@ impl ListQuery {
     /// `label=name=value`, or `label=name:value`.
     pub fn labels(&self) -> Result<common::label::Labels, ApiError> {
         let Some(label) = &self.label else { return Ok(Default::default()) };
-        let (name, value) = label.split_once(['=', ':']).ok_or_else(|| ApiError::malformed("label", "must be name=value"))?;
+        let (name, value) =
+            label.split_once(['=', ':']).ok_or_else(|| ApiError::malformed("label", "must be name=value"))?;
         Ok([(name.to_owned(), value.to_owned())].into())
     }
 }

@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
-use common::{db::{ANSWER_TIMEOUT, Db}, queue::Wakeups, seal::SealKey};
+use common::{
+    db::{ANSWER_TIMEOUT, Db},
+    queue::Wakeups,
+    seal::SealKey,
+};
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
@@ -31,7 +35,10 @@ impl AppState {
     }
 
     /// Asks the database, within the time that a client waits anyway.
-    pub async fn ask<T>(&self, ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>) -> Result<T, ApiError> {
+    pub async fn ask<T>(
+        &self,
+        ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, ApiError> {
         self.db.within(ANSWER_TIMEOUT, ask).await.map_err(ApiError::from)
     }
 }

@@ -37,10 +37,7 @@ pub enum EmbeddedError {
     Config(#[from] ConfigError),
     /// A file or process could not be made.
     #[error("could not {doing}: {source}")]
-    Io {
-        doing: String,
-        source: io::Error,
-    },
+    Io { doing: String, source: io::Error },
     /// A program of PostgreSQL failed.
     #[error("{0}")]
     Failed(String),
@@ -98,7 +95,10 @@ impl Embedded {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        tracing::warn!(pid = self.pid.as_raw(), "the private PostgreSQL did not stop in time; it is left running and adopted at the next start");
+        tracing::warn!(
+            pid = self.pid.as_raw(),
+            "the private PostgreSQL did not stop in time; it is left running and adopted at the next start"
+        );
     }
 }
 
@@ -107,13 +107,29 @@ impl Layout {
         let bin = newest_bin()?;
         let user = if nix::unistd::geteuid().is_root() {
             let user = User::from_name("postgres").ok().flatten();
-            Some(user.ok_or_else(|| ConfigError("PostgreSQL refuses to run as root, and there is no user postgres: install the postgresql package".into()))?)
+            Some(user.ok_or_else(|| {
+                ConfigError(
+                    "PostgreSQL refuses to run as root, and there is no user postgres: install the postgresql package"
+                        .into(),
+                )
+            })?)
         } else {
             None
         };
-        let layout = Self { bin, cluster: folder.join("pg"), socket: folder.join(SOCKET_FOLDER), log: folder.join("postgres.log"), user };
+        let layout = Self {
+            bin,
+            cluster: folder.join("pg"),
+            socket: folder.join(SOCKET_FOLDER),
+            log: folder.join("postgres.log"),
+            user,
+        };
         if layout.socket.as_os_str().len() > MAX_SOCKET_FOLDER {
-            return Err(ConfigError(format!("--data (DBACKUP_DATA): {} is too long for a Unix socket; at most {} characters", folder.display(), MAX_SOCKET_FOLDER - "/run".len())).into());
+            return Err(ConfigError(format!(
+                "--data (DBACKUP_DATA): {} is too long for a Unix socket; at most {} characters",
+                folder.display(),
+                MAX_SOCKET_FOLDER - "/run".len()
+            ))
+            .into());
         }
         layout.check_reachable(folder)?;
         for path in [&layout.cluster, &layout.socket] {
@@ -127,7 +143,8 @@ impl Layout {
 
     fn give(&self, path: &Path) -> Result<(), EmbeddedError> {
         match &self.user {
-            Some(user) => chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw())).map_err(io_error(format!("give {} to postgres", path.display()))),
+            Some(user) => chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
+                .map_err(io_error(format!("give {} to postgres", path.display()))),
             None => Ok(()),
         }
     }
@@ -138,7 +155,9 @@ impl Layout {
         for path in folder.ancestors() {
             let Ok(metadata) = fs::metadata(path) else { continue };
             let mode = metadata.permissions().mode();
-            let may = mode & 0o001 != 0 || (metadata.uid() == user.uid.as_raw() && mode & 0o100 != 0) || (metadata.gid() == user.gid.as_raw() && mode & 0o010 != 0);
+            let may = mode & 0o001 != 0
+                || (metadata.uid() == user.uid.as_raw() && mode & 0o100 != 0)
+                || (metadata.gid() == user.gid.as_raw() && mode & 0o010 != 0);
             if !may {
                 return Err(ConfigError(format!("--data (DBACKUP_DATA): the user postgres cannot enter {}: run chmod o+x on it or choose another folder", path.display())).into());
             }
@@ -149,7 +168,12 @@ impl Layout {
     #[allow(clippy::disallowed_methods, reason = "PostgreSQL's own programs, started by an administrator's command")]
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(self.bin.join(program));
-        command.current_dir("/").env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("LC_ALL", "C.UTF-8").env("TZ", "UTC");
+        command
+            .current_dir("/")
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("LC_ALL", "C.UTF-8")
+            .env("TZ", "UTC");
         if let Some(user) = &self.user {
             command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         }
@@ -181,18 +205,34 @@ impl Layout {
         let output = output.map_err(io_error("run initdb"))?;
         if !output.status.success() {
             let _ = fs::remove_dir_all(&self.cluster);
-            return Err(EmbeddedError::Failed(format!("initdb failed: {}", String::from_utf8_lossy(&output.stderr).trim())));
+            return Err(EmbeddedError::Failed(format!(
+                "initdb failed: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            )));
         }
         Ok(())
     }
 
     fn spawn(&self) -> Result<Child, EmbeddedError> {
-        let log = fs::OpenOptions::new().create(true).append(true).open(&self.log).map_err(io_error(format!("open {}", self.log.display())))?;
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .map_err(io_error(format!("open {}", self.log.display())))?;
         let errors = log.try_clone().map_err(io_error("open the log twice"))?;
         self.command("postgres")
             .arg("-D")
             .arg(&self.cluster)
-            .args(["-c", "listen_addresses=", "-c", "unix_socket_permissions=0700", "-c", "max_connections=100", "-p", "5432"])
+            .args([
+                "-c",
+                "listen_addresses=",
+                "-c",
+                "unix_socket_permissions=0700",
+                "-c",
+                "max_connections=100",
+                "-p",
+                "5432",
+            ])
             .arg("-k")
             .arg(&self.socket)
             .stdin(Stdio::null())
@@ -227,7 +267,11 @@ impl Layout {
                 let log = fs::read_to_string(&self.log).unwrap_or_default();
                 let last: Vec<&str> = log.lines().rev().take(5).collect();
                 let last: Vec<&str> = last.into_iter().rev().collect();
-                return Err(EmbeddedError::Failed(format!("PostgreSQL did not start; the end of {}:\n{}", self.log.display(), last.join("\n"))));
+                return Err(EmbeddedError::Failed(format!(
+                    "PostgreSQL did not start; the end of {}:\n{}",
+                    self.log.display(),
+                    last.join("\n")
+                )));
             }
             std::thread::sleep(Duration::from_millis(20));
         }

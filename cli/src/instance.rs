@@ -7,7 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use common::{config::{self, ConfigError}, db::{Db, StartError}, seal::SealKey};
+use common::{
+    config::{self, ConfigError},
+    db::{Db, StartError},
+    seal::SealKey,
+};
 use secrecy::{ExposeSecret, SecretString};
 
 /// File in the folder that holds what another process needs to join.
@@ -27,7 +31,9 @@ impl InstanceSecrets {
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(ConfigError(format!("--data (DBACKUP_DATA): cannot read {}: {error}", path.display()))),
+            Err(error) => {
+                return Err(ConfigError(format!("--data (DBACKUP_DATA): cannot read {}: {error}", path.display())));
+            }
         };
         let value = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}=")));
@@ -69,13 +75,21 @@ impl Instance {
     pub fn open(data: Option<PathBuf>) -> Result<Self, StartError> {
         let (url, key) = match data {
             Some(folder) => {
-                let secrets = InstanceSecrets::read(&folder)?
-                    .ok_or_else(|| ConfigError(format!("--data (DBACKUP_DATA): {} is not an instance: start one with dbackup --data {} up", folder.display(), folder.display())))?;
+                let secrets = InstanceSecrets::read(&folder)?.ok_or_else(|| {
+                    ConfigError(format!(
+                        "--data (DBACKUP_DATA): {} is not an instance: start one with dbackup --data {} up",
+                        folder.display(),
+                        folder.display()
+                    ))
+                })?;
                 (secrets.database_url, Some(secrets.encryption_key))
             }
             None => (config::database_url()?, config::secret("DBACKUP_ENCRYPTION_KEY")?),
         };
-        let key = key.map(|text| SealKey::parse(text.expose_secret())).transpose().map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))?;
+        let key = key
+            .map(|text| SealKey::parse(text.expose_secret()))
+            .transpose()
+            .map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))?;
         Ok(Self { db: open_db(&url, 2)?, key })
     }
 }

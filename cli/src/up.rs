@@ -86,7 +86,10 @@ async fn serve(
     stop: CancellationToken,
 ) -> Result<(), StartError> {
     let db = open_db(&secrets.database_url, 24)?;
-    let key = Arc::new(SealKey::parse(secrets.encryption_key.expose_secret()).map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))?);
+    let key = Arc::new(
+        SealKey::parse(secrets.encryption_key.expose_secret())
+            .map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))?,
+    );
     common::db::start(&db, &key).await?;
     let wakeups = Wakeups::start(db.clone(), CancellationToken::new());
     let mut running = JoinSet::new();
@@ -127,8 +130,9 @@ fn worker_config(args: worker::WorkerArgs, folder: &Path) -> Result<worker::Work
 fn lock(folder: &Path) -> Result<Flock<fs::File>, StartError> {
     let path = folder.join("dbackup.lock");
     let file = fs::OpenOptions::new().create(true).write(true).truncate(false).open(&path)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| ConfigError(format!("--data (DBACKUP_DATA): another dbackup up runs on {}", folder.display())).into())
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+        ConfigError(format!("--data (DBACKUP_DATA): another dbackup up runs on {}", folder.display())).into()
+    })
 }
 
 /// The secrets of the folder, made the first time. They are written before the cluster exists: a cluster whose

@@ -50,7 +50,12 @@ pub struct Artifact {
 }
 
 /// Records what was published, within the transaction that finishes the execution.
-pub async fn insert(conn: &mut PgConnection, execution: ExecutionId, job: JobId, new: &[NewArtifact]) -> Result<(), sqlx::Error> {
+pub async fn insert(
+    conn: &mut PgConnection,
+    execution: ExecutionId,
+    job: JobId,
+    new: &[NewArtifact],
+) -> Result<(), sqlx::Error> {
     for artifact in new {
         sqlx::query!(
             "insert into artifacts (id, execution_id, job_id, destination_id, database_name, path, size_bytes, sha256, plain_bytes, plain_sha256)

@@ -72,7 +72,8 @@ pub fn secret(name: &str) -> Result<Option<SecretString>, ConfigError> {
 
 /// [`secret`], or a line that says it is missing.
 pub fn required_secret(name: &str, what: &str) -> Result<SecretString, ConfigError> {
-    secret(name)?.ok_or_else(|| ConfigError(format!("{name} is not set: {what} (or {name}_FILE, a file that holds it)")))
+    secret(name)?
+        .ok_or_else(|| ConfigError(format!("{name} is not set: {what} (or {name}_FILE, a file that holds it)")))
 }
 
 /// `DATABASE_URL`.
@@ -159,9 +160,12 @@ impl TimingArgs {
         if !(1_000..=600_000).contains(&self.lease_ms) {
             return fail(format!("DBACKUP_LEASE_MS is {} but must be between 1000 and 600000", self.lease_ms));
         }
-        for (name, value) in [("DBACKUP_POLL_MS", timing.poll), ("DBACKUP_TICKER_MS", timing.ticker),
-            ("DBACKUP_HEARTBEAT_MS", timing.heartbeat), ("DBACKUP_HEARTBEAT_TIMEOUT_MS", timing.heartbeat_timeout)]
-        {
+        for (name, value) in [
+            ("DBACKUP_POLL_MS", timing.poll),
+            ("DBACKUP_TICKER_MS", timing.ticker),
+            ("DBACKUP_HEARTBEAT_MS", timing.heartbeat),
+            ("DBACKUP_HEARTBEAT_TIMEOUT_MS", timing.heartbeat_timeout),
+        ] {
             if value < ms(10) || value > ms(60_000) {
                 return fail(format!("{name} is {} but must be between 10 and 60000", value.as_millis()));
             }
@@ -170,13 +174,16 @@ impl TimingArgs {
         if timing.heartbeat * 2 + timing.heartbeat_timeout > timing.fence {
             return fail(format!(
                 "DBACKUP_HEARTBEAT_MS ({}) is too long: twice it plus DBACKUP_HEARTBEAT_TIMEOUT_MS ({}) must not exceed DBACKUP_FENCE_MS ({})",
-                timing.heartbeat.as_millis(), timing.heartbeat_timeout.as_millis(), timing.fence.as_millis()
+                timing.heartbeat.as_millis(),
+                timing.heartbeat_timeout.as_millis(),
+                timing.fence.as_millis()
             ));
         }
         if timing.fence > timing.lease * 6 / 7 {
             return fail(format!(
                 "DBACKUP_FENCE_MS is {} but must be at most six sevenths of DBACKUP_LEASE_MS ({}): a run must be dead before its lease is",
-                timing.fence.as_millis(), timing.lease.as_millis()
+                timing.fence.as_millis(),
+                timing.lease.as_millis()
             ));
         }
         Ok(timing)

@@ -58,7 +58,10 @@ impl Shape {
                 match value {
                     Value::String(text) if text == MASK => {
                         if !merged.secrets.contains_key(&name) {
-                            problems.push(FieldProblem::new(format!("config.{name}"), "there is no stored value to keep: give it"));
+                            problems.push(FieldProblem::new(
+                                format!("config.{name}"),
+                                "there is no stored value to keep: give it",
+                            ));
                         }
                     }
                     Value::String(text) => {
@@ -108,7 +111,12 @@ impl SplitConfig {
     }
 
     /// Opens a stored row.
-    pub fn open(open: Map<String, Value>, sealed: Option<&[u8]>, key: &SealKey, context: &str) -> Result<Self, SealError> {
+    pub fn open(
+        open: Map<String, Value>,
+        sealed: Option<&[u8]>,
+        key: &SealKey,
+        context: &str,
+    ) -> Result<Self, SealError> {
         let secrets = match sealed {
             None => BTreeMap::new(),
             Some(sealed) => {
@@ -141,7 +149,9 @@ mod tests {
 
     fn stored() -> SplitConfig {
         let object = |v: Value| v.as_object().cloned().expect("object");
-        SHAPE.merge(SplitConfig::default(), object(json!({"host": "db", "username": "u", "password": "s3cret"}))).expect("valid")
+        SHAPE
+            .merge(SplitConfig::default(), object(json!({"host": "db", "username": "u", "password": "s3cret"})))
+            .expect("valid")
     }
 
     fn put(sent: Value) -> Result<SplitConfig, Vec<FieldProblem>> {

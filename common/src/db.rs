@@ -86,7 +86,10 @@ impl Db {
 
     /// A pool of one, apart from the shared one: what a listener needs.
     pub fn pool_apart(&self) -> PgPool {
-        PgPoolOptions::new().max_connections(1).acquire_timeout(Duration::from_secs(5)).connect_lazy_with(self.options.clone())
+        PgPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(Duration::from_secs(5))
+            .connect_lazy_with(self.options.clone())
     }
 
     /// Runs `ask` on a pooled connection within `limit`. When the time is up the connection is closed instead
@@ -207,11 +210,17 @@ impl DbError {
                 let code = e.code().unwrap_or_default();
                 // Connection, resources, operator intervention (shutdown, cancel, cannot connect now), locks,
                 // serialization and deadlock, and a standby that is not promoted yet.
-                ["08", "53", "57"].iter().any(|class| code.starts_with(class)) || ["55P03", "40001", "40P01", "25006"].contains(&&*code)
+                ["08", "53", "57"].iter().any(|class| code.starts_with(class))
+                    || ["55P03", "40001", "40P01", "25006"].contains(&&*code)
             }
             DbError::Sql(e) => matches!(
                 e,
-                sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed | sqlx::Error::Protocol(_)
+                sqlx::Error::Io(_)
+                    | sqlx::Error::Tls(_)
+                    | sqlx::Error::PoolTimedOut
+                    | sqlx::Error::PoolClosed
+                    | sqlx::Error::WorkerCrashed
+                    | sqlx::Error::Protocol(_)
             ),
         }
     }

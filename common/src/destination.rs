@@ -108,14 +108,21 @@ pub fn config_problems(kind: Kind, config: &SplitConfig) -> Vec<FieldProblem> {
                 }
                 if let Some(endpoint) = &s3.endpoint {
                     match url::Url::parse(endpoint) {
-                        Ok(url) if matches!(url.scheme(), "http" | "https") && url.host().is_some() && url.password().is_none() => {}
+                        Ok(url)
+                            if matches!(url.scheme(), "http" | "https")
+                                && url.host().is_some()
+                                && url.password().is_none() => {}
                         _ => refuse("endpoint", "must be a URL that begins with https:// or http://"),
                     }
                 }
                 if s3.access_key_id.is_empty() {
                     refuse("accessKeyId", "must not be empty");
                 }
-                if s3.prefix.as_deref().is_some_and(|p| p.starts_with('/') || p.split('/').any(|part| part == ".." || part == ".")) {
+                if s3
+                    .prefix
+                    .as_deref()
+                    .is_some_and(|p| p.starts_with('/') || p.split('/').any(|part| part == ".." || part == "."))
+                {
                     refuse("prefix", "must not begin with '/' or hold '.' or '..' as a part");
                 }
                 if !config.secrets.contains_key("secretAccessKey") {
@@ -247,7 +254,11 @@ impl From<Row> for Destination {
 }
 
 /// Stores a new destination; `None` when the chosen slug is taken. A slug made from the name gets a number instead.
-pub async fn create(conn: &mut PgConnection, key: &SealKey, draft: &DestinationDraft) -> Result<Option<Destination>, sqlx::Error> {
+pub async fn create(
+    conn: &mut PgConnection,
+    key: &SealKey,
+    draft: &DestinationDraft,
+) -> Result<Option<Destination>, sqlx::Error> {
     let id = DestinationId::new();
     let sealed = draft.config.seal(key, &context(id));
     for n in 0.. {
@@ -274,7 +285,12 @@ pub async fn create(conn: &mut PgConnection, key: &SealKey, draft: &DestinationD
 }
 
 /// Replaces a destination; `None` when it is gone.
-pub async fn update(conn: &mut PgConnection, key: &SealKey, id: DestinationId, draft: &DestinationDraft) -> Result<Option<Destination>, sqlx::Error> {
+pub async fn update(
+    conn: &mut PgConnection,
+    key: &SealKey,
+    id: DestinationId,
+    draft: &DestinationDraft,
+) -> Result<Option<Destination>, sqlx::Error> {
     let sealed = draft.config.seal(key, &context(id));
     let row = sqlx::query_as!(
         Row,

@@ -195,7 +195,8 @@ pub async fn create(conn: &mut PgConnection, draft: &JobDraft) -> Result<Created
     let mut inserted = false;
     for n in 0..1000 {
         let slug = draft.slug.clone().unwrap_or_else(|| crate::slug::candidate(&draft.name, n));
-        let done = sqlx::query!(
+        let done =
+            sqlx::query!(
             "insert into jobs (id, slug, name, source_id, compression, enabled, overlap, max_attempts, timeout_seconds,
                                expect_every_seconds, labels)
              values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
@@ -204,8 +205,8 @@ pub async fn create(conn: &mut PgConnection, draft: &JobDraft) -> Result<Created
             draft.overlap.as_str(), draft.max_attempts, draft.timeout_seconds, draft.expect_every_seconds,
             Json(&draft.labels) as _,
         )
-        .execute(&mut *tx)
-        .await?;
+            .execute(&mut *tx)
+            .await?;
         inserted = done.rows_affected() == 1;
         if inserted || draft.slug.is_some() {
             break;
@@ -230,8 +231,16 @@ pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Res
                 max_attempts = $8, timeout_seconds = $9, expect_every_seconds = $10, labels = $11,
                 updated_at = clock_timestamp()
           where id = $1",
-        id as _, draft.slug, draft.name, draft.source_id as _, draft.compression.as_str(), draft.enabled,
-        draft.overlap.as_str(), draft.max_attempts, draft.timeout_seconds, draft.expect_every_seconds,
+        id as _,
+        draft.slug,
+        draft.name,
+        draft.source_id as _,
+        draft.compression.as_str(),
+        draft.enabled,
+        draft.overlap.as_str(),
+        draft.max_attempts,
+        draft.timeout_seconds,
+        draft.expect_every_seconds,
         Json(&draft.labels) as _,
     )
     .execute(&mut *tx)
@@ -245,7 +254,11 @@ pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Res
     find(conn, &Reference::new(id.to_string())).await
 }
 
-async fn insert_destinations(conn: &mut PgConnection, id: JobId, destinations: &[DestinationId]) -> Result<(), sqlx::Error> {
+async fn insert_destinations(
+    conn: &mut PgConnection,
+    id: JobId,
+    destinations: &[DestinationId],
+) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "insert into job_destinations (job_id, destination_id, position)
          select $1, d.id, d.position from unnest($2::uuid[]) with ordinality as d (id, position)",

@@ -4,11 +4,7 @@
 //! lock), so a process sends one after its commits, on a connection of its own, at once and then at most every
 //! 20 ms. Nothing depends on a notice: a lost one costs one poll interval.
 
-use std::{
-    collections::BTreeSet,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use sqlx::{PgConnection, postgres::PgListener};
 use tokio::sync::{Notify, broadcast};
@@ -174,7 +170,12 @@ mod tests {
     #[test]
     fn a_notice_survives_its_way_through_the_database() {
         let id = ExecutionId::new();
-        let outbox = Outbox { work: true, test: true, changed: [id].into(), cancel: (0..400).map(|_| ExecutionId::new()).collect() };
+        let outbox = Outbox {
+            work: true,
+            test: true,
+            changed: [id].into(),
+            cancel: (0..400).map(|_| ExecutionId::new()).collect(),
+        };
         let payloads = payloads(&outbox);
         assert!(payloads.iter().all(|p| p.len() < 8000));
         let notices: Vec<Notice> = payloads.iter().map(|p| parse(p)).collect();

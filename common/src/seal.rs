@@ -74,8 +74,7 @@ impl SealKey {
         let (nonce, body) = sealed.split_at_checked(NONCE_LEN).ok_or(SealError::DoesNotOpen)?;
         let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| SealError::DoesNotOpen)?;
         let mut body = body.to_vec();
-        let plain =
-            self.0.open_in_place(nonce, Aad::from(context), &mut body).map_err(|_| SealError::DoesNotOpen)?;
+        let plain = self.0.open_in_place(nonce, Aad::from(context), &mut body).map_err(|_| SealError::DoesNotOpen)?;
         Ok(plain.to_vec())
     }
 }

@@ -51,9 +51,17 @@ mod tests {
     #[test]
     fn any_name_becomes_a_valid_slug_that_is_one_path_component() {
         let long = "x".repeat(300);
-        for name in ["Daily MySQL Backup", "../../etc/passwd", "a\nb\"c'd", "...", "", "Ünïcode", &long, "-a-",
-            "0190a5b2-0000-7000-8000-000000000000"]
-        {
+        for name in [
+            "Daily MySQL Backup",
+            "../../etc/passwd",
+            "a\nb\"c'd",
+            "...",
+            "",
+            "Ünïcode",
+            &long,
+            "-a-",
+            "0190a5b2-0000-7000-8000-000000000000",
+        ] {
             for n in 0..3 {
                 let slug = candidate(name, n);
                 assert!(is_valid(&slug), "{name:?} gave {slug:?}");

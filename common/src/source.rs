@@ -268,7 +268,11 @@ impl From<Row> for Source {
 }
 
 /// Stores a new source; `None` when the chosen slug is taken. A slug made from the name gets a number instead.
-pub async fn create(conn: &mut PgConnection, key: &SealKey, draft: &SourceDraft) -> Result<Option<Source>, sqlx::Error> {
+pub async fn create(
+    conn: &mut PgConnection,
+    key: &SealKey,
+    draft: &SourceDraft,
+) -> Result<Option<Source>, sqlx::Error> {
     let id = SourceId::new();
     let sealed = draft.config.seal(key, &context(id));
     for n in 0.. {
@@ -295,7 +299,12 @@ pub async fn create(conn: &mut PgConnection, key: &SealKey, draft: &SourceDraft)
 }
 
 /// Replaces a source; `None` when it is gone.
-pub async fn update(conn: &mut PgConnection, key: &SealKey, id: SourceId, draft: &SourceDraft) -> Result<Option<Source>, sqlx::Error> {
+pub async fn update(
+    conn: &mut PgConnection,
+    key: &SealKey,
+    id: SourceId,
+    draft: &SourceDraft,
+) -> Result<Option<Source>, sqlx::Error> {
     let sealed = draft.config.seal(key, &context(id));
     let row = sqlx::query_as!(
         Row,

@@ -78,7 +78,9 @@ pub async fn swept(conn: &mut PgConnection, litter: &Litter) -> Result<(), sqlx:
     if litter.swept_before {
         sqlx::query!("delete from staged_objects where id = $1", litter.id).execute(conn).await?;
     } else {
-        sqlx::query!("update staged_objects set swept_at = clock_timestamp() where id = $1", litter.id).execute(conn).await?;
+        sqlx::query!("update staged_objects set swept_at = clock_timestamp() where id = $1", litter.id)
+            .execute(conn)
+            .await?;
     }
     Ok(())
 }

@@ -24,7 +24,8 @@ impl Telemetry {
     /// Starts logging and tracing. `RUST_LOG` filters the log (default `info`), `DBACKUP_LOG_FORMAT` is `text`
     /// or `json`.
     pub fn start(service: &'static str) -> Result<Self, ConfigError> {
-        let mut provider = SdkTracerProvider::builder().with_resource(Resource::builder().with_service_name(service).build());
+        let mut provider =
+            SdkTracerProvider::builder().with_resource(Resource::builder().with_service_name(service).build());
         let set = |name: &str| std::env::var(name).is_ok_and(|v| !v.is_empty());
         let disabled = std::env::var("OTEL_SDK_DISABLED").is_ok_and(|v| v.eq_ignore_ascii_case("true"));
         if !disabled && (set("OTEL_EXPORTER_OTLP_ENDPOINT") || set("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")) {
@@ -43,9 +44,11 @@ impl Telemetry {
         let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
         let log = match std::env::var("DBACKUP_LOG_FORMAT").as_deref() {
             Ok("json") => log.json().with_filter(filter).boxed(),
-            Ok("text") | Err(_) => {
-                log.with_target(false).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).with_filter(filter).boxed()
-            }
+            Ok("text") | Err(_) => log
+                .with_target(false)
+                .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+                .with_filter(filter)
+                .boxed(),
             Ok(other) => return Err(ConfigError(format!("DBACKUP_LOG_FORMAT is '{other}' but must be text or json"))),
         };
         let traces = tracing_opentelemetry::layer()

@@ -50,11 +50,18 @@ pub struct LeaseBackend {
 
 impl LeaseBackend {
     /// Starts claiming, until `stop`.
-    pub fn start(config: Arc<WorkerConfig>, db: Db, keeper: Arc<Keeper>, wakeups: Wakeups, stop: CancellationToken) -> Self {
+    pub fn start(
+        config: Arc<WorkerConfig>,
+        db: Db,
+        keeper: Arc<Keeper>,
+        wakeups: Wakeups,
+        stop: CancellationToken,
+    ) -> Self {
         // A claim goes through the channel only with a permit, so this bound is never waited for.
         let (sender, claimed) = mpsc::channel(config.concurrency);
         let (own_db, own_keeper, own_wakeups) = (db.clone(), keeper.clone(), wakeups.clone());
-        let claimer = Claimer { slots: Arc::new(Semaphore::new(config.concurrency)), config, db, keeper, wakeups, stop, sender };
+        let claimer =
+            Claimer { slots: Arc::new(Semaphore::new(config.concurrency)), config, db, keeper, wakeups, stop, sender };
         tokio::spawn(claimer.run());
         Self { claimed, started: false, db: own_db, keeper: own_keeper, wakeups: own_wakeups }
     }
@@ -87,7 +94,11 @@ impl Claimer {
                 }
                 Ok(_) => pause = self.config.timing.poll,
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "could not claim; trying again in {} ms", pause.as_millis());
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "could not claim; trying again in {} ms",
+                        pause.as_millis()
+                    );
                     if self.stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                         break;
                     }
@@ -144,7 +155,8 @@ impl Claimer {
 /// Returns a claim that will not be run; its lease would run out by itself, only later.
 pub async fn give_back(db: &Db, keeper: &Keeper, wakeups: &Wakeups, lease: &Lease) {
     let claim = lease.claim;
-    let released = db.within(CLAIM_TIMEOUT, async |conn| finish::finish(conn, claim, &finish::Ending::Released).await).await;
+    let released =
+        db.within(CLAIM_TIMEOUT, async |conn| finish::finish(conn, claim, &finish::Ending::Released).await).await;
     if let Err(error) = released {
         tracing::warn!(execution = %claim.execution, error = &error as &dyn std::error::Error, "a claim could not be given back; its lease runs out");
     }

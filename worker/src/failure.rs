@@ -58,7 +58,10 @@ pub fn of_stop(stop: Stop, stage: Stage, timeout_seconds: i32) -> Option<Failure
     match stop {
         Stop::Cancelled => failure("cancelled on request".to_owned(), "cancelled", Outcome::Cancelled),
         Stop::TimedOut => failure(
-            format!("not done within the job's timeoutSeconds ({timeout_seconds}) while {}", stage.as_str().to_lowercase()),
+            format!(
+                "not done within the job's timeoutSeconds ({timeout_seconds}) while {}",
+                stage.as_str().to_lowercase()
+            ),
             "timed_out",
             Outcome::TimedOut,
         ),

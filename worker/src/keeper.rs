@@ -92,7 +92,9 @@ impl Keeper {
             let runs: Vec<Progress> = leases.iter().map(|l| l.progress()).collect();
             if !runs.is_empty() {
                 let sent = Instant::now();
-                let asked = tokio::time::timeout(self.timing.heartbeat_timeout, ask(&db, &mut conn, self.timing.lease, &runs)).await;
+                let asked =
+                    tokio::time::timeout(self.timing.heartbeat_timeout, ask(&db, &mut conn, self.timing.lease, &runs))
+                        .await;
                 match asked {
                     Ok(Ok(alive)) => {
                         self.learn(&leases, &alive, sent);
@@ -108,7 +110,11 @@ impl Keeper {
                         continue;
                     }
                     Err(_) => {
-                        tracing::warn!(runs = runs.len(), "a heartbeat was not answered within {} ms", self.timing.heartbeat_timeout.as_millis());
+                        tracing::warn!(
+                            runs = runs.len(),
+                            "a heartbeat was not answered within {} ms",
+                            self.timing.heartbeat_timeout.as_millis()
+                        );
                         conn = None;
                         continue;
                     }

@@ -29,7 +29,9 @@ async fn run(worker: WorkerConfig) -> i32 {
     let connections = u32::try_from(worker.concurrency).unwrap_or(16).clamp(4, 16);
     let db = match Db::new(url.expose_secret(), "dbackup-worker", connections) {
         Ok(db) => db,
-        Err(_) => config::exit_with(&config::ConfigError("DATABASE_URL is not understood by the PostgreSQL driver".into())),
+        Err(_) => {
+            config::exit_with(&config::ConfigError("DATABASE_URL is not understood by the PostgreSQL driver".into()))
+        }
     };
     let status = match start(worker, db, key).await {
         Ok(()) => 0,

@@ -77,13 +77,20 @@ fn span_of(assignment: &Assignment, shared: &Shared) -> Span {
 /// The run itself. Every way out leaves nothing behind but what is published.
 async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, log: &RunLog) -> Ending {
     tracing::info!("the run begins");
-    log.info(format!("attempt {} on worker {}, slot {}", assignment.claim.attempt, shared.config.name, assignment.claim.slot));
+    log.info(format!(
+        "attempt {} on worker {}, slot {}",
+        assignment.claim.attempt, shared.config.name, assignment.claim.slot
+    ));
     let staging = Staging::default();
     let work = async {
         let staged = pipeline::stream(shared, lease, assignment, log, &staging).await?;
         // The last moment at which a lost lease can still keep the backup from becoming visible.
         lease.set_stage(Stage::Verifying);
-        shared.keeper.confirm(lease).await.map_err(|_| RunError::retry("lease_lost", "the lease was lost before the backup was published"))?;
+        shared
+            .keeper
+            .confirm(lease)
+            .await
+            .map_err(|_| RunError::retry("lease_lost", "the lease was lost before the backup was published"))?;
         pipeline::publish(shared, assignment, log, &staging, staged).await
     };
     let work = AssertUnwindSafe(work).catch_unwind();
@@ -108,7 +115,10 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
     let error = match result {
         Ok(Ok(Ok(published))) => return Ending::Success(Box::new(published)),
         Ok(Ok(Err(error))) => Ok(error),
-        Ok(Err(panic)) => Ok(RunError::give_up("internal_error", format!("a bug in the worker ended the run: {}", panic_text(&*panic)))),
+        Ok(Err(panic)) => Ok(RunError::give_up(
+            "internal_error",
+            format!("a bug in the worker ended the run: {}", panic_text(&*panic)),
+        )),
         Err(stop) => Err(stop),
     };
     staging.discard(shared, log).await;
@@ -153,7 +163,10 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 fn tell_log(log: &RunLog, ending: &Ending) {
     match ending {
         Ending::Success(published) => {
-            log.line(Level::Success, format!("backup of {} bytes published as {}", published.size_bytes, published.path));
+            log.line(
+                Level::Success,
+                format!("backup of {} bytes published as {}", published.size_bytes, published.path),
+            );
         }
         Ending::Failed(failure) => log.line(Level::Error, failure.error.clone()),
         Ending::Retry(failure, pause) => {
@@ -187,13 +200,16 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
         }
     };
     match finished {
-        Some(Finished::Ended) => tracing::info!(execution = %claim.execution, success = matches!(ending, Ending::Success(_)), "the run ended"),
+        Some(Finished::Ended) => {
+            tracing::info!(execution = %claim.execution, success = matches!(ending, Ending::Success(_)), "the run ended")
+        }
         Some(Finished::Requeued) => tracing::info!(execution = %claim.execution, "the run waits for another attempt"),
-        Some(Finished::Zombie) => tracing::warn!(execution = %claim.execution, token = %claim.token, "the lease was lost: nothing was recorded"),
+        Some(Finished::Zombie) => {
+            tracing::warn!(execution = %claim.execution, token = %claim.token, "the lease was lost: nothing was recorded")
+        }
         None => {}
     }
     shared.keeper.drop_lease(claim.token);
     shared.wakeups.tell(Notice::Changed(vec![claim.execution]));
     shared.wakeups.tell(Notice::Work);
 }
-

@@ -68,7 +68,9 @@ impl RunLog {
 async fn write(db: Db, claim: Claim, mut receiver: mpsc::Receiver<NewLine>) {
     let mut batch = Vec::new();
     let mut written = 0;
-    while receiver.recv_many(&mut batch, BATCH).await > 0 {
+    let mut open = true;
+    while open && receiver.recv_many(&mut batch, BATCH).await > 0 {
+        open = gather(&mut receiver, &mut batch).await;
         let room = MOST_LINES.saturating_sub(written);
         if batch.len() > room {
             batch.retain(|line| matches!(line.level, Level::Error | Level::Success));
@@ -78,10 +80,21 @@ async fn write(db: Db, claim: Claim, mut receiver: mpsc::Receiver<NewLine>) {
         }
         written += batch.len();
         batch.clear();
-        if !receiver.is_closed() {
-            tokio::time::sleep(GATHER).await;
+    }
+}
+
+/// Adds what comes within [`GATHER`]; `false` when nothing more will come.
+async fn gather(receiver: &mut mpsc::Receiver<NewLine>, batch: &mut Vec<NewLine>) -> bool {
+    let until = tokio::time::Instant::now() + GATHER;
+    while batch.len() < BATCH {
+        let room = BATCH - batch.len();
+        match tokio::time::timeout_at(until, receiver.recv_many(batch, room)).await {
+            Ok(0) => return false,
+            Ok(_) => {}
+            Err(_) => return true,
         }
     }
+    true
 }
 
 async fn store(db: &Db, claim: Claim, batch: &[NewLine]) {

@@ -44,7 +44,8 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
             return;
         }
     };
-    let shared = Shared { config: config.clone(), db: db.clone(), key, wakeups: wakeups.clone(), keeper: keeper.clone() };
+    let shared =
+        Shared { config: config.clone(), db: db.clone(), key, wakeups: wakeups.clone(), keeper: keeper.clone() };
     tokio::spawn(ticker::run(db.clone(), config.timing, wakeups.clone(), stop.clone()));
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(tester::run(shared.clone())));

@@ -12,7 +12,10 @@ pub async fn run(shared: Shared) {
     let mut told = HashMap::new();
     loop {
         tokio::time::sleep(shared.config.timing.ticker.mul_f64(rand::random_range(1.0..2.0))).await;
-        let due = shared.db.within(Duration::from_secs(5), async |conn| staged_object::due(conn, &shared.config.pools).await).await;
+        let due = shared
+            .db
+            .within(Duration::from_secs(5), async |conn| staged_object::due(conn, &shared.config.pools).await)
+            .await;
         let Ok(due) = due else { continue };
         for litter in due {
             if let Err(error) = sweep(&shared, &litter).await {
@@ -32,10 +35,16 @@ pub async fn run(shared: Shared) {
 async fn sweep(shared: &Shared, litter: &staged_object::Litter) -> Result<(), String> {
     let limit = Duration::from_secs(5);
     let reference = Reference::new(litter.destination.to_string());
-    let destination = shared.db.within(limit, async |conn| destination::find(conn, &reference).await).await.map_err(|e| e.to_string())?;
+    let destination = shared
+        .db
+        .within(limit, async |conn| destination::find(conn, &reference).await)
+        .await
+        .map_err(|e| e.to_string())?;
     if let Some(destination) = destination {
         let store = open_store(shared, &destination).map_err(|e| e.message)?;
-        let removed = tokio::time::timeout(Duration::from_secs(60), store.remove(&litter.path, litter.upload_id.as_deref())).await;
+        let removed =
+            tokio::time::timeout(Duration::from_secs(60), store.remove(&litter.path, litter.upload_id.as_deref()))
+                .await;
         removed.map_err(|_| "no answer within 60 s".to_owned())?.map_err(|e| e.message)?;
         tracing::info!(path = litter.path, execution = %litter.execution, destination = destination.slug, "removed what an attempt left behind");
     }

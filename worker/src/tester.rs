@@ -26,7 +26,10 @@ const LIMIT: Duration = Duration::from_secs(9);
 pub async fn run(shared: Shared) {
     let mut notices = shared.wakeups.subscribe();
     loop {
-        let taken = shared.db.within(Duration::from_secs(5), async |conn| connection_test::take(conn, &shared.config.pools).await).await;
+        let taken = shared
+            .db
+            .within(Duration::from_secs(5), async |conn| connection_test::take(conn, &shared.config.pools).await)
+            .await;
         match taken {
             Ok(Some((id, target))) => {
                 // Not awaited: one slow server must not hold up the next question.
@@ -66,7 +69,8 @@ async fn answer(shared: Shared, id: uuid::Uuid, target: Target) {
         duration_ms: i64::try_from(began.elapsed().as_millis()).unwrap_or(i64::MAX),
         worker: shared.config.name.clone(),
     };
-    let replied: Result<(), DbError> = shared.db.within(Duration::from_secs(5), async |conn| connection_test::reply(conn, id, &result).await).await;
+    let replied: Result<(), DbError> =
+        shared.db.within(Duration::from_secs(5), async |conn| connection_test::reply(conn, id, &result).await).await;
     if let Err(error) = replied {
         tracing::warn!(error = &error as &dyn std::error::Error, "the answer to a connection test could not be stored");
     }
@@ -78,10 +82,20 @@ async fn test(shared: &Shared, target: Target, groups: &ProcessGroups) -> Result
     match target {
         Target::Source(id) => {
             let reference = Reference::new(id.to_string());
-            let source = shared.db.within(Duration::from_secs(5), async |conn| source::find(conn, &reference).await).await?.ok_or_else(gone)?;
-            let access = source.access(&shared.key).map_err(|e| RunError::give_up("secret_unreadable", e.to_string()))?;
+            let source = shared
+                .db
+                .within(Duration::from_secs(5), async |conn| source::find(conn, &reference).await)
+                .await?
+                .ok_or_else(gone)?;
+            let access =
+                source.access(&shared.key).map_err(|e| RunError::give_up("secret_unreadable", e.to_string()))?;
             let (inspected, warning) = Dump::new(&shared.config, access).look(groups).await?;
-            let mut message = format!("{} database(s), about {} bytes, dumped with {}", inspected.databases.len(), inspected.estimate(), inspected.tool_version);
+            let mut message = format!(
+                "{} database(s), about {} bytes, dumped with {}",
+                inspected.databases.len(),
+                inspected.estimate(),
+                inspected.tool_version
+            );
             if let Some(warning) = warning {
                 message = format!("{message}; {warning}");
             }
@@ -89,7 +103,11 @@ async fn test(shared: &Shared, target: Target, groups: &ProcessGroups) -> Result
         }
         Target::Destination(id) => {
             let reference = Reference::new(id.to_string());
-            let destination = shared.db.within(Duration::from_secs(5), async |conn| destination::find(conn, &reference).await).await?.ok_or_else(gone)?;
+            let destination = shared
+                .db
+                .within(Duration::from_secs(5), async |conn| destination::find(conn, &reference).await)
+                .await?
+                .ok_or_else(gone)?;
             let store = open_store(shared, &destination)?;
             let message = store.test(destination.ready_at.is_none()).await.map_err(|e| e.at(&destination.slug))?;
             shared.db.within(Duration::from_secs(5), async |conn| destination::mark_ready(conn, id).await).await?;

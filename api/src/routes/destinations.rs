@@ -1,11 +1,6 @@
 //! `/api/destinations`.
 
-use axum::{
-    Json,
-    extract::State,
-    http::Uri,
-    response::Response,
-};
+use axum::{Json, extract::State, http::Uri, response::Response};
 use common::{
     connection::SplitConfig,
     connection_test::Target,
@@ -37,8 +32,12 @@ pub struct DestinationBody {
 
 impl DestinationBody {
     fn draft(self, stored: Option<(Destination, SplitConfig)>) -> Result<DestinationDraft, ApiError> {
-        let (old, config) = stored.map_or((None, SplitConfig::default()), |(destination, config)| (Some(destination), config));
-        let kind = self.kind.or(old.as_ref().map(|o| o.kind)).ok_or_else(|| ApiError::malformed("kind", "is required: local or s3"))?;
+        let (old, config) =
+            stored.map_or((None, SplitConfig::default()), |(destination, config)| (Some(destination), config));
+        let kind = self
+            .kind
+            .or(old.as_ref().map(|o| o.kind))
+            .ok_or_else(|| ApiError::malformed("kind", "is required: local or s3"))?;
         let draft = DestinationDraft {
             name: self.name.or(old.as_ref().map(|o| o.name.clone())).unwrap_or_default(),
             slug: self.slug,
@@ -65,7 +64,11 @@ async fn find(state: &AppState, segment: String) -> Result<Destination, ApiError
 }
 
 /// A page of destinations.
-pub async fn list(State(state): State<AppState>, uri: Uri, Query(query): Query<ListQuery>) -> Result<Response, ApiError> {
+pub async fn list(
+    State(state): State<AppState>,
+    uri: Uri,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
     let filter = Filter { labels: query.labels()?, limit: query.limit()?, cursor: query.cursor()?, name: query.name };
     let rows = state.ask(async |conn| destination::list(conn, &filter).await).await?;
     Ok(page(&rows, &uri, false))
@@ -75,7 +78,8 @@ pub async fn list(State(state): State<AppState>, uri: Uri, Query(query): Query<L
 pub async fn create(State(state): State<AppState>, Body(body): Body<DestinationBody>) -> Result<Response, ApiError> {
     let draft = body.draft(None)?;
     let made = state.ask(async |conn| destination::create(conn, &state.key, &draft).await).await?;
-    let made = made.ok_or_else(|| ApiError::conflict("slug_taken", "another destination has this slug: choose another"))?;
+    let made =
+        made.ok_or_else(|| ApiError::conflict("slug_taken", "another destination has this slug: choose another"))?;
     Ok(created(&made))
 }
 
@@ -85,12 +89,19 @@ pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<
 }
 
 /// Changes some fields.
-pub async fn update(State(state): State<AppState>, Segment(id): Segment, Body(body): Body<DestinationBody>) -> Result<Json<Value>, ApiError> {
+pub async fn update(
+    State(state): State<AppState>,
+    Segment(id): Segment,
+    Body(body): Body<DestinationBody>,
+) -> Result<Json<Value>, ApiError> {
     let old = find(&state, id).await?;
     let id = old.id;
     let config = old.open_config(&state.key).map_err(|error| {
         tracing::error!(%error, destination = %id, "stored secrets do not open");
-        ApiError::conflict("secret_unreadable", "the stored secrets do not open with this encryption key: delete the destination and make it anew")
+        ApiError::conflict(
+            "secret_unreadable",
+            "the stored secrets do not open with this encryption key: delete the destination and make it anew",
+        )
     })?;
     let draft = body.draft(Some((old, config)))?;
     let updated = state.ask(async |conn| destination::update(conn, &state.key, id, &draft).await).await?;
@@ -102,7 +113,9 @@ pub async fn delete(State(state): State<AppState>, Segment(id): Segment) -> Resu
     let id = find(&state, id).await?.id;
     let deleted = state.db.within(common::db::ANSWER_TIMEOUT, async |conn| destination::delete(conn, id).await).await;
     match deleted {
-        Err(error) if error.constraint() == Some("job_destinations_destination_exists") => Err(ApiError::conflict("in_use", "a job uses this destination: delete the job first")),
+        Err(error) if error.constraint() == Some("job_destinations_destination_exists") => {
+            Err(ApiError::conflict("in_use", "a job uses this destination: delete the job first"))
+        }
         Err(error) => Err(error.into()),
         Ok(false) => Err(ApiError::not_found("Destination", "destination_not_found")),
         Ok(true) => Ok(Json(json!({ "success": true }))),

@@ -52,7 +52,8 @@ static IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-r
 fn idempotency(headers: &HeaderMap, caller: &Caller, body: &[u8]) -> Result<Option<Idempotency>, ApiError> {
     let Some(value) = headers.get(&IDEMPOTENCY_KEY) else { return Ok(None) };
     let key = value.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
-    let key = key.ok_or_else(|| ApiError::malformed("Idempotency-Key", "must have 1 to 255 printable ASCII characters"))?;
+    let key =
+        key.ok_or_else(|| ApiError::malformed("Idempotency-Key", "must have 1 to 255 printable ASCII characters"))?;
     Ok(Some(Idempotency { api_key: caller.key().id, key: key.to_owned(), body_hash: Sha256::digest(body).to_vec() }))
 }
 
@@ -98,14 +99,18 @@ pub async fn trigger(
             "this Idempotency-Key was used with another body: use a new key for a new request",
         )),
         Enqueued::JobNotFound => Err(ApiError::not_found("Job", "job_not_found")),
-        Enqueued::Active(id) => Err(ApiError::conflict("already_active", "a run of this job is active and its overlap is 'reject'").with_execution(id)),
+        Enqueued::Active(id) => {
+            Err(ApiError::conflict("already_active", "a run of this job is active and its overlap is 'reject'")
+                .with_execution(id))
+        }
         Enqueued::JobQueueFull(cap) => Err(queue_full(&format!("{cap} runs of this job wait already"))),
         Enqueued::QueueFull(cap) => Err(queue_full(&format!("{cap} runs wait already"))),
     }
 }
 
 fn queue_full(what: &str) -> ApiError {
-    ApiError::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", format!("{what}: try again when some have ended")).retry_after(30)
+    ApiError::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", format!("{what}: try again when some have ended"))
+        .retry_after(30)
 }
 
 fn accepted(id: ExecutionId, replayed: bool) -> Response {
@@ -153,7 +158,8 @@ pub async fn get(
         Some("true" | "1") => true,
         Some(_) => return Err(ApiError::malformed("includeLogs", "must be true or false")),
     };
-    let after: Option<i64> = cursor(query.logs_after.as_deref()).map_err(|_| ApiError::malformed("logsAfter", "is not a logsCursor"))?;
+    let after: Option<i64> =
+        cursor(query.logs_after.as_deref()).map_err(|_| ApiError::malformed("logsAfter", "is not a logsCursor"))?;
     let execution = find(&state, &caller, &id).await?;
     let id = execution.id;
     let artifacts = state.ask(async |conn| artifact::of_execution(conn, id).await).await?;
@@ -212,12 +218,19 @@ pub async fn list(
 }
 
 /// Asks an execution to stop.
-pub async fn cancel(State(state): State<AppState>, Extension(caller): Extension<Caller>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+pub async fn cancel(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+) -> Result<Json<Value>, ApiError> {
     let id = find(&state, &caller, &id).await?.id;
     match state.ask(async |conn| cancel::cancel(conn, id, caller.name()).await).await? {
         Cancelled::NotFound => return Err(not_found()),
         Cancelled::TooLate(status) => {
-            return Err(ApiError::conflict("already_ended", format!("the execution has ended already ({})", status.as_str())));
+            return Err(ApiError::conflict(
+                "already_ended",
+                format!("the execution has ended already ({})", status.as_str()),
+            ));
         }
         Cancelled::Ended => state.wakeups.tell(Notice::Changed(vec![id])),
         Cancelled::Requested => state.wakeups.tell(Notice::Cancel(vec![id])),

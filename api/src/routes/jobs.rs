@@ -1,11 +1,6 @@
 //! `/api/jobs`.
 
-use axum::{
-    Extension, Json,
-    extract::State,
-    http::Uri,
-    response::Response,
-};
+use axum::{Extension, Json, extract::State, http::Uri, response::Response};
 use common::{
     destination,
     id::{DestinationId, JobId, Reference, SourceId},
@@ -49,7 +44,11 @@ pub struct JobBody {
 impl JobBody {
     /// Fields of the API that this version refuses rather than to accept and ignore.
     fn not_yet(&self, check: &mut Check) {
-        for (field, given) in [("schedule", self.schedule.is_some()), ("encryption", self.encryption.is_some()), ("retention", self.retention.is_some())] {
+        for (field, given) in [
+            ("schedule", self.schedule.is_some()),
+            ("encryption", self.encryption.is_some()),
+            ("retention", self.retention.is_some()),
+        ] {
             if given {
                 check.refuse(field, "is not available in this version: leave it out or null");
             }
@@ -59,11 +58,17 @@ impl JobBody {
         }
     }
 
-    fn draft(self, old: Option<Job>, source: Option<SourceId>, destinations: Option<Vec<DestinationId>>) -> Result<JobDraft, ApiError> {
+    fn draft(
+        self,
+        old: Option<Job>,
+        source: Option<SourceId>,
+        destinations: Option<Vec<DestinationId>>,
+    ) -> Result<JobDraft, ApiError> {
         let mut check = Check::default();
         self.not_yet(&mut check);
         let old = old.as_ref();
-        let source_id = source.or(old.map(|o| o.source_id)).ok_or_else(|| ApiError::malformed("sourceId", "is required"))?;
+        let source_id =
+            source.or(old.map(|o| o.source_id)).ok_or_else(|| ApiError::malformed("sourceId", "is required"))?;
         let draft = JobDraft {
             name: self.name.or(old.map(|o| o.name.clone())).unwrap_or_default(),
             slug: self.slug,
@@ -113,7 +118,9 @@ impl JobBody {
             for (at, text) in texts.iter().enumerate().take(16) {
                 let reference = Reference::new(text);
                 match state.ask(async |conn| destination::find(conn, &reference).await).await? {
-                    Some(found) if ids.contains(&found.id) => check.refuse(&format!("destinationIds[{at}]"), "is listed twice"),
+                    Some(found) if ids.contains(&found.id) => {
+                        check.refuse(&format!("destinationIds[{at}]"), "is listed twice")
+                    }
                     Some(found) => ids.push(found.id),
                     None => check.refuse(&format!("destinationIds[{at}]"), "there is no such destination"),
                 }
@@ -148,7 +155,14 @@ pub async fn list(
         let found = state.ask(async |conn| source::find(conn, &reference).await).await?;
         source_id = Some(found.map_or(SourceId::new(), |s| s.id));
     }
-    let filter = Filter { labels: query.labels()?, source_id, only: caller.only(), limit: query.limit()?, cursor: query.cursor()?, name: query.name };
+    let filter = Filter {
+        labels: query.labels()?,
+        source_id,
+        only: caller.only(),
+        limit: query.limit()?,
+        cursor: query.cursor()?,
+        name: query.name,
+    };
     let rows = state.ask(async |conn| job::list(conn, &filter).await).await?;
     Ok(page(&rows, &uri, true))
 }
@@ -164,7 +178,11 @@ pub async fn create(State(state): State<AppState>, Body(body): Body<JobBody>) ->
 }
 
 /// One job.
-pub async fn get(State(state): State<AppState>, Extension(caller): Extension<Caller>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+pub async fn get(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, &caller, id).await?))
 }
 
@@ -184,11 +202,17 @@ pub async fn update(
 }
 
 /// Deletes a job; its artifacts and history stay.
-pub async fn delete(State(state): State<AppState>, Extension(caller): Extension<Caller>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+pub async fn delete(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+) -> Result<Json<Value>, ApiError> {
     let id = find(&state, &caller, id).await?.id;
     match state.ask(async |conn| job::delete(conn, id).await).await? {
         Deleted::Done => Ok(Json(json!({ "success": true }))),
         Deleted::NotFound => Err(not_found()),
-        Deleted::Active => Err(ApiError::conflict("in_use", "a run of this job is waiting or running: cancel it or wait for its end")),
+        Deleted::Active => {
+            Err(ApiError::conflict("in_use", "a run of this job is waiting or running: cancel it or wait for its end"))
+        }
     }
 }

@@ -41,7 +41,8 @@ fn page<T: Serialize>(page: &Page<T>, uri: &Uri, bare: bool) -> Response {
     let body = if bare { Json(json!(page.rows)) } else { data(&page.rows) };
     let mut response = body.into_response();
     if let Some(next) = &page.next {
-        let kept = uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("cursor="));
+        let kept =
+            uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("cursor="));
         let query: Vec<&str> = kept.collect();
         let link = format!("<{}?{}&cursor={next}>; rel=\"next\"", uri.path(), query.join("&"));
         if let Ok(value) = HeaderValue::from_str(&link) {
@@ -71,7 +72,10 @@ impl Check {
 
     fn slug(&mut self, text: Option<&String>) {
         if text.is_some_and(|text| !slug::is_valid(text)) {
-            self.refuse("slug", "must be 1 to 64 of a-z, 0-9 and hyphen, begin and end with a letter or digit, and not be a UUID");
+            self.refuse(
+                "slug",
+                "must be 1 to 64 of a-z, 0-9 and hyphen, begin and end with a letter or digit, and not be a UUID",
+            );
         }
     }
 
@@ -82,7 +86,10 @@ impl Check {
     }
 
     fn pool(&mut self, pool: &str) {
-        if pool.is_empty() || pool.len() > 64 || !pool.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_') {
+        if pool.is_empty()
+            || pool.len() > 64
+            || !pool.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+        {
             self.refuse("pool", "must be 1 to 64 letters, digits, hyphens or underscores");
         }
     }
@@ -101,7 +108,11 @@ fn sent_config(config: Option<Value>) -> Result<Map<String, Value>, ApiError> {
     }
 }
 
-fn merged(shape: common::connection::Shape, stored: SplitConfig, sent: Map<String, Value>) -> Result<SplitConfig, ApiError> {
+fn merged(
+    shape: common::connection::Shape,
+    stored: SplitConfig,
+    sent: Map<String, Value>,
+) -> Result<SplitConfig, ApiError> {
     shape.merge(stored, sent).map_err(ApiError::invalid)
 }
 
@@ -122,7 +133,12 @@ async fn connection_test(state: &AppState, target: Target, pool: &str) -> Result
             Answer::Done(result) => break Ok(result),
             Answer::Waiting if asked.elapsed() > TAKEN_WITHIN => break Err(no_worker(pool)),
             Answer::Taken if asked.elapsed() > ANSWERED_WITHIN => {
-                break Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no_answer", "the worker that took the test did not answer; try again").retry_after(5));
+                break Err(ApiError::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "no_answer",
+                    "the worker that took the test did not answer; try again",
+                )
+                .retry_after(5));
             }
             Answer::Waiting | Answer::Taken => {
                 let _ = timeout_at(Instant::now() + Duration::from_millis(250), async {

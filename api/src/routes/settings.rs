@@ -17,10 +17,15 @@ pub async fn get(State(state): State<AppState>) -> Result<Json<Value>, ApiError>
 }
 
 /// Changes some (RFC 7396). A higher limit acts at once: the workers are woken.
-pub async fn change(State(state): State<AppState>, Body(change): Body<SettingsChange>) -> Result<Json<Value>, ApiError> {
+pub async fn change(
+    State(state): State<AppState>,
+    Body(change): Body<SettingsChange>,
+) -> Result<Json<Value>, ApiError> {
     let problems = change.problems();
     if !problems.is_empty() {
-        return Err(ApiError::invalid(problems.into_iter().map(|(field, message)| FieldProblem::new(field, message)).collect()));
+        return Err(ApiError::invalid(
+            problems.into_iter().map(|(field, message)| FieldProblem::new(field, message)).collect(),
+        ));
     }
     let settings = state
         .ask(async |conn| {

@@ -1,11 +1,6 @@
 //! `/api/sources`.
 
-use axum::{
-    Json,
-    extract::State,
-    http::Uri,
-    response::Response,
-};
+use axum::{Json, extract::State, http::Uri, response::Response};
 use common::{
     connection::SplitConfig,
     connection_test::Target,
@@ -40,7 +35,10 @@ pub struct SourceBody {
 impl SourceBody {
     fn draft(self, stored: Option<(Source, SplitConfig)>) -> Result<SourceDraft, ApiError> {
         let (old, config) = stored.map_or((None, SplitConfig::default()), |(source, config)| (Some(source), config));
-        let engine = self.engine.or(old.as_ref().map(|o| o.engine)).ok_or_else(|| ApiError::malformed("engine", "is required: postgres, mysql or mariadb"))?;
+        let engine = self
+            .engine
+            .or(old.as_ref().map(|o| o.engine))
+            .ok_or_else(|| ApiError::malformed("engine", "is required: postgres, mysql or mariadb"))?;
         let draft = SourceDraft {
             name: self.name.or(old.as_ref().map(|o| o.name.clone())).unwrap_or_default(),
             slug: self.slug,
@@ -71,7 +69,11 @@ async fn find(state: &AppState, segment: String) -> Result<Source, ApiError> {
 }
 
 /// A page of sources.
-pub async fn list(State(state): State<AppState>, uri: Uri, Query(query): Query<ListQuery>) -> Result<Response, ApiError> {
+pub async fn list(
+    State(state): State<AppState>,
+    uri: Uri,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
     let filter = Filter { labels: query.labels()?, limit: query.limit()?, cursor: query.cursor()?, name: query.name };
     let rows = state.ask(async |conn| source::list(conn, &filter).await).await?;
     Ok(page(&rows, &uri, false))
@@ -91,12 +93,19 @@ pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<
 }
 
 /// Changes some fields.
-pub async fn update(State(state): State<AppState>, Segment(id): Segment, Body(body): Body<SourceBody>) -> Result<Json<Value>, ApiError> {
+pub async fn update(
+    State(state): State<AppState>,
+    Segment(id): Segment,
+    Body(body): Body<SourceBody>,
+) -> Result<Json<Value>, ApiError> {
     let old = find(&state, id).await?;
     let id = old.id;
     let config = old.open_config(&state.key).map_err(|error| {
         tracing::error!(%error, source = %id, "stored secrets do not open");
-        ApiError::conflict("secret_unreadable", "the stored secrets do not open with this encryption key: delete the source and make it anew")
+        ApiError::conflict(
+            "secret_unreadable",
+            "the stored secrets do not open with this encryption key: delete the source and make it anew",
+        )
     })?;
     let draft = body.draft(Some((old, config)))?;
     let updated = state.ask(async |conn| source::update(conn, &state.key, id, &draft).await).await?;
@@ -108,7 +117,9 @@ pub async fn delete(State(state): State<AppState>, Segment(id): Segment) -> Resu
     let id = find(&state, id).await?.id;
     let deleted = state.db.within(common::db::ANSWER_TIMEOUT, async |conn| source::delete(conn, id).await).await;
     match deleted {
-        Err(error) if error.constraint() == Some("jobs_source_exists") => Err(ApiError::conflict("in_use", "a job uses this source: delete the job first")),
+        Err(error) if error.constraint() == Some("jobs_source_exists") => {
+            Err(ApiError::conflict("in_use", "a job uses this source: delete the job first"))
+        }
         Err(error) => Err(error.into()),
         Ok(false) => Err(ApiError::not_found("Source", "source_not_found")),
         Ok(true) => Ok(Json(json!({ "success": true }))),

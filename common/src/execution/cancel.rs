@@ -21,9 +21,10 @@ pub enum Cancelled {
 /// Asks an execution to stop.
 pub async fn cancel(conn: &mut PgConnection, id: ExecutionId, by: &str) -> Result<Cancelled, sqlx::Error> {
     let mut tx = conn.begin().await?;
-    let status = sqlx::query_scalar!(r#"select status as "status: Status" from executions where id = $1 for update"#, id as _)
-        .fetch_optional(&mut *tx)
-        .await?;
+    let status =
+        sqlx::query_scalar!(r#"select status as "status: Status" from executions where id = $1 for update"#, id as _)
+            .fetch_optional(&mut *tx)
+            .await?;
     let done = match status {
         None => return Ok(Cancelled::NotFound),
         Some(over) if over.is_over() => return Ok(Cancelled::TooLate(over)),

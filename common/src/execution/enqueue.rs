@@ -196,7 +196,11 @@ async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashM
 
 type StoredKeys = HashMap<(ApiKeyId, JobId, String), (Vec<u8>, ExecutionId)>;
 
-async fn stored_keys(conn: &mut PgConnection, requests: &[TriggerRequest], jobs: &[JobRow]) -> Result<StoredKeys, sqlx::Error> {
+async fn stored_keys(
+    conn: &mut PgConnection,
+    requests: &[TriggerRequest],
+    jobs: &[JobRow],
+) -> Result<StoredKeys, sqlx::Error> {
     let keys: Vec<String> = requests.iter().filter_map(|r| Some(r.idempotency.as_ref()?.key.clone())).collect();
     if keys.is_empty() {
         return Ok(HashMap::new());

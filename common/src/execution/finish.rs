@@ -83,7 +83,8 @@ pub async fn finish(conn: &mut PgConnection, claim: Claim, ending: &Ending) -> R
         .await?;
         return Ok(if ours { Finished::Ended } else { Finished::Zombie });
     };
-    let gone = sqlx::query!("delete from execution_leases where token = $1", claim.token as _).execute(&mut *tx).await?;
+    let gone =
+        sqlx::query!("delete from execution_leases where token = $1", claim.token as _).execute(&mut *tx).await?;
     if gone.rows_affected() != 1 {
         // Rolled back: an execution that runs without a lease would be a broken invariant, not a race.
         return Ok(Finished::Zombie);
@@ -116,7 +117,12 @@ async fn succeed(conn: &mut PgConnection, claim: Claim, published: &Published) -
 }
 
 /// A run that somebody cancelled ends as Cancelled, whatever it failed of.
-async fn fail(conn: &mut PgConnection, claim: Claim, failure: &Failure, pause: Option<Duration>) -> Result<Option<bool>, sqlx::Error> {
+async fn fail(
+    conn: &mut PgConnection,
+    claim: Claim,
+    failure: &Failure,
+    pause: Option<Duration>,
+) -> Result<Option<bool>, sqlx::Error> {
     sqlx::query_scalar!(
         r#"update executions e
               set failures = e.failures + 1,

@@ -100,7 +100,11 @@ pub async fn append(conn: &mut PgConnection, token: Token, lines: &[NewLine]) ->
 }
 
 /// Lines of an execution in order, those after `after` when it is given.
-pub async fn read(conn: &mut PgConnection, execution: ExecutionId, after: Option<i64>) -> Result<Vec<Line>, sqlx::Error> {
+pub async fn read(
+    conn: &mut PgConnection,
+    execution: ExecutionId,
+    after: Option<i64>,
+) -> Result<Vec<Line>, sqlx::Error> {
     sqlx::query_as!(
         Line,
         "select at as timestamp, level, stage, message, details, seq from execution_logs

@@ -221,7 +221,9 @@ impl From<Row> for Execution {
         let (progress, stage) = match row.status {
             Status::Pending => (None, Stage::Queued.as_str().to_owned()),
             // The lease goes first when a run ends, and a poll may fall between.
-            Status::Running => (Some(row.progress.unwrap_or(0)), row.stage.unwrap_or_else(|| Stage::Initializing.as_str().to_owned())),
+            Status::Running => {
+                (Some(row.progress.unwrap_or(0)), row.stage.unwrap_or_else(|| Stage::Initializing.as_str().to_owned()))
+            }
             Status::Success => (Some(100), Stage::Completed.as_str().to_owned()),
             Status::Failed => (None, row.stage.unwrap_or_else(|| Stage::Queued.as_str().to_owned())),
         };
@@ -249,7 +251,9 @@ impl From<Row> for Execution {
             trigger: Trigger { kind: row.trigger_kind, label: row.trigger_label },
             priority: row.priority,
             labels: row.labels.0,
-            trace_id: crate::telemetry::TraceContext { traceparent: row.traceparent, tracestate: None }.trace_id().map(str::to_owned),
+            trace_id: crate::telemetry::TraceContext { traceparent: row.traceparent, tracestate: None }
+                .trace_id()
+                .map(str::to_owned),
             seq: row.seq,
         }
     }

@@ -38,7 +38,10 @@ pub async fn run(db: Db, timing: Timing, wakeups: Wakeups, stop: CancellationTok
             }
             Err(error) => {
                 if contact.since.is_some() {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "lost contact with the database; nothing is rescued for a lease after it is back");
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "lost contact with the database; nothing is rescued for a lease after it is back"
+                    );
                 }
                 contact = Contact::default();
             }
@@ -74,7 +77,9 @@ fn tell(rescued: &[Rescue], wakeups: &Wakeups) {
     for rescue in rescued {
         let (Rescue::Requeued(id) | Rescue::Closed(id)) = rescue;
         match rescue {
-            Rescue::Requeued(_) => tracing::warn!(execution = %id, "took back a run whose worker was lost; it waits for another"),
+            Rescue::Requeued(_) => {
+                tracing::warn!(execution = %id, "took back a run whose worker was lost; it waits for another")
+            }
             Rescue::Closed(_) => tracing::error!(execution = %id, "closed a run whose worker was lost"),
         }
         wakeups.tell(Notice::Changed(vec![*id]));

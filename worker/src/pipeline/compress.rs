@@ -143,7 +143,11 @@ impl Encoder {
 }
 
 /// Compresses everything that comes in until the other side closes. Blocks; runs on a blocking thread.
-pub fn compress(compression: Compression, mut input: mpsc::Receiver<Bytes>, sender: mpsc::Sender<Bytes>) -> io::Result<Compressed> {
+pub fn compress(
+    compression: Compression,
+    mut input: mpsc::Receiver<Bytes>,
+    sender: mpsc::Sender<Bytes>,
+) -> io::Result<Compressed> {
     let (mut plain, mut plain_ends) = (Meter::default(), Ends::default());
     let outlet = Outlet { meter: Meter::default(), gathered: Vec::with_capacity(CHUNK), sender };
     let mut encoder = Encoder::new(compression, outlet)?;
@@ -191,9 +195,13 @@ mod tests {
             }
             .expect("unpacks");
             assert!(unpacked == plain, "{compression:?}");
-            let measure = |bytes: &[u8]| Measure { bytes: bytes.len() as u64, sha256: hex::encode(Sha256::digest(bytes)) };
+            let measure =
+                |bytes: &[u8]| Measure { bytes: bytes.len() as u64, sha256: hex::encode(Sha256::digest(bytes)) };
             assert_eq!((&facts.plain, &facts.stored), (&measure(&plain), &measure(&stored)), "{compression:?}");
-            assert_eq!((&facts.plain_ends.head[..], &facts.plain_ends.tail[..]), (&plain[..256], &plain[plain.len() - 256..]));
+            assert_eq!(
+                (&facts.plain_ends.head[..], &facts.plain_ends.tail[..]),
+                (&plain[..256], &plain[plain.len() - 256..])
+            );
         }
     }
 }

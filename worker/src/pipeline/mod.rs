@@ -21,12 +21,7 @@ use futures::future::{join_all, try_join_all};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use tracing::Instrument;
 
-use crate::{
-    failure::RunError,
-    lease::Lease,
-    run_log::RunLog,
-    service::Shared,
-};
+use crate::{failure::RunError, lease::Lease, run_log::RunLog, service::Shared};
 use compress::Compressed;
 use dump::{Dump, Inspected};
 use manifest::{FORMAT_VERSION, Manifest, ManifestObject};
@@ -51,8 +46,16 @@ struct Staged {
 
 impl Staging {
     /// Records a name in the database before its first byte, and here.
-    async fn record(&self, shared: &Shared, assignment: &Assignment, target: &Target, path: &str, upload_id: Option<&str>) -> Result<(), RunError> {
-        let staged = Staged { store: target.store.clone(), path: path.to_owned(), upload_id: upload_id.map(str::to_owned) };
+    async fn record(
+        &self,
+        shared: &Shared,
+        assignment: &Assignment,
+        target: &Target,
+        path: &str,
+        upload_id: Option<&str>,
+    ) -> Result<(), RunError> {
+        let staged =
+            Staged { store: target.store.clone(), path: path.to_owned(), upload_id: upload_id.map(str::to_owned) };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(staged);
         let recorded = shared
             .db
@@ -76,9 +79,15 @@ impl Staging {
         }
         if clean && !staged.is_empty() {
             let claim = log.claim();
-            let forgotten = shared.db.within(common::db::ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, claim.token).await).await;
+            let forgotten = shared
+                .db
+                .within(common::db::ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, claim.token).await)
+                .await;
             if let Err(error) = forgotten {
-                tracing::debug!(error = &error as &dyn std::error::Error, "the record of staged names stays for the sweeper");
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "the record of staged names stays for the sweeper"
+                );
             }
         }
     }
@@ -107,16 +116,28 @@ struct StagedObject {
 }
 
 /// Streams every database to every destination. When it returns, all bytes are there and none can be seen.
-pub async fn stream(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, log: &RunLog, staging: &Staging) -> Result<StagedBackup, RunError> {
+pub async fn stream(
+    shared: &Shared,
+    lease: &Arc<Lease>,
+    assignment: &Assignment,
+    log: &RunLog,
+    staging: &Staging,
+) -> Result<StagedBackup, RunError> {
     lease.set_stage(Stage::Initializing);
     let targets = open_targets(shared, assignment).await?;
-    let access = assignment.source.access(&shared.key).map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", assignment.source.slug)))?;
+    let access = assignment
+        .source
+        .access(&shared.key)
+        .map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", assignment.source.slug)))?;
     let dump = Dump::new(&shared.config, access);
     let inspected = dump.inspect(&lease.groups, log).instrument(tracing::info_span!("source.inspect")).await?;
     log.info(format!(
         "{} {} with {}; about {} bytes in {} database(s)",
-        assignment.source.engine.as_str(), inspected.server_version, inspected.tool_version,
-        inspected.estimate(), inspected.databases.len()
+        assignment.source.engine.as_str(),
+        inspected.server_version,
+        inspected.tool_version,
+        inspected.estimate(),
+        inspected.databases.len()
     ));
     let names = Names::new(&assignment.job_slug, assignment.claimed_at, assignment.claim);
     let mut backup = StagedBackup { targets, names, inspected, objects: Vec::new() };
@@ -144,7 +165,9 @@ async fn open_target(shared: &Shared, destination: &Destination) -> Result<Targe
 
 /// Opens a destination without asking it anything.
 pub fn open_store(shared: &Shared, destination: &Destination) -> Result<Store, RunError> {
-    let access = destination.access(&shared.key).map_err(|e| RunError::give_up("secret_unreadable", format!("destination '{}': {e}", destination.slug)))?;
+    let access = destination
+        .access(&shared.key)
+        .map_err(|e| RunError::give_up("secret_unreadable", format!("destination '{}': {e}", destination.slug)))?;
     Store::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
 }
 
@@ -186,7 +209,12 @@ async fn stream_one(
             match stdout.read_buf(&mut chunk).await {
                 Ok(0) => break,
                 Ok(n) => read += n as u64,
-                Err(error) => return Err(RunError::retry("dump_failed", format!("the dump of '{}' could not be read: {error}", database.name))),
+                Err(error) => {
+                    return Err(RunError::retry(
+                        "dump_failed",
+                        format!("the dump of '{}' could not be read: {error}", database.name),
+                    ));
+                }
             }
             lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate).unwrap_or(99).min(99));
             // A closed channel means that a destination failed, which is told where it failed.
@@ -203,19 +231,31 @@ async fn stream_one(
     // The tool's own words come first: a broken pipe elsewhere is often only the echo.
     written?;
     read?;
-    let compressed = compressing.await.map_err(|e| RunError::give_up("internal_error", format!("the compression ended: {e}")))?;
+    let compressed =
+        compressing.await.map_err(|e| RunError::give_up("internal_error", format!("the compression ended: {e}")))?;
     tool.finish().await?;
-    let facts = compressed.map_err(|e| RunError::retry("compression_failed", format!("the dump of '{}' could not be compressed: {e}", database.name)))?;
+    let facts = compressed.map_err(|e| {
+        RunError::retry("compression_failed", format!("the dump of '{}' could not be compressed: {e}", database.name))
+    })?;
     dump.check_complete(&database.name, &facts)?;
     lease.set_stage(Stage::Uploading);
-    let flush = try_join_all(uploads.iter_mut().zip(&backup.targets).map(async |(upload, target)| upload.flush().await.map_err(|e| e.at(&target.name))));
+    let flush = try_join_all(
+        uploads
+            .iter_mut()
+            .zip(&backup.targets)
+            .map(async |(upload, target)| upload.flush().await.map_err(|e| e.at(&target.name))),
+    );
     flush.instrument(tracing::info_span!("upload", otel.name = "pipeline.upload")).await?;
     log.info(format!("'{}': {} bytes dumped, {} to store", database.name, facts.plain.bytes, facts.stored.bytes));
     Ok(StagedObject { database: database.name.clone(), path, facts, uploads })
 }
 
 /// Hands each chunk to every destination; the slowest sets the pace.
-async fn distribute(mut input: mpsc::Receiver<Bytes>, uploads: &mut [Upload], targets: &[Target]) -> Result<(), RunError> {
+async fn distribute(
+    mut input: mpsc::Receiver<Bytes>,
+    uploads: &mut [Upload],
+    targets: &[Target],
+) -> Result<(), RunError> {
     while let Some(chunk) = input.recv().await {
         try_join_all(uploads.iter_mut().zip(targets).map(|(upload, target)| {
             let chunk = chunk.clone();
@@ -227,12 +267,24 @@ async fn distribute(mut input: mpsc::Receiver<Bytes>, uploads: &mut [Upload], ta
 }
 
 /// Makes a staged backup visible: every object in every destination, checked, and then the manifests.
-pub async fn publish(shared: &Shared, assignment: &Assignment, log: &RunLog, staging: &Staging, backup: StagedBackup) -> Result<Published, RunError> {
+pub async fn publish(
+    shared: &Shared,
+    assignment: &Assignment,
+    log: &RunLog,
+    staging: &Staging,
+    backup: StagedBackup,
+) -> Result<Published, RunError> {
     let span = tracing::info_span!("publish", otel.name = "pipeline.publish");
     publish_all(shared, assignment, log, staging, backup).instrument(span).await
 }
 
-async fn publish_all(shared: &Shared, assignment: &Assignment, log: &RunLog, staging: &Staging, mut backup: StagedBackup) -> Result<Published, RunError> {
+async fn publish_all(
+    shared: &Shared,
+    assignment: &Assignment,
+    log: &RunLog,
+    staging: &Staging,
+    mut backup: StagedBackup,
+) -> Result<Published, RunError> {
     let mut artifacts = Vec::new();
     for object in &mut backup.objects {
         let stored = &object.facts.stored;
@@ -250,11 +302,17 @@ async fn publish_all(shared: &Shared, assignment: &Assignment, log: &RunLog, sta
             path: object.path.clone(),
             size_bytes: as_i64(stored.bytes),
             sha256: stored.sha256.clone(),
-            plain: Some(Plain { size_bytes: as_i64(object.facts.plain.bytes), sha256: object.facts.plain.sha256.clone() }),
+            plain: Some(Plain {
+                size_bytes: as_i64(object.facts.plain.bytes),
+                sha256: object.facts.plain.sha256.clone(),
+            }),
         }));
     }
     let (path, text) = (backup.names.manifest(), manifest_text(assignment, &backup)?);
-    let measure = compress::Measure { bytes: text.len() as u64, sha256: hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&text)) };
+    let measure = compress::Measure {
+        bytes: text.len() as u64,
+        sha256: hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&text)),
+    };
     for target in &backup.targets {
         staging.record(shared, assignment, target, &path, None).await?;
         target.store.put(&path, text.clone()).await.map_err(|e| e.at(&target.name))?;
@@ -314,6 +372,7 @@ fn manifest_text(assignment: &Assignment, backup: &StagedBackup) -> Result<Bytes
             })
             .collect(),
     };
-    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| RunError::give_up("internal_error", format!("the manifest could not be written: {e}")))?;
+    let text = serde_json::to_vec_pretty(&manifest)
+        .map_err(|e| RunError::give_up("internal_error", format!("the manifest could not be written: {e}")))?;
     Ok(text.into())
 }

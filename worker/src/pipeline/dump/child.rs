@@ -27,7 +27,11 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{failure::RunError, lease::{Lease, ProcessGroups}, run_log::RunLog};
+use crate::{
+    failure::RunError,
+    lease::{Lease, ProcessGroups},
+    run_log::RunLog,
+};
 
 /// A program about to be started.
 pub struct Program {
@@ -100,7 +104,10 @@ impl Program {
         // The death signal comes when the *thread* that forked ends: this runs on a runtime thread, which lives as
         // long as the process, and must never move to a blocking thread.
         let child = self.command.spawn().map_err(|error| {
-            RunError::give_up("tool_missing", format!("could not start {}: {error}; is it installed on this worker?", self.name))
+            RunError::give_up(
+                "tool_missing",
+                format!("could not start {}: {error}; is it installed on this worker?", self.name),
+            )
         })?;
         let group = child.id().and_then(|id| i32::try_from(id).ok()).unwrap_or(0);
         if !groups.add(group) {
@@ -114,13 +121,25 @@ impl Program {
         let (mut child, group, name) = self.spawn(groups)?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
-        let read_out = async { if let Some(out) = &mut out { let _ = out.take(8 << 20).read_to_end(&mut stdout).await; } };
-        let read_err = async { if let Some(err) = &mut err { let _ = err.take(1 << 20).read_to_end(&mut stderr).await; } };
+        let read_out = async {
+            if let Some(out) = &mut out {
+                let _ = out.take(8 << 20).read_to_end(&mut stdout).await;
+            }
+        };
+        let read_err = async {
+            if let Some(err) = &mut err {
+                let _ = err.take(1 << 20).read_to_end(&mut stderr).await;
+            }
+        };
         tokio::join!(read_out, read_err);
         let status = child.wait().await;
         groups.remove(group);
         let status = status.map_err(|e| RunError::retry("tool_failed", format!("{name}: {e}")))?;
-        Ok(Output { status, stdout: String::from_utf8_lossy(&stdout).into_owned(), stderr: String::from_utf8_lossy(&stderr).into_owned() })
+        Ok(Output {
+            status,
+            stdout: String::from_utf8_lossy(&stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        })
     }
 
     /// Starts a dump: its standard output is the dump, its standard error goes to the log line by line.
@@ -172,7 +191,8 @@ impl Running {
 
     /// Waits for the end.
     pub async fn wait(&mut self) -> Result<Ended, RunError> {
-        let status = self.child.wait().await.map_err(|e| RunError::retry("tool_failed", format!("{}: {e}", self.name)))?;
+        let status =
+            self.child.wait().await.map_err(|e| RunError::retry("tool_failed", format!("{}: {e}", self.name)))?;
         self.lease.groups.remove(self.group);
         let stderr = match self.stderr.take() {
             Some(reader) => reader.await.unwrap_or_default(),

@@ -50,7 +50,12 @@ pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGr
     read_answer(access, &output.stdout, tool.path, tool.version)
 }
 
-fn read_answer(access: &SourceAccess, answer: &str, tool: PathBuf, tool_version: String) -> Result<Inspected, RunError> {
+fn read_answer(
+    access: &SourceAccess,
+    answer: &str,
+    tool: PathBuf,
+    tool_version: String,
+) -> Result<Inspected, RunError> {
     let (mut server, mut sizes) = (None, std::collections::HashMap::new());
     for line in answer.lines() {
         match line.split('\t').collect::<Vec<_>>()[..] {
@@ -73,7 +78,10 @@ fn read_answer(access: &SourceAccess, answer: &str, tool: PathBuf, tool_version:
         let size = sizes.get(name).ok_or_else(|| {
             RunError::give_up(
                 "database_missing",
-                format!("the server has no database '{name}', or '{}' may not see it\nCheck the databases of the source.", access.config.username),
+                format!(
+                    "the server has no database '{name}', or '{}' may not see it\nCheck the databases of the source.",
+                    access.config.username
+                ),
             )
         })?;
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate")]
@@ -86,9 +94,17 @@ fn read_answer(access: &SourceAccess, answer: &str, tool: PathBuf, tool_version:
 pub fn dump(access: &SourceAccess, tool: &Path, tool_version: &str, database: &str) -> Result<Program, RunError> {
     let mut program = Program::new(tool);
     connect(access, &mut program, tool_version)?;
-    for option in ["--single-transaction", "--quick", "--routines", "--events", "--triggers", "--hex-blob", "--no-tablespaces",
-        "--default-character-set=utf8mb4", "--max-allowed-packet=1G"]
-    {
+    for option in [
+        "--single-transaction",
+        "--quick",
+        "--routines",
+        "--events",
+        "--triggers",
+        "--hex-blob",
+        "--no-tablespaces",
+        "--default-character-set=utf8mb4",
+        "--max-allowed-packet=1G",
+    ] {
         program.arg(option);
     }
     // After `--` a name that begins with a hyphen is still a name.
@@ -99,7 +115,8 @@ pub fn dump(access: &SourceAccess, tool: &Path, tool_version: &str, database: &s
 /// Connection and password in an option file that exists only in memory; it must be the first argument.
 fn connect(access: &SourceAccess, program: &mut Program, tool_version: &str) -> Result<(), RunError> {
     let config = &access.config;
-    let failed = |e: std::io::Error| RunError::retry("tool_failed", format!("could not hand the options to the tool: {e}"));
+    let failed =
+        |e: std::io::Error| RunError::retry("tool_failed", format!("could not hand the options to the tool: {e}"));
     let mut options = vec![("user", config.username.clone())];
     if let Some(password) = &access.password {
         options.push(("password", password.expose_secret().to_owned()));
@@ -164,15 +181,23 @@ fn quote(value: &str) -> String {
 
 /// Sorts what the tools say, by MySQL's error numbers.
 pub fn classify(stderr: &str, doing: String) -> RunError {
-    let has = |numbers: &[&str]| numbers.iter().any(|n| stderr.contains(&format!("ERROR {n} ")) || stderr.contains(&format!("error: {n}:")));
+    let has = |numbers: &[&str]| {
+        numbers.iter().any(|n| stderr.contains(&format!("ERROR {n} ")) || stderr.contains(&format!("error: {n}:")))
+    };
     if has(&["1045", "1698", "1251", "2059"]) {
         RunError::give_up("source_auth", format!("{doing}\nCheck username and password of the source."))
     } else if has(&["1049"]) {
         RunError::give_up("database_missing", format!("{doing}\nCheck the databases of the source."))
     } else if has(&["1044", "1142", "1143", "1227", "1370"]) {
-        RunError::give_up("source_denied", format!("{doing}\nThe user of the source needs SELECT, SHOW VIEW, TRIGGER, EVENT and LOCK TABLES."))
+        RunError::give_up(
+            "source_denied",
+            format!("{doing}\nThe user of the source needs SELECT, SHOW VIEW, TRIGGER, EVENT and LOCK TABLES."),
+        )
     } else if has(&["2002", "2003", "2005", "2006", "2013", "1040", "1053"]) {
-        RunError::retry("source_unreachable", format!("{doing}\nCheck host and port of the source, and that this worker's pool reaches it."))
+        RunError::retry(
+            "source_unreachable",
+            format!("{doing}\nCheck host and port of the source, and that this worker's pool reaches it."),
+        )
     } else {
         RunError::retry("dump_failed", doing)
     }
@@ -187,7 +212,11 @@ mod tests {
     fn what_the_tools_say_is_sorted_by_whether_another_try_helps() {
         for (stderr, code, class) in [
             ("ERROR 1045 (28000): Access denied for user 'u'@'localhost'", "source_auth", Class::GiveUp),
-            ("mariadb-dump: Got error: 1049: \"Unknown database 'x'\" when selecting the database", "database_missing", Class::GiveUp),
+            (
+                "mariadb-dump: Got error: 1049: \"Unknown database 'x'\" when selecting the database",
+                "database_missing",
+                Class::GiveUp,
+            ),
             ("ERROR 2003 (HY000): Can't connect to server", "source_unreachable", Class::Retry),
             ("mysqldump: Error 2013: Lost connection", "dump_failed", Class::Retry),
         ] {

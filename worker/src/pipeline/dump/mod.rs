@@ -91,17 +91,31 @@ impl Dump {
     pub async fn look(&self, groups: &ProcessGroups) -> Result<(Inspected, Option<String>), RunError> {
         match self.access.engine {
             Engine::Postgres => postgres::inspect(&self.access, &self.bins, groups).await,
-            Engine::Mysql | Engine::Mariadb => mariadb::inspect(&self.access, &self.bins, groups).await.map(|i| (i, None)),
+            Engine::Mysql | Engine::Mariadb => {
+                mariadb::inspect(&self.access, &self.bins, groups).await.map(|i| (i, None))
+            }
         }
     }
 
     /// Starts the dump of one database.
-    pub fn start(&self, database: &str, inspected: &Inspected, lease: &Arc<Lease>, log: &RunLog) -> Result<RunningDump, RunError> {
+    pub fn start(
+        &self,
+        database: &str,
+        inspected: &Inspected,
+        lease: &Arc<Lease>,
+        log: &RunLog,
+    ) -> Result<RunningDump, RunError> {
         let program = match self.access.engine {
             Engine::Postgres => postgres::dump(&self.access, &inspected.tool, database)?,
-            Engine::Mysql | Engine::Mariadb => mariadb::dump(&self.access, &inspected.tool, &inspected.tool_version, database)?,
+            Engine::Mysql | Engine::Mariadb => {
+                mariadb::dump(&self.access, &inspected.tool, &inspected.tool_version, database)?
+            }
         };
-        Ok(RunningDump { running: program.start(lease, log)?, engine: self.access.engine, database: database.to_owned() })
+        Ok(RunningDump {
+            running: program.start(lease, log)?,
+            engine: self.access.engine,
+            database: database.to_owned(),
+        })
     }
 
     /// A last look at the bytes themselves: a whole dump begins and ends as its format says.
@@ -113,7 +127,10 @@ impl Dump {
         if whole {
             return Ok(());
         }
-        Err(RunError::retry("dump_incomplete", format!("the dump of '{database}' is not whole, although the tool reported success")))
+        Err(RunError::retry(
+            "dump_incomplete",
+            format!("the dump of '{database}' is not whole, although the tool reported success"),
+        ))
     }
 }
 
@@ -188,6 +205,9 @@ fn missing(tool: &str, bins: &[PathBuf], variable: &str, package: &str) -> RunEr
     let looked: Vec<String> = bins.iter().map(|b| b.display().to_string()).collect();
     RunError::give_up(
         "tool_missing",
-        format!("this worker has no {tool} (looked in {}): install {package}, or name its folder in {variable}", looked.join(", ")),
+        format!(
+            "this worker has no {tool} (looked in {}): install {package}, or name its folder in {variable}",
+            looked.join(", ")
+        ),
     )
 }

@@ -17,7 +17,11 @@ const QUESTION: &str = "select current_setting('server_version_num'), current_se
 
 /// Asks every database for its size and the server for its version, and chooses the pg_dump: the server's own
 /// major where it is installed, else the next newer with a warning, never an older one.
-pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGroups) -> Result<(Inspected, Option<String>), RunError> {
+pub async fn inspect(
+    access: &SourceAccess,
+    bins: &[PathBuf],
+    groups: &ProcessGroups,
+) -> Result<(Inspected, Option<String>), RunError> {
     let psql = bins.iter().map(|bin| bin.join("psql")).find(|path| path.is_file());
     let psql = psql.ok_or_else(|| missing("psql", bins, "DBACKUP_POSTGRES_BIN", "postgresql-client"))?;
     let mut databases = Vec::new();
@@ -26,11 +30,17 @@ pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGr
         let answer = ask(access, &psql, name, groups).await?;
         let fields: Vec<&str> = answer.trim().split('|').collect();
         let parsed = match fields[..] {
-            [number, version, size, at] => parse(number, size, at).map(|(major, size, at)| (major, version.to_owned(), size, at)),
+            [number, version, size, at] => {
+                parse(number, size, at).map(|(major, size, at)| (major, version.to_owned(), size, at))
+            }
             _ => None,
         };
-        let (major, version, size, at) = parsed
-            .ok_or_else(|| RunError::retry("source_failed", format!("psql's answer about '{name}' was not understood: {}", answer.trim())))?;
+        let (major, version, size, at) = parsed.ok_or_else(|| {
+            RunError::retry(
+                "source_failed",
+                format!("psql's answer about '{name}' was not understood: {}", answer.trim()),
+            )
+        })?;
         server.get_or_insert((major, version, at));
         databases.push(Database { name: name.clone(), estimate: size });
     }
@@ -42,7 +52,10 @@ pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGr
         return Err(missing("pg_dump", bins, "DBACKUP_POSTGRES_BIN", "postgresql-client"));
     }
     let (tool, warning) = choose(&tools, major)?;
-    Ok((Inspected { server_version: version, tool_version: tool.version, tool: tool.path, snapshot_at, databases }, warning))
+    Ok((
+        Inspected { server_version: version, tool_version: tool.version, tool: tool.path, snapshot_at, databases },
+        warning,
+    ))
 }
 
 fn parse(number: &str, size: &str, at: &str) -> Option<(u32, u64, DateTime<chrono::Utc>)> {
@@ -85,18 +98,23 @@ fn connect(access: &SourceAccess, program: &mut Program, database: &str) -> Resu
         .env("PGCONNECT_TIMEOUT", "10")
         .env("PGAPPNAME", "dbackup")
         .env("PGPASSFILE", "/dev/null")
-        .env("PGSSLMODE", match config.tls.mode {
-            TlsMode::Disable => "disable",
-            TlsMode::Prefer => "prefer",
-            TlsMode::Require => "require",
-            TlsMode::VerifyCa => "verify-ca",
-            TlsMode::VerifyFull => "verify-full",
-        });
+        .env(
+            "PGSSLMODE",
+            match config.tls.mode {
+                TlsMode::Disable => "disable",
+                TlsMode::Prefer => "prefer",
+                TlsMode::Require => "require",
+                TlsMode::VerifyCa => "verify-ca",
+                TlsMode::VerifyFull => "verify-full",
+            },
+        );
     if let Some(password) = &access.password {
         program.env("PGPASSWORD", password.expose_secret());
     }
     if let Some(certificate) = &config.tls.ca_certificate {
-        let path = program.secret_file(certificate).map_err(|e| RunError::retry("tool_failed", format!("could not hand the certificate to the tool: {e}")))?;
+        let path = program
+            .secret_file(certificate)
+            .map_err(|e| RunError::retry("tool_failed", format!("could not hand the certificate to the tool: {e}")))?;
         program.env("PGSSLROOTCERT", path);
     }
     Ok(())
@@ -111,13 +129,17 @@ fn choose(tools: &[Tool], server_major: u32) -> Result<(Tool, Option<String>), R
         Some((major, tool)) if *major == server_major => Ok(((*tool).clone(), None)),
         Some((major, tool)) => Ok((
             (*tool).clone(),
-            Some(format!("the server is PostgreSQL {server_major}, but the nearest pg_dump here is {major}: restore with pg_restore {major} or newer")),
+            Some(format!(
+                "the server is PostgreSQL {server_major}, but the nearest pg_dump here is {major}: restore with pg_restore {major} or newer"
+            )),
         )),
         None => {
             let newest = candidates.last().map_or(0, |(major, _)| *major);
             Err(RunError::give_up(
                 "client_too_old",
-                format!("the server is PostgreSQL {server_major}, but the newest pg_dump on this worker is {newest}: install postgresql-client-{server_major}"),
+                format!(
+                    "the server is PostgreSQL {server_major}, but the newest pg_dump on this worker is {newest}: install postgresql-client-{server_major}"
+                ),
             ))
         }
     }
@@ -131,18 +153,44 @@ fn major_of(version: &str) -> Option<u32> {
 /// Sorts what libpq and pg_dump say. Locale C, so the words are fixed.
 pub fn classify(stderr: &str, doing: String) -> RunError {
     let says = |words: &[&str]| words.iter().any(|word| stderr.contains(word));
-    if says(&["password authentication failed", "no password supplied", "no pg_hba.conf entry", "authentication failed"]) {
-        RunError::give_up("source_auth", format!("{doing}\nCheck username and password of the source, and pg_hba.conf of the server."))
+    if says(&[
+        "password authentication failed",
+        "no password supplied",
+        "no pg_hba.conf entry",
+        "authentication failed",
+    ]) {
+        RunError::give_up(
+            "source_auth",
+            format!("{doing}\nCheck username and password of the source, and pg_hba.conf of the server."),
+        )
     } else if stderr.contains("database \"") && stderr.contains("does not exist") {
         RunError::give_up("database_missing", format!("{doing}\nCheck the databases of the source."))
     } else if says(&["server version mismatch"]) {
-        RunError::give_up("client_too_old", format!("{doing}\nInstall the server's own major of postgresql-client on the worker."))
+        RunError::give_up(
+            "client_too_old",
+            format!("{doing}\nInstall the server's own major of postgresql-client on the worker."),
+        )
     } else if says(&["permission denied"]) {
-        RunError::give_up("source_denied", format!("{doing}\nThe user of the source needs the right to read every table (pg_read_all_data)."))
-    } else if says(&["could not translate host name", "Connection refused", "No route to host", "timeout expired", "could not connect",
-        "connection to server", "Network is unreachable", "server closed the connection", "SSL SYSCALL", "the database system is"])
-    {
-        RunError::retry("source_unreachable", format!("{doing}\nCheck host and port of the source, and that this worker's pool reaches it."))
+        RunError::give_up(
+            "source_denied",
+            format!("{doing}\nThe user of the source needs the right to read every table (pg_read_all_data)."),
+        )
+    } else if says(&[
+        "could not translate host name",
+        "Connection refused",
+        "No route to host",
+        "timeout expired",
+        "could not connect",
+        "connection to server",
+        "Network is unreachable",
+        "server closed the connection",
+        "SSL SYSCALL",
+        "the database system is",
+    ]) {
+        RunError::retry(
+            "source_unreachable",
+            format!("{doing}\nCheck host and port of the source, and that this worker's pool reaches it."),
+        )
     } else {
         RunError::retry("dump_failed", doing)
     }
@@ -153,7 +201,10 @@ mod tests {
     use super::*;
 
     fn tool(version: &str) -> Tool {
-        Tool { path: format!("/usr/lib/postgresql/{version}/bin/pg_dump").into(), version: format!("pg_dump (PostgreSQL) {version} (Debian)") }
+        Tool {
+            path: format!("/usr/lib/postgresql/{version}/bin/pg_dump").into(),
+            version: format!("pg_dump (PostgreSQL) {version} (Debian)"),
+        }
     }
 
     #[test]

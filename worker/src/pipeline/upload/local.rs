@@ -72,7 +72,11 @@ impl LocalStore {
             match create_private(&self.root.join(MARKER)).await {
                 Ok(mut file) => {
                     let text = b"This folder is a DBackup destination. Backups stop when this file is missing.\n";
-                    let written = async { file.write_all(text).await?; file.sync_all().await }.await;
+                    let written = async {
+                        file.write_all(text).await?;
+                        file.sync_all().await
+                    }
+                    .await;
                     written.map_err(|e| io_error(&e, "write the marker in", &self.root))?;
                     sync_folder(&self.root).await.map_err(|e| io_error(&e, "sync", &self.root))?;
                 }
@@ -140,14 +144,19 @@ impl LocalBegun {
         if !folder.exists() {
             // Not create_dir_all: the root itself must be there already.
             match fs::create_dir(&folder).await {
-                Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error(&error, "make the folder", &folder)),
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                    return Err(io_error(&error, "make the folder", &folder));
+                }
                 _ => sync_folder(&self.store.root).await.map_err(|e| io_error(&e, "sync", &self.store.root))?,
             }
         }
         let inside = fs::canonicalize(&folder).await.map_err(|e| io_error(&e, "open", &folder))?;
         let root = fs::canonicalize(&self.store.root).await.map_err(|e| io_error(&e, "open", &self.store.root))?;
         if !inside.starts_with(&root) {
-            return Err(StoreError::give_up("path_not_allowed", format!("{} leads out of the destination: remove the link", folder.display())));
+            return Err(StoreError::give_up(
+                "path_not_allowed",
+                format!("{} leads out of the destination: remove the link", folder.display()),
+            ));
         }
         let file = create_private(&part).await.map_err(|e| io_error(&e, "make", &part))?;
         Ok(LocalUpload { file, part, path })
@@ -169,7 +178,11 @@ impl LocalUpload {
 
     /// Forces everything to the disk. A full disk may show itself only here.
     pub async fn flush(&mut self) -> Result<(), StoreError> {
-        let flushed = async { self.file.flush().await?; self.file.sync_all().await }.await;
+        let flushed = async {
+            self.file.flush().await?;
+            self.file.sync_all().await
+        }
+        .await;
         flushed.map_err(|e| io_error(&e, "write to", &self.part))
     }
 
@@ -216,9 +229,13 @@ async fn sync_folder(path: &Path) -> io::Result<()> {
 fn io_error(error: &io::Error, doing: &str, path: &Path) -> StoreError {
     let text = |hint: &str| format!("could not {doing} {}: {error}{hint}", path.display());
     match error.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => StoreError::give_up("disk_full", text("; free space or choose another destination")),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            StoreError::give_up("disk_full", text("; free space or choose another destination"))
+        }
         ErrorKind::ReadOnlyFilesystem => StoreError::give_up("read_only", text("; remount it writable")),
-        ErrorKind::PermissionDenied => StoreError::give_up("permission_denied", text("; the worker's user needs write permission there")),
+        ErrorKind::PermissionDenied => {
+            StoreError::give_up("permission_denied", text("; the worker's user needs write permission there"))
+        }
         ErrorKind::NotFound => StoreError::give_up("store_missing", text("; is the mount missing?")),
         ErrorKind::AlreadyExists => StoreError::give_up("name_taken", text("; nothing is overwritten")),
         _ => StoreError::retry("store_failed", text("")),

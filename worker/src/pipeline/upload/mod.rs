@@ -40,7 +40,11 @@ impl StoreError {
 
     /// Names the destination.
     pub fn at(self, destination: &str) -> RunError {
-        RunError { message: format!("destination '{destination}': {}", self.message), code: self.code, class: self.class }
+        RunError {
+            message: format!("destination '{destination}': {}", self.message),
+            code: self.code,
+            class: self.class,
+        }
     }
 }
 
@@ -58,7 +62,9 @@ impl Store {
     pub fn open(access: DestinationAccess, allowed: &[PathBuf]) -> Result<Self, StoreError> {
         Ok(match access {
             DestinationAccess::Local(config) => Store::Local(LocalStore::open(&config, allowed)?),
-            DestinationAccess::S3 { config, secret_access_key } => Store::S3(S3Store::open(&config, &secret_access_key)?),
+            DestinationAccess::S3 { config, secret_access_key } => {
+                Store::S3(S3Store::open(&config, &secret_access_key)?)
+            }
         })
     }
 

@@ -37,7 +37,8 @@ impl S3Store {
             .with_allow_http(true)
             .with_connect_timeout(Duration::from_secs(5))
             .with_timeout(Duration::from_secs(120));
-        let retry = RetryConfig { backoff: BackoffConfig::default(), max_retries: 5, retry_timeout: Duration::from_secs(60) };
+        let retry =
+            RetryConfig { backoff: BackoffConfig::default(), max_retries: 5, retry_timeout: Duration::from_secs(60) };
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(&config.bucket)
             .with_region(config.region.as_deref().unwrap_or("us-east-1"))
@@ -49,7 +50,9 @@ impl S3Store {
         if let Some(endpoint) = &config.endpoint {
             builder = builder.with_endpoint(endpoint_for(endpoint, &config.bucket, path_style));
         }
-        let client = builder.build().map_err(|e| StoreError::give_up("store_config", format!("the S3 client refuses its configuration: {e}")))?;
+        let client = builder.build().map_err(|e| {
+            StoreError::give_up("store_config", format!("the S3 client refuses its configuration: {e}"))
+        })?;
         let prefix = config.prefix.as_deref().unwrap_or("").trim_matches('/').to_owned();
         Ok(Self { client: Arc::new(client), bucket: config.bucket.clone(), prefix })
     }
@@ -116,9 +119,10 @@ impl S3Store {
         let text = |hint: &str| format!("could not {doing} bucket '{}': {}{hint}", self.bucket, whole(error));
         match error {
             Error::NotFound { .. } => StoreError::give_up("bucket_missing", text("; does the bucket exist?")),
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
-                StoreError::give_up("store_denied", text("; check accessKeyId, secretAccessKey and the rights to put objects and to abort uploads"))
-            }
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => StoreError::give_up(
+                "store_denied",
+                text("; check accessKeyId, secretAccessKey and the rights to put objects and to abort uploads"),
+            ),
             _ => StoreError::retry("store_failed", text("")),
         }
     }
@@ -128,7 +132,9 @@ impl S3Store {
 fn endpoint_for(endpoint: &str, bucket: &str, path_style: bool) -> String {
     let endpoint = endpoint.trim_end_matches('/');
     match endpoint.split_once("://") {
-        Some((scheme, host)) if !path_style && !host.starts_with(&format!("{bucket}.")) => format!("{scheme}://{bucket}.{host}"),
+        Some((scheme, host)) if !path_style && !host.starts_with(&format!("{bucket}.")) => {
+            format!("{scheme}://{bucket}.{host}")
+        }
         _ => endpoint.to_owned(),
     }
 }
@@ -236,9 +242,10 @@ impl S3Upload {
                 "size_differs",
                 format!("{} has {} bytes, but {} were sent", self.key, found.size, expected.bytes),
             )),
-            Err(Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) if confirmed => {
-                Ok(Some("the stored size could not be compared, because this key may not read; each part was confirmed".to_owned()))
-            }
+            Err(Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) if confirmed => Ok(Some(
+                "the stored size could not be compared, because this key may not read; each part was confirmed"
+                    .to_owned(),
+            )),
             Err(error) => Err(self.store.error(&error, "look at an object in")),
         }
     }

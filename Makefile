@@ -1,0 +1,44 @@
+# The recipes live in .dev; this names them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup build up fmt lint sqlx bench chaos
+
+export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbackup/target
+# Folder of the instance that `make up` runs.
+ifeq ($(shell id -u),0)
+DATA ?= /var/lib/dbackup
+else
+DATA ?= $(HOME)/.local/share/dbackup
+endif
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## back up a sample database by the contract's Bash script, and leave the service running (ONCE=1: stop after it)
+	@ONCE=$(ONCE) .dev/demo
+
+test: ## every test, against servers that it starts itself (ARGS=restore: those with that word in their names)
+	@.dev/test $(ARGS)
+
+setup: ## install what is missing: servers, clients, tools
+	@.dev/setup
+
+build: ## build every program
+	cargo build --workspace --locked
+
+up: setup ## run API and workers with their data in DATA (default /var/lib/dbackup, or ~/.local/share/dbackup)
+	cargo run --package cli --bin dbackup --locked -- --data "$(DATA)" up
+
+fmt: ## format the code
+	cargo fmt --all
+
+lint: ## format, clippy with warnings denied, and whether .sqlx fits the queries
+	@.dev/lint
+
+sqlx: setup ## write .sqlx anew from the queries and the migrations
+	@.dev/sqlx prepare
+
+bench: ## dump a large database, beside the same by hand
+	@.dev/bench $(ARGS)
+
+chaos: ## kill workers at random (ARGS="--seed 7 --kills 20 --lease-ms 3000")
+	@.dev/chaos $(ARGS)

@@ -1,0 +1,272 @@
+//! The API: who may do what, what is refused and how, and what a list shows.
+
+use std::collections::BTreeSet;
+
+use common::permission::Permission;
+use serde_json::{Value, json};
+
+use crate::harness::{Cluster, id, source::PostgresSource};
+
+/// A path of the route table with an id that names nothing.
+fn concrete(path: &str) -> String {
+    path.replace("{id}", "0190a5b2-0000-7000-8000-000000000000")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_refuses_a_caller_without_a_key_and_one_without_its_permission() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let mut seen = 0;
+    for route in api::router::table() {
+        let (method, path) = (route.method.as_str(), concrete(route.path));
+        let Some(needed) = route.permission else {
+            assert!(["/livez", "/readyz", "/api/health"].contains(&route.path), "{} is open to everybody", route.path);
+            continue;
+        };
+        let anonymous = cluster
+            .http
+            .request(route.method.clone(), format!("{}{path}", cluster.url(0)))
+            .send()
+            .await
+            .expect("answers");
+        assert_eq!(anonymous.status(), 401, "{method} {path}");
+        assert!(anonymous.headers().contains_key("x-request-id"));
+
+        let others: Vec<&str> = Permission::ALL.iter().filter(|p| **p != needed).map(|p| p.as_str()).collect();
+        let (status, answer) = cluster.request_as(&cluster.key(&others).await, method, &path, Some(json!({}))).await;
+        assert_eq!((status, answer["code"].as_str()), (403, Some("permission_missing")), "{method} {path}: {answer}");
+        assert!(answer["error"].as_str().is_some_and(|e| e.contains(needed.as_str())), "{answer}");
+
+        let (status, answer) =
+            cluster.request_as(&cluster.key(&[needed.as_str()]).await, method, &path, Some(json!({}))).await;
+        assert!(![401, 403].contains(&status), "{method} {path} with its one permission: {status} {answer}");
+        seen += 1;
+    }
+    assert!(seen >= 23, "the table has shrunk to {seen}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_wrong_disabled_or_expired_is_refused_and_told_why() {
+    let cluster = Cluster::build().workers(0).start().await;
+    for (change, code) in [("enabled = false", "key_disabled"), ("expires_at = clock_timestamp()", "key_expired")] {
+        let key = cluster.key(&["jobs:read"]).await;
+        assert_eq!(cluster.request_as(&key, "GET", "/api/jobs", None).await.0, 200);
+        let hash = <sha2::Sha256 as sha2::Digest>::digest(&key).to_vec();
+        sqlx::query(sqlx::AssertSqlSafe(format!("update api_keys set {change} where secret_hash = $1")))
+            .bind(hash)
+            .execute(&cluster.pool)
+            .await
+            .expect("updates");
+        let (status, answer) = cluster.request_as(&key, "GET", "/api/jobs", None).await;
+        assert_eq!(
+            (status, answer["code"].as_str(), answer["success"].as_bool()),
+            (401, Some(code), Some(false)),
+            "{answer}"
+        );
+    }
+    let unknown = common::api_key::PlainKey::generate();
+    for key in [unknown.expose(), "dbm_your_api_key", "x"] {
+        assert_eq!(cluster.request_as(key, "GET", "/api/jobs", None).await.0, 401, "{key}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scoped_key_sees_and_triggers_only_its_jobs() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let (mine, other) = (
+        cluster.job(&source, &[&destination], json!({})).await,
+        cluster.job(&source, &[&destination], json!({})).await,
+    );
+    let others_run = cluster.trigger(&other).await;
+    let key = cluster.scoped_key(&["*"], Some(vec![mine.parse().expect("an id")])).await;
+    assert_eq!(cluster.request_as(&key, "POST", &format!("/api/jobs/{mine}/run"), None).await.0, 200);
+    for (method, path) in [
+        ("POST", format!("/api/jobs/{other}/run")),
+        ("GET", format!("/api/jobs/{other}")),
+        ("GET", format!("/api/executions/{others_run}")),
+        ("POST", format!("/api/executions/{others_run}/cancel")),
+    ] {
+        assert_eq!(cluster.request_as(&key, method, &path, None).await.0, 404, "{method} {path}");
+    }
+    let (_, jobs) = cluster.request_as(&key, "GET", "/api/jobs", None).await;
+    assert_eq!(jobs.as_array().map(|j| j.iter().map(id).collect::<Vec<_>>()), Some(vec![mine]));
+    let (_, executions) = cluster.request_as(&key, "GET", "/api/executions", None).await;
+    assert_eq!(executions["data"].as_array().map(Vec::len), Some(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_input_gets_the_envelope_and_names_the_field() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let post = async |path: &str, text: &str| {
+        let response = cluster
+            .http
+            .post(format!("{}{path}", cluster.url(0)))
+            .bearer_auth(&cluster.admin_key)
+            .body(text.to_owned())
+            .send()
+            .await
+            .expect("answers");
+        let status = response.status().as_u16();
+        let header = response.headers()["x-request-id"].to_str().expect("text").to_owned();
+        let body: Value = response.json().await.expect("the envelope is JSON");
+        assert_eq!(
+            (body["success"].as_bool(), body["requestId"].as_str()),
+            (Some(false), Some(header.as_str())),
+            "{body}"
+        );
+        (
+            status,
+            body["fields"][0]["field"].as_str().unwrap_or_default().to_owned(),
+            body["error"].as_str().expect("an error").to_owned(),
+        )
+    };
+    let job = "/api/jobs/0190a5b2-0000-7000-8000-000000000000/run";
+    for (path, text, status, field) in [
+        (job, "{", 400, "body"),
+        (job, "[]", 400, "body"),
+        (job, "{\"priority\": \"high\"}", 400, "priority"),
+        (job, "{\"priority\": 99}", 422, "priority"),
+        (job, "{\"prioritty\": 1}", 400, "prioritty"),
+        (job, "{} x", 400, "body"),
+        ("/api/sources", "{\"name\": \"x\"}", 400, "engine"),
+        ("/api/sources", "{\"name\": \"x\", \"engine\": \"oracle\"}", 400, "engine"),
+        (
+            "/api/sources",
+            "{\"name\": \"x\", \"engine\": \"postgres\", \"config\": {\"host\": \"h\", \"username\": \"u\", \"databases\": []}}",
+            422,
+            "config.databases",
+        ),
+        (
+            "/api/sources",
+            "{\"name\": \"x\", \"engine\": \"postgres\", \"config\": {\"host\": \"h\", \"port\": \"x\"}}",
+            422,
+            "config.port",
+        ),
+        (
+            "/api/destinations",
+            "{\"name\": \"x\", \"kind\": \"local\", \"config\": {\"root\": \"relative\"}}",
+            422,
+            "config.root",
+        ),
+        ("/api/jobs", "{\"name\": \"x\", \"sourceId\": \"nope\", \"destinationIds\": []}", 422, "sourceId"),
+    ] {
+        let (got, named, error) = post(path, text).await;
+        assert_eq!((got, named.as_str()), (status, field), "{path} {text}: {error}");
+    }
+    let (status, _, error) = post("/api/jobs/no-such-job/run", "").await;
+    assert_eq!((status, error.as_str()), (404, "Job not found"));
+    let (status, ..) = post("/api/jobs/%00%ff/run", "").await;
+    assert_eq!(status, 404);
+    assert_eq!(post("/api/nowhere", "").await.0, 404);
+    assert_eq!(post("/livez", "").await.0, 405);
+    assert_eq!(post("/api/sources", &" ".repeat(2 << 20)).await.0, 413);
+    for path in
+        ["/api/executions/nonsense", "/api/executions/0190a5b2-0000-7000-8000-000000000000", "/api/jobs/nonsense"]
+    {
+        assert_eq!(cluster.request("GET", path, None).await.0, 404, "{path}");
+    }
+    assert_eq!(cluster.request("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 1001 }))).await.0, 422);
+    assert_eq!(
+        cluster.request("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 7 }))).await.1["data"]["maxConcurrentJobs"],
+        7
+    );
+    assert_eq!(
+        cluster.request("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": null }))).await.1["data"]["maxConcurrentJobs"],
+        4
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sources_destinations_and_jobs_are_made_read_changed_and_deleted_by_id_and_by_slug() {
+    let cluster = Cluster::start().await;
+    let config = PostgresSource::empty().await.config();
+    let source = cluster
+        .ok(
+            "POST",
+            "/api/sources",
+            Some(json!({ "name": "Shop (prod)", "engine": "postgres", "config": config, "labels": { "env": "prod" } })),
+        )
+        .await;
+    assert_eq!(source["slug"], "shop-prod");
+    let second = cluster
+        .ok("POST", "/api/sources", Some(json!({ "name": "Shop (prod)", "engine": "postgres", "config": config })))
+        .await;
+    assert_eq!(second["slug"], "shop-prod-2");
+    let (status, answer) = cluster
+        .request(
+            "POST",
+            "/api/sources",
+            Some(json!({ "name": "x", "slug": "shop-prod", "engine": "postgres", "config": config })),
+        )
+        .await;
+    assert_eq!((status, answer["code"].as_str()), (409, Some("slug_taken")), "{answer}");
+
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster
+        .ok(
+            "POST",
+            "/api/jobs",
+            Some(json!({ "name": "Daily", "sourceId": "shop-prod", "destinationIds": [destination] })),
+        )
+        .await;
+    assert_eq!(
+        (job["sourceId"].as_str(), job["overlap"].as_str(), job["maxAttempts"].as_i64()),
+        (source["id"].as_str(), Some("queue"), Some(3))
+    );
+    let changed = cluster.ok("PUT", "/api/jobs/daily", Some(json!({ "compression": "gzip" }))).await;
+    assert_eq!((changed["compression"].as_str(), changed["name"].as_str()), (Some("gzip"), Some("Daily")));
+    for field in ["schedule", "encryption", "retention"] {
+        let (status, answer) = cluster.request("PUT", "/api/jobs/daily", Some(json!({ field: "x" }))).await;
+        assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some(field)), "{answer}");
+    }
+    for path in ["/api/sources/shop-prod".to_owned(), format!("/api/destinations/{destination}")] {
+        let (status, answer) = cluster.request("DELETE", &path, None).await;
+        assert_eq!((status, answer["code"].as_str()), (409, Some("in_use")), "{answer}");
+    }
+    let run = cluster.backup("daily").await;
+    cluster.ok("DELETE", "/api/jobs/daily", None).await;
+    assert_eq!(cluster.request("GET", "/api/jobs/daily", None).await.0, 404);
+    let kept = cluster.execution(run["id"].as_str().expect("an id")).await;
+    assert_eq!(
+        (kept["jobName"].as_str(), kept["artifacts"].as_array().map(Vec::len)),
+        (Some("Daily"), Some(2)),
+        "history outlives its job"
+    );
+    cluster.ok("DELETE", "/api/sources/shop-prod", None).await;
+    cluster.ok("DELETE", &format!("/api/destinations/{destination}"), None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_paged_by_cursor_and_an_insert_between_pages_shifts_nothing() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let mut triggered = Vec::new();
+    for _ in 0..7 {
+        triggered.push(cluster.trigger(&job).await);
+    }
+    let mut path = "/api/executions?limit=3&status=Pending".to_owned();
+    let mut seen = Vec::new();
+    loop {
+        let response = cluster
+            .http
+            .get(format!("{}{path}", cluster.url(0)))
+            .bearer_auth(&cluster.admin_key)
+            .send()
+            .await
+            .expect("answers");
+        let link = response.headers().get("link").map(|l| l.to_str().expect("text").to_owned());
+        let body: Value = response.json().await.expect("JSON");
+        seen.extend(body["data"].as_array().expect("rows").iter().map(id));
+        cluster.trigger(&job).await;
+        let Some(link) = link else { break };
+        path = link.trim_start_matches('<').split('>').next().expect("a URL").to_owned();
+    }
+    triggered.reverse();
+    assert_eq!(seen, triggered, "newest first, each once");
+    assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), 7);
+    assert_eq!(cluster.request("GET", "/api/executions?cursor=x", None).await.0, 400);
+    assert_eq!(cluster.request("GET", "/api/executions?limit=0", None).await.0, 400);
+}

@@ -1,0 +1,219 @@
+//! Dumps that go wrong: Failed, nothing visible, never a false Success.
+
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Cluster, SOON, files,
+    process::is_alive,
+    proxy::{Mode, Proxy},
+    source::PostgresSource,
+    until,
+};
+
+/// A folder of tools in which `pg_dump` is a script and psql the real one.
+fn tools(folder: &Path, pg_dump: &str) -> PathBuf {
+    let bin = folder.join("bin");
+    std::fs::create_dir_all(&bin).expect("a folder");
+    write_script(
+        &bin.join("pg_dump"),
+        &format!(
+            "#!/bin/bash\nif [ \"$1\" = --version ]; then echo 'pg_dump (PostgreSQL) 99.1'; exit; fi\n{pg_dump}\n"
+        ),
+    );
+    write_script(&bin.join("psql"), "#!/bin/bash\nexec psql \"$@\"\n");
+    bin
+}
+
+fn write_script(path: &Path, text: &str) {
+    std::fs::write(path, text).expect("writes");
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("makes it executable");
+}
+
+/// Runs a job whose pg_dump is `script`; gives the execution and what lies in the destination.
+async fn run_with(script: &str) -> (Value, Vec<PathBuf>, Cluster) {
+    let folder = std::env::temp_dir().join(crate::harness::unique("tools"));
+    let bin = tools(&folder, script);
+    let cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", bin.display()).start().await;
+    let source = PostgresSource::with_rows(10).await;
+    let (destination, root) = cluster.local_destination().await;
+    let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;
+    let execution = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    std::fs::remove_dir_all(folder).expect("removes");
+    (execution, files(&root), cluster)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tool_that_writes_three_megabytes_and_exits_1_is_a_failure_and_leaves_nothing() {
+    let (execution, left, _cluster) = run_with("echo 'PGDMP'; head -c 3000000 /dev/urandom; echo 'pg_dump: error: the disk of the server is on fire' >&2; exit 1").await;
+    assert_eq!(execution["status"], "Failed", "{execution:#}");
+    let error = execution["error"].as_str().expect("an error");
+    assert!(error.contains("status 1") && error.contains("on fire"), "{error}");
+    assert_eq!(left, Vec::<PathBuf>::new());
+    let log = execution["logs"].to_string();
+    assert!(log.contains("on fire"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tool_that_is_killed_in_mid_stream_is_a_failure_and_leaves_nothing() {
+    let (execution, left, _cluster) = run_with("echo 'PGDMP'; head -c 3000000 /dev/urandom; kill -9 $$").await;
+    assert_eq!(execution["status"], "Failed", "{execution:#}");
+    assert!(execution["error"].as_str().is_some_and(|e| e.contains("signal 9")), "{execution:#}");
+    assert_eq!(left, Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tool_that_reports_success_for_half_a_dump_is_a_failure() {
+    let (execution, left, _cluster) = run_with("head -c 300000 /dev/zero; exit 0").await;
+    assert_eq!(
+        (execution["status"].as_str(), execution["errorCode"].as_str()),
+        (Some("Failed"), Some("dump_incomplete")),
+        "{execution:#}"
+    );
+    assert_eq!(left, Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_pg_dump_fails_with_what_to_install() {
+    let empty = std::env::temp_dir();
+    let cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", empty.join("no-such-folder").display()).start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let execution =
+        cluster.ended(&cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await, SOON).await;
+    let error = execution["error"].as_str().expect("an error");
+    assert!(error.contains("install postgresql-client") && error.contains("no-such-folder"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_older_than_the_server_fails_with_what_to_install() {
+    let folder = std::env::temp_dir().join(crate::harness::unique("tools"));
+    let bin = tools(&folder, "exit 7");
+    write_script(&bin.join("pg_dump"), "#!/bin/bash\necho 'pg_dump (PostgreSQL) 9.6.24'\n");
+    let cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", bin.display()).start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let execution =
+        cluster.ended(&cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await, SOON).await;
+    assert_eq!(execution["errorCode"], "client_too_old", "{execution:#}");
+    assert!(execution["error"].as_str().is_some_and(|e| e.contains("install postgresql-client-")), "{execution:#}");
+    std::fs::remove_dir_all(folder).expect("removes");
+}
+
+/// A run whose dump is held by a proxy after its first megabyte.
+async fn held_dump(cluster: &Cluster) -> (Proxy, String, PathBuf) {
+    let source = PostgresSource::with_rows(60_000).await;
+    let proxy = Proxy::start(source.port).await;
+    let (destination, root) = cluster.local_destination().await;
+    let job =
+        cluster.job(&cluster.source("postgres", source.config_at(proxy.port)).await, &[&destination], json!({})).await;
+    proxy.set(Mode::HoldAfter(1_000_000));
+    let id = cluster.trigger(&job).await;
+    proxy.passes(1_000_000).await;
+    (proxy, id, root)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_drops_the_connection_is_a_failure_and_leaves_nothing() {
+    let cluster = Cluster::start().await;
+    let (proxy, id, root) = held_dump(&cluster).await;
+    let parts = files(&root);
+    assert!(
+        parts.iter().all(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'))),
+        "visible before it is whole: {parts:?}"
+    );
+    proxy.set(Mode::Cut);
+    let execution = cluster.ended(&id, SOON).await;
+    assert_eq!(
+        (execution["status"].as_str(), execution["errorCode"].as_str()),
+        (Some("Failed"), Some("source_unreachable")),
+        "{execution:#}"
+    );
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_pg_dump_killed_in_mid_stream_is_a_failure_and_leaves_nothing() {
+    let cluster = Cluster::start().await;
+    let (_proxy, id, root) = held_dump(&cluster).await;
+    let children: Vec<_> = cluster.workers.iter().flat_map(|w| w.children()).collect();
+    assert_eq!(children.len(), 1, "one dump runs");
+    kill(children[0], Signal::SIGKILL).expect("it runs");
+    let execution = cluster.ended(&id, SOON).await;
+    assert_eq!(execution["status"], "Failed", "{execution:#}");
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_and_the_progress_of_a_run_are_readable_while_it_runs() {
+    let cluster = Cluster::start().await;
+    let (proxy, id, _root) = held_dump(&cluster).await;
+    let execution = until("log, stage and progress show", SOON, || async {
+        let execution = cluster.execution(&id).await;
+        let dumping =
+            execution["stage"] == "Dumping" && execution["progress"].as_i64().is_some_and(|p| (1..=99).contains(&p));
+        (dumping && execution["logs"].to_string().contains("dumping '")).then_some(execution)
+    })
+    .await;
+    assert_eq!(
+        (execution["status"].as_str(), &execution["endedAt"], &execution["duration"]),
+        (Some("Running"), &Value::Null, &Value::Null)
+    );
+    let cursor = execution["logsCursor"].as_str().expect("a cursor").to_owned();
+    proxy.set(Mode::Pass);
+    cluster.in_status(&id, "Success", SOON).await;
+    let later = cluster.ok("GET", &format!("/api/executions/{id}?logsAfter={cursor}"), None).await;
+    let lines = later["logs"].as_array().expect("lines");
+    assert!(!lines.is_empty() && !later["logs"].to_string().contains("dumping '"), "{lines:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancel_stops_a_running_dump_and_leaves_nothing_and_a_pending_one_never_starts() {
+    let cluster = Cluster::build().limit(1).start().await;
+    let (_proxy, running, root) = held_dump(&cluster).await;
+    let job = cluster.execution(&running).await["jobId"].as_str().expect("an id").to_owned();
+    let pending = cluster.trigger(&job).await;
+    let child = cluster.workers.iter().flat_map(|w| w.children()).next().expect("the dump");
+
+    cluster.ok("POST", &format!("/api/executions/{pending}/cancel"), None).await;
+    let ended = cluster.execution(&pending).await;
+    assert_eq!(
+        (ended["status"].as_str(), ended["outcome"].as_str(), &ended["startedAt"]),
+        (Some("Failed"), Some("Cancelled"), &Value::Null),
+        "{ended:#}"
+    );
+
+    cluster.ok("POST", &format!("/api/executions/{running}/cancel"), None).await;
+    let ended = cluster.ended(&running, SOON).await;
+    assert_eq!((ended["status"].as_str(), ended["outcome"].as_str()), (Some("Failed"), Some("Cancelled")), "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("cancelled")), "{ended:#}");
+    assert!(!is_alive(child), "the dump tool outlived the cancel");
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
+    assert_eq!(cluster.count("select count(*) from execution_leases").await, 0);
+    let (status, answer) = cluster.request("POST", &format!("/api/executions/{running}/cancel"), None).await;
+    assert_eq!((status, answer["code"].as_str()), (409, Some("already_ended")), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_longer_than_its_job_allows_is_stopped() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(60_000).await;
+    let proxy = Proxy::start(source.port).await;
+    let (destination, root) = cluster.local_destination().await;
+    let job = cluster
+        .job(
+            &cluster.source("postgres", source.config_at(proxy.port)).await,
+            &[&destination],
+            json!({ "timeoutSeconds": 2, "maxAttempts": 3 }),
+        )
+        .await;
+    proxy.set(Mode::HoldAfter(1_000_000));
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!((ended["outcome"].as_str(), ended["attempt"].as_i64()), (Some("TimedOut"), Some(1)), "{ended:#}");
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
+}

@@ -1,0 +1,288 @@
+//! Destinations: S3, full, read-only, unmounted, and names that would leave the folder.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Cluster, SOON, files,
+    proxy::{Mode, Proxy},
+    s3::{BUCKET, S3Server, SECRET_KEY},
+    source::PostgresSource,
+    until,
+};
+
+/// What a backup needs, and no more: not list, not get, not delete.
+const PUT_AND_ABORT: &[&str] =
+    &["PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload"];
+
+async fn s3_destination(cluster: &Cluster, config: Value) -> String {
+    let made = cluster
+        .ok("POST", "/api/destinations", Some(json!({ "name": "bucket", "kind": "s3", "config": config })))
+        .await;
+    let id = crate::harness::id(&made);
+    let tested = cluster.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
+    assert_eq!(tested["ok"], true, "{tested}");
+    id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s3_takes_a_backup_of_several_parts_beside_a_local_folder_and_it_restores() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), None).await;
+    // Incompressible: three parts of 8 MiB.
+    let source = PostgresSource::with_rows(200_000).await;
+    let (local, root) = cluster.local_destination().await;
+    let s3 = s3_destination(&cluster, server.config()).await;
+    let job = cluster
+        .job(&cluster.source("postgres", source.config()).await, &[&s3, &local], json!({ "compression": "none" }))
+        .await;
+    let execution = cluster.backup(&job).await;
+    assert!(execution["size"].as_u64() > Some(17 << 20), "{execution:#}");
+    let path = execution["path"].as_str().expect("a path");
+    let (here, there) = (
+        std::fs::read(root.join(path)).expect("local"),
+        std::fs::read(server.file(&format!("nightly/{path}"))).expect("in the bucket"),
+    );
+    assert!(here == there, "the copies differ");
+    assert_eq!(server.objects().len(), 2, "{:?}", server.objects());
+    assert_eq!(server.open_uploads(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s3_by_virtual_host_restores() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), None).await;
+    let source = PostgresSource::with_rows(500).await;
+    let mut config = server.config();
+    config["endpoint"] = json!(format!("http://localhost:{}", server.port));
+    config["pathStyle"] = json!(false);
+    let s3 = s3_destination(&cluster, config).await;
+    let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&s3], json!({})).await;
+    let execution = cluster.backup(&job).await;
+    let file = server.file(&format!("nightly/{}", execution["path"].as_str().expect("a path")));
+    source.assert_same(&source.restore(&file).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rights_to_put_and_to_abort_suffice_for_s3() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), Some(PUT_AND_ABORT)).await;
+    let source = PostgresSource::with_rows(500).await;
+    let s3 = s3_destination(&cluster, server.config()).await;
+    let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&s3], json!({})).await;
+    cluster.backup(&job).await;
+    assert_eq!((server.objects().len(), server.open_uploads().len()), (2, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_run_leaves_no_object_and_no_open_upload_in_s3_also_with_put_and_abort_rights_alone() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), Some(PUT_AND_ABORT)).await;
+    let source = PostgresSource::with_rows(250_000).await;
+    let proxy = Proxy::start(source.port).await;
+    let s3 = s3_destination(&cluster, server.config()).await;
+    let job = cluster
+        .job(&cluster.source("postgres", source.config_at(proxy.port)).await, &[&s3], json!({ "compression": "none" }))
+        .await;
+    proxy.set(Mode::HoldAfter(20_000_000));
+    let id = cluster.trigger(&job).await;
+    until("parts are uploaded", SOON, || async { (server.open_uploads().len() >= 2).then_some(()) }).await;
+    proxy.set(Mode::Cut);
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!(ended["status"], "Failed", "{ended:#}");
+    assert_eq!((server.objects(), server.open_uploads()), (vec![], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_worker_left_open_in_s3_is_aborted_from_the_record_alone() {
+    let mut cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), Some(PUT_AND_ABORT)).await;
+    let source = PostgresSource::with_rows(250_000).await;
+    let proxy = Proxy::start(source.port).await;
+    let s3 = s3_destination(&cluster, server.config()).await;
+    let job = cluster
+        .job(&cluster.source("postgres", source.config_at(proxy.port)).await, &[&s3], json!({ "compression": "none" }))
+        .await;
+    proxy.set(Mode::HoldAfter(20_000_000));
+    let id = cluster.trigger(&job).await;
+    until("parts are uploaded", SOON, || async { (server.open_uploads().len() >= 2).then_some(()) }).await;
+    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    cluster.workers[victim].kill().await;
+    proxy.set(Mode::Pass);
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(2)), "{ended:#}");
+    until("the open upload is aborted", SOON, || async { server.open_uploads().is_empty().then_some(()) }).await;
+    assert_eq!(server.objects().len(), 2, "{:?}", server.objects());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_s3_secret_and_a_missing_bucket_fail_with_what_to_do() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), None).await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    for (field, value, hint) in
+        [("secretAccessKey", "wrong-secret", "secretAccessKey"), ("bucket", "no-such-bucket", BUCKET)]
+    {
+        let mut config = server.config();
+        config[field] = json!(value);
+        let made = cluster
+            .ok("POST", "/api/destinations", Some(json!({ "name": "bad", "kind": "s3", "config": config })))
+            .await;
+        let id = crate::harness::id(&made);
+        let tested = cluster.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
+        if field == "secretAccessKey" {
+            assert!(tested["ok"] == false && tested["message"].as_str().is_some_and(|m| m.contains(hint)), "{tested}");
+            let ended =
+                cluster.ended(&cluster.trigger(&cluster.job(&source, &[&id], json!({})).await).await, SOON).await;
+            assert_eq!(ended["errorCode"], "store_denied", "{ended:#}");
+            assert!(!ended.to_string().contains(SECRET_KEY) && !ended.to_string().contains("wrong-secret"));
+        } else {
+            let ended =
+                cluster.ended(&cluster.trigger(&cluster.job(&source, &[&id], json!({})).await).await, SOON).await;
+            assert_eq!(ended["status"], "Failed", "{ended:#}");
+        }
+    }
+}
+
+/// A file system of its own; unmounted when dropped.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn tmpfs(path: &Path, options: &str) -> Self {
+        std::fs::create_dir_all(path).expect("a folder");
+        run("mount", &["-t", "tmpfs", "-o", options, "tmpfs", &path.display().to_string()]);
+        Self(path.to_owned())
+    }
+
+    fn remount(&self, options: &str) {
+        run("mount", &["-o", &format!("remount,{options}"), &self.0.display().to_string()]);
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).stderr(std::process::Stdio::null()).status();
+    }
+}
+
+/// As root; a developer's own account goes through sudo.
+fn run(program: &str, args: &[&str]) {
+    let mut command = match nix::unistd::geteuid().is_root() {
+        true => Command::new(program),
+        false => {
+            let mut sudo = Command::new("sudo");
+            sudo.arg("-n").arg(program);
+            sudo
+        }
+    };
+    let output = command.args(args).output().expect("runs");
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_destination_fails_the_run_and_leaves_nothing_in_any_destination() {
+    let cluster = Cluster::start().await;
+    let mount = Mount::tmpfs(&cluster.scratch.join("small"), "size=1m,mode=777");
+    let small = cluster.local_destination_at(&mount.0).await;
+    let (large, large_root) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(60_000).await.config()).await;
+    let job = cluster.job(&source, &[&large, &small], json!({ "maxAttempts": 3 })).await;
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!((ended["errorCode"].as_str(), ended["attempt"].as_i64()), (Some("disk_full"), Some(1)), "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("free space")), "{ended:#}");
+    assert_eq!((files(&mount.0), files(&large_root)), (vec![], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_destination_fails_with_what_to_do() {
+    let cluster = Cluster::start().await;
+    let mount = Mount::tmpfs(&cluster.scratch.join("readonly"), "size=10m,mode=777");
+    let destination = cluster.local_destination_at(&mount.0).await;
+    mount.remount("ro");
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let ended =
+        cluster.ended(&cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await, SOON).await;
+    assert_eq!(ended["errorCode"], "read_only", "{ended:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unmounted_destination_gets_no_byte_and_its_test_does_not_bless_the_empty_folder() {
+    let cluster = Cluster::start().await;
+    let root = cluster.scratch.join("mounted");
+    let mount = Mount::tmpfs(&root, "size=10m,mode=777");
+    let destination = cluster.local_destination_at(&root).await;
+    drop(mount);
+    until("it is unmounted", SOON, || async {
+        std::fs::read_dir(&root).expect("a folder").next().is_none().then_some(())
+    })
+    .await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let ended =
+        cluster.ended(&cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await, SOON).await;
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("is the mount missing?")), "{ended:#}");
+    let tested = cluster.ok("POST", &format!("/api/destinations/{destination}/test"), None).await;
+    assert_eq!(tested["ok"], false, "{tested}");
+    assert!(
+        std::fs::read_dir(&root).expect("a folder").next().is_none(),
+        "something was written under the missing mount"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_outside_the_allowed_ones_is_refused_also_through_a_link() {
+    let cluster = Cluster::start().await;
+    let outside = std::env::temp_dir().join(crate::harness::unique("outside"));
+    std::fs::create_dir(&outside).expect("a folder");
+    let link = cluster.scratch.join("link");
+    std::os::unix::fs::symlink(&outside, &link).expect("a link");
+    for root in [&outside, &link] {
+        let made = cluster
+            .ok("POST", "/api/destinations", Some(json!({ "name": "x", "kind": "local", "config": { "root": root } })))
+            .await;
+        let tested = cluster.ok("POST", &format!("/api/destinations/{}/test", crate::harness::id(&made)), None).await;
+        assert!(
+            tested["ok"] == false && tested["message"].as_str().is_some_and(|m| m.contains("DBACKUP_LOCAL_PATHS")),
+            "{tested}"
+        );
+    }
+    assert_eq!(files(&outside), Vec::<PathBuf>::new());
+    std::fs::remove_dir(outside).expect("removes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_name_of_a_job_or_database_leaves_the_destinations_folder() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::empty().await;
+    let nasty = format!("../../{}'\"\n;x", crate::harness::unique("evil")).replace('\n', "");
+    crate::harness::sql(
+        "postgres",
+        &format!("create database \"{}\" owner {}", nasty.replace('"', "\"\""), source.role),
+    )
+    .await;
+    let mut config = source.config();
+    config["databases"] = json!([nasty]);
+    let source_id = cluster.source("postgres", config).await;
+    let (destination, root) = cluster.local_destination().await;
+    for name in
+        ["../../../tmp/evil", "a/b\\c", "quote ' and \" and `x`", "line\nbreak", "..", "-rf", "$(touch /tmp/evil)"]
+    {
+        let job = cluster.job(&source_id, &[&destination], json!({ "name": name })).await;
+        let execution = cluster.backup(&job).await;
+        assert_eq!(execution["jobName"], name);
+        let path = execution["path"].as_str().expect("a path");
+        assert!(
+            root.join(path).is_file() && Path::new(path).components().count() == 2 && !path.contains(".."),
+            "{path}"
+        );
+    }
+    assert_eq!(files(&root).len(), 14);
+    for slug in ["../x", "a/b", "..", ".", "A", "x\n", ""] {
+        let body = json!({ "name": "x", "slug": slug, "sourceId": source_id, "destinationIds": [destination] });
+        let (status, answer) = cluster.request("POST", "/api/jobs", Some(body)).await;
+        assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("slug")), "{slug:?}: {answer}");
+    }
+}

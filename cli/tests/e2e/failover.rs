@@ -1,0 +1,200 @@
+//! Workers that die, stop, or lose the database.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Cluster, SOON, files, postgres_url,
+    process::is_alive,
+    proxy::{Mode, Proxy},
+    source::PostgresSource,
+    until,
+};
+
+/// A job whose dump a proxy holds after its first megabyte.
+struct Held {
+    proxy: Proxy,
+    job: String,
+    root: PathBuf,
+}
+
+impl Held {
+    async fn new(cluster: &Cluster, more: Value) -> Self {
+        let source = PostgresSource::with_rows(60_000).await;
+        let proxy = Proxy::start(source.port).await;
+        let (destination, root) = cluster.local_destination().await;
+        let job =
+            cluster.job(&cluster.source("postgres", source.config_at(proxy.port)).await, &[&destination], more).await;
+        proxy.set(Mode::HoldAfter(1_000_000));
+        Self { proxy, job, root }
+    }
+
+    async fn run(&self, cluster: &Cluster) -> String {
+        self.proxy.set(Mode::HoldAfter(1_000_000));
+        let id = cluster.trigger(&self.job).await;
+        self.proxy.passes(1_000_000).await;
+        id
+    }
+}
+
+/// The one published backup: its object and its manifest, and nothing else.
+fn assert_one_backup(root: &std::path::Path, execution: &Value) {
+    let left = files(root);
+    assert_eq!(left.len(), 2, "{left:?}");
+    assert!(left.iter().any(|f| f.to_str() == execution["path"].as_str()), "{left:?}");
+    assert_eq!(execution["artifacts"].as_array().map(Vec::len), Some(2), "{execution:#}");
+}
+
+/// With the real times: lease 15 s, ticker 2 s.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_workers_run_leaves_running_within_20_s_although_all_others_are_busy_and_ends_elsewhere_with_one_artifact()
+ {
+    let mut cluster = Cluster::build().real_times().env("DBACKUP_CONCURRENCY", 1).start().await;
+    let (first, second) = (Held::new(&cluster, json!({})).await, Held::new(&cluster, json!({})).await);
+    let killed_run = first.run(&cluster).await;
+    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let busy_run = second.run(&cluster).await;
+    let children = cluster.workers[victim].children();
+    assert_eq!(children.len(), 1);
+
+    let killed_at = Instant::now();
+    cluster.workers[victim].kill().await;
+    until("no child survives the worker", Duration::from_secs(2), || async { (!is_alive(children[0])).then_some(()) })
+        .await;
+    let waiting = cluster.in_status(&killed_run, "Pending", Duration::from_secs(20)).await;
+    assert!(killed_at.elapsed() < Duration::from_secs(20), "{:?}", killed_at.elapsed());
+    assert_eq!((waiting["stage"].as_str(), &waiting["progress"]), (Some("Queued"), &Value::Null));
+    assert_eq!(cluster.execution(&busy_run).await["status"], "Running", "the other worker is busy all the while");
+
+    second.proxy.set(Mode::Pass);
+    first.proxy.set(Mode::Pass);
+    let ended = cluster.ended(&killed_run, SOON).await;
+    assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(2)), "{ended:#}");
+    cluster.ended(&busy_run, SOON).await;
+    until("the sweeper removed what the killed worker left", SOON, || async {
+        (files(&first.root).len() == 2).then_some(())
+    })
+    .await;
+    assert_one_backup(&first.root, &ended);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_worker_that_wakes_after_its_lease_changes_nothing() {
+    let cluster = Cluster::start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    let stopped = cluster.workers.iter().find(|w| !w.children().is_empty()).expect("one dumps");
+    stopped.signal(Signal::SIGSTOP);
+    cluster.in_status(&id, "Pending", SOON).await;
+    held.proxy.set(Mode::Pass);
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(2)), "{ended:#}");
+
+    stopped.signal(Signal::SIGCONT);
+    stopped.says("the run was ended so that another worker may take it", SOON).await;
+    until("its tool is gone", SOON, || async { stopped.children().is_empty().then_some(()) }).await;
+    until("its part file is gone", SOON, || async { (files(&held.root).len() == 2).then_some(()) }).await;
+    stopped.says("nothing was recorded", SOON).await;
+    let after = cluster.execution(&id).await;
+    assert_eq!(after, ended, "the zombie changed the execution");
+    assert_one_backup(&held.root, &after);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_cut_off_from_postgres_has_no_child_alive_when_its_lease_ends() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    let port = url::Url::parse(&postgres_url("postgres")).expect("a URL").port().expect("a port");
+    let database = Proxy::start(port).await;
+    let url = postgres_url(&cluster.database).replace(&format!(":{port}/"), &format!(":{}/", database.port));
+    cluster.add_worker(&[("DATABASE_URL", url)]).await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    let child = cluster.workers[0].children()[0];
+
+    database.set(Mode::Hold);
+    until("its lease ends", SOON, || async {
+        (cluster.count("select count(*) from execution_leases where expires_at < clock_timestamp()").await == 1
+            || cluster.count("select count(*) from execution_leases").await == 0)
+            .then_some(())
+    })
+    .await;
+    assert!(!is_alive(child), "the dump went on after the lease");
+    cluster.in_status(&id, "Pending", SOON).await;
+
+    database.set(Mode::Pass);
+    held.proxy.set(Mode::Pass);
+    let ended = cluster.ended(&id, Duration::from_secs(60)).await;
+    assert_eq!(ended["status"], "Success", "the worker works again when its database is back: {ended:#}");
+    until("nothing is left of the first attempt", SOON, || async { (files(&held.root).len() == 2).then_some(()) })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_rescued_more_than_three_times_fails_as_worker_lost() {
+    let cluster = Cluster::start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    sqlx::query("update executions set rescues = 3").execute(&cluster.pool).await.expect("updates");
+    cluster.workers.iter().for_each(|w| w.signal(Signal::SIGSTOP));
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!(
+        (ended["status"].as_str(), ended["outcome"].as_str(), ended["errorCode"].as_str()),
+        (Some("Failed"), Some("WorkerLost"), Some("worker_lost")),
+        "{ended:#}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_lets_runs_end_within_the_drain_and_gives_the_rest_back_uncounted() {
+    let mut cluster = Cluster::build().workers(1).env("DBACKUP_DRAIN_SECONDS", 1).start().await;
+    let held = Held::new(&cluster, json!({ "maxAttempts": 1 })).await;
+    let id = held.run(&cluster).await;
+    cluster.workers[0].signal(Signal::SIGTERM);
+    let status = cluster.workers[0].end(Duration::from_secs(15)).await;
+    assert_eq!(status.code(), Some(0), "{}", cluster.workers[0].log());
+    let waiting = cluster.execution(&id).await;
+    assert_eq!(waiting["status"], "Pending", "{waiting:#}");
+    assert_eq!(cluster.count("select failures + rescues from executions").await, 0);
+    assert_eq!(files(&held.root), Vec::<PathBuf>::new());
+
+    held.proxy.set(Mode::Pass);
+    cluster.add_worker(&[]).await;
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(2)), "{ended:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_of_the_network_is_tried_again_and_one_of_the_password_is_not() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(100).await;
+    let proxy = Proxy::start(source.port).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster
+        .job(
+            &cluster.source("postgres", source.config_at(proxy.port)).await,
+            &[&destination],
+            json!({ "maxAttempts": 3 }),
+        )
+        .await;
+    proxy.set(Mode::Cut);
+    let id = cluster.trigger(&job).await;
+    until("one attempt failed", SOON, || async {
+        (cluster.count("select failures from executions").await >= 1).then_some(())
+    })
+    .await;
+    proxy.set(Mode::Pass);
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!(ended["status"], "Success", "{ended:#}");
+    assert!(ended["attempt"].as_i64() >= Some(2) && ended["error"] == Value::Null, "{ended:#}");
+
+    let mut wrong = source.config();
+    wrong["password"] = json!("wrong");
+    let job = cluster.job(&cluster.source("postgres", wrong).await, &[&destination], json!({ "maxAttempts": 3 })).await;
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!((ended["attempt"].as_i64(), ended["errorCode"].as_str()), (Some(1), Some("source_auth")), "{ended:#}");
+}

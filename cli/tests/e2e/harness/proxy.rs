@@ -1,0 +1,120 @@
+//! A TCP proxy that holds, drops or cuts what passes: how the tests stop a dump in its middle, and how a worker
+//! loses its database.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+use super::until;
+
+/// What the proxy does with bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Pass.
+    Pass,
+    /// Hold: nothing is read and nothing closed, as when packets are dropped.
+    Hold,
+    /// Pass so many bytes to the client, then hold.
+    HoldAfter(u64),
+    /// Close every connection, also new ones.
+    Cut,
+}
+
+/// A running proxy; its connections end with it.
+pub struct Proxy {
+    /// Where clients connect.
+    pub port: u16,
+    mode: watch::Sender<Mode>,
+    passed: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    /// A proxy in front of a port of this machine.
+    pub async fn start(target: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let (mode, watched) = watch::channel(Mode::Pass);
+        let passed = Arc::new(AtomicU64::new(0));
+        let counter = passed.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(connection(client, target, watched.clone(), counter.clone()));
+            }
+        });
+        Self { port, mode, passed }
+    }
+
+    /// Changes what it does, for open connections too. Counting starts anew.
+    pub fn set(&self, mode: Mode) {
+        self.passed.store(0, Ordering::SeqCst);
+        self.mode.send_replace(mode);
+    }
+
+    /// Waits until so many bytes have passed to clients.
+    pub async fn passes(&self, bytes: u64) {
+        until(&format!("{bytes} bytes pass"), Duration::from_secs(30), || async {
+            (self.passed.load(Ordering::SeqCst) >= bytes).then_some(())
+        })
+        .await;
+    }
+}
+
+async fn connection(client: TcpStream, target: u16, mode: watch::Receiver<Mode>, passed: Arc<AtomicU64>) {
+    let Ok(server) = TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], target))).await else { return };
+    let (client_read, client_write) = client.into_split();
+    let (server_read, server_write) = server.into_split();
+    tokio::select! {
+        () = pump(client_read, server_write, mode.clone(), None) => {}
+        () = pump(server_read, client_write, mode, Some(passed)) => {}
+    }
+}
+
+async fn pump(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    mut mode: watch::Receiver<Mode>,
+    passed: Option<Arc<AtomicU64>>,
+) {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let now = *mode.borrow_and_update();
+        let count = passed.as_ref().map_or(0, |p| p.load(Ordering::SeqCst));
+        let read = match now {
+            Mode::Cut => return,
+            Mode::Hold => None,
+            Mode::HoldAfter(limit) if passed.is_some() && count >= limit => None,
+            _ => Some(from.read(&mut buffer)),
+        };
+        let read = async {
+            match read {
+                Some(read) => read.await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = mode.changed() => if changed.is_err() { return },
+            result = read => match result {
+                Ok(n) if n > 0 => {
+                    if to.write_all(&buffer[..n]).await.is_err() {
+                        return;
+                    }
+                    if let Some(passed) = &passed {
+                        passed.fetch_add(n as u64, Ordering::SeqCst);
+                    }
+                }
+                _ => return,
+            },
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! A real S3 server (s3s) on a folder, with a policy of allowed operations, so that a test can tell what rights a
+//! backup needs.
+
+use std::path::PathBuf;
+
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto::Builder,
+};
+use s3s::{
+    S3Result,
+    access::{S3Access, S3AccessContext},
+    auth::SimpleAuth,
+    host::MultiDomain,
+    s3_error,
+    service::S3ServiceBuilder,
+};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+/// The key of the tests.
+pub const ACCESS_KEY: &str = "AKIATEST";
+/// Its secret.
+pub const SECRET_KEY: &str = "s3-secret-of-the-tests";
+
+struct Policy(Option<&'static [&'static str]>);
+
+#[async_trait::async_trait]
+impl S3Access for Policy {
+    async fn check(&self, context: &mut S3AccessContext<'_>) -> S3Result<()> {
+        let allowed = self.0.is_none_or(|operations| operations.contains(&context.s3_op().name()));
+        match context.credentials() {
+            Some(_) if allowed => Ok(()),
+            _ => Err(s3_error!(AccessDenied)),
+        }
+    }
+}
+
+/// A running server.
+pub struct S3Server {
+    /// Its port.
+    pub port: u16,
+    root: PathBuf,
+}
+
+/// The bucket that every server has.
+pub const BUCKET: &str = "backups";
+
+impl S3Server {
+    /// Serves a folder. `allowed` are the only operations that are not denied.
+    pub async fn start(root: PathBuf, allowed: Option<&'static [&'static str]>) -> Self {
+        std::fs::create_dir_all(root.join(BUCKET)).expect("a bucket");
+        let files = s3s_fs::FileSystem::new(&root).expect("a folder");
+        let mut builder = S3ServiceBuilder::new(files);
+        builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
+        builder.set_access(Policy(allowed));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        // `backups.localhost` for virtual-host style; path style goes by address.
+        builder.set_host(
+            MultiDomain::new([format!("localhost:{port}"), "localhost".to_owned(), format!("127.0.0.1:{port}")])
+                .expect("domains"),
+        );
+        let service = builder.build();
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                let service = service.clone();
+                tokio::spawn(async move {
+                    let _ = Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service).await;
+                });
+            }
+        });
+        Self { port, root }
+    }
+
+    /// As a destination's config.
+    pub fn config(&self) -> Value {
+        json!({
+            "bucket": BUCKET, "endpoint": format!("http://127.0.0.1:{}", self.port), "region": "us-east-1",
+            "accessKeyId": ACCESS_KEY, "secretAccessKey": SECRET_KEY, "prefix": "nightly", "pathStyle": true
+        })
+    }
+
+    /// Objects in the bucket, by key.
+    pub fn objects(&self) -> Vec<PathBuf> {
+        super::files(&self.root.join(BUCKET))
+    }
+
+    /// An object's file.
+    pub fn file(&self, key: &str) -> PathBuf {
+        self.root.join(BUCKET).join(key)
+    }
+
+    /// Multipart uploads that are open, as the server's own files show them.
+    pub fn open_uploads(&self) -> Vec<PathBuf> {
+        let is_upload = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(".upload"));
+        super::files(&self.root).into_iter().filter(is_upload).collect()
+    }
+}

@@ -1,0 +1,109 @@
+//! The global limit, exact at every moment, by an audit that the database writes.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use serde_json::json;
+
+use crate::harness::{Cluster, SOON, audit, files, source::PostgresSource, until};
+
+async fn all_ended(cluster: &Cluster, limit: Duration) {
+    until("every execution ends", limit, || async {
+        (cluster.count("select count(*) from executions where ended_at is null").await == 0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_runs_on_four_workers_never_exceed_the_limit_and_reach_it_while_it_changes() {
+    let cluster = Cluster::build().workers(4).limit(3).start().await;
+    audit::install(&cluster).await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let (destination, root) = cluster.local_destination().await;
+    let mut jobs = Vec::new();
+    for _ in 0..10 {
+        jobs.push(cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await);
+    }
+    let triggers = (0..200).map(|n| cluster.trigger(&jobs[n % 10]));
+    let ids: BTreeSet<String> = futures::future::join_all(triggers).await.into_iter().collect();
+    assert_eq!(ids.len(), 200);
+
+    let ended = || cluster.count("select count(*) from executions where ended_at is not null");
+    for (after, limit) in [(40, 1), (60, 5)] {
+        until(&format!("{after} runs end"), Duration::from_secs(90), || async {
+            (ended().await >= after).then_some(())
+        })
+        .await;
+        cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": limit }))).await;
+    }
+    all_ended(&cluster, Duration::from_secs(120)).await;
+
+    assert_eq!(audit::claims_over_the_limit(&cluster).await, 0, "the limit was exceeded");
+    for limit in [3, 1, 5] {
+        assert_eq!(
+            audit::most_running_at(&cluster, limit).await,
+            i64::from(limit),
+            "the limit {limit} was not reached"
+        );
+    }
+    assert_eq!(cluster.count("select count(*) from executions where status = 'Success' and attempt = 1").await, 200);
+    assert_eq!(cluster.count("select count(*) from execution_leases").await, 0);
+    assert_eq!(cluster.count("select count(*) from staged_objects").await, 0);
+    assert_eq!(files(&root).len(), 400, "an object and a manifest each");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_runs_of_one_job_in_one_second_make_fifty_artifacts_with_fifty_names() {
+    let cluster = Cluster::build().limit(8).start().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let (destination, root) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let began = std::time::Instant::now();
+    futures::future::join_all((0..50).map(|_| cluster.trigger(&job))).await;
+    assert!(began.elapsed() < Duration::from_secs(1), "not one second: {:?}", began.elapsed());
+    all_ended(&cluster, Duration::from_secs(60)).await;
+    assert_eq!(cluster.count("select count(*) from executions where status = 'Success'").await, 50);
+    assert_eq!(cluster.count("select count(distinct path) from artifacts where database_name is not null").await, 50);
+    assert_eq!(files(&root).iter().filter(|f| f.extension().is_some_and(|e| e == "zst")).count(), 50);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_of_a_queue_job_never_run_together_also_when_claimed_in_one_batch() {
+    // A limit of 40 and one worker with 20 free: a claim may take a batch of 20.
+    let cluster = Cluster::build().workers(1).env("DBACKUP_CONCURRENCY", 20).limit(40).start().await;
+    audit::install(&cluster).await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "queue" })).await;
+    futures::future::join_all((0..12).map(|_| cluster.trigger(&job))).await;
+    all_ended(&cluster, Duration::from_secs(60)).await;
+    assert_eq!(audit::overlaps(&cluster).await, 0);
+    assert_eq!(cluster.count("select count(*) from executions where status = 'Success'").await, 12);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_is_never_dumped_by_more_runs_than_it_allows() {
+    let cluster = Cluster::build().limit(20).start().await;
+    audit::install(&cluster).await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    cluster.ok("PUT", &format!("/api/sources/{source}"), Some(json!({ "maxConcurrentRuns": 2 }))).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    futures::future::join_all((0..16).map(|_| cluster.trigger(&job))).await;
+    all_ended(&cluster, Duration::from_secs(60)).await;
+    assert_eq!(cluster.count("select max(same_job)::bigint from lease_audit where what = 'INSERT'").await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_of_zero_and_a_pause_claim_nothing_and_their_end_is_noticed_at_once() {
+    let cluster = Cluster::build().limit(0).env("DBACKUP_POLL_MS", 60_000).start().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let first = cluster.trigger(&job).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 1, "paused": true }))).await;
+    assert_eq!(cluster.execution(&first).await["status"], "Pending");
+    assert_eq!(cluster.count("select count(*) from execution_leases").await, 0);
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
+    // The poll interval is a minute: only the wake-up can be this quick.
+    cluster.in_status(&first, "Success", SOON).await;
+}

@@ -1,0 +1,15 @@
+//! End-to-end tests on the real binaries; see `harness` for the cluster they run on.
+
+mod harness;
+
+mod api;
+mod bad_dumps;
+mod configuration;
+mod contract;
+mod destinations;
+mod failover;
+mod limits;
+mod queue;
+mod sources;
+mod trace;
+mod up;

@@ -1,0 +1,69 @@
+//! Enqueue: idempotency, overlap, caps.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Cluster, source::PostgresSource};
+
+async fn paused_cluster_with_job(more: Value) -> (Cluster, String) {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], more).await;
+    (cluster, job)
+}
+
+async fn trigger_with_key(cluster: &Cluster, api: usize, job: &str, key: &str, body: Value) -> (u16, bool, Value) {
+    let request = cluster.http.post(format!("{}/api/jobs/{job}/run", cluster.url(api))).bearer_auth(&cluster.admin_key);
+    let response = request.header("Idempotency-Key", key).json(&body).send().await.expect("answers");
+    let replayed = response.headers().get("idempotency-replayed").is_some();
+    (response.status().as_u16(), replayed, response.json().await.expect("JSON"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_idempotency_key_on_two_api_processes_makes_one_execution() {
+    let (cluster, job) = paused_cluster_with_job(json!({})).await;
+    let answers =
+        futures::future::join_all((0..60).map(|n| trigger_with_key(&cluster, n % 2, &job, "deploy-42", json!({}))))
+            .await;
+    let ids: BTreeSet<String> = answers
+        .iter()
+        .map(|(status, _, a)| {
+            assert_eq!(*status, 200, "{a}");
+            a["executionId"].as_str().expect("an id").to_owned()
+        })
+        .collect();
+    assert_eq!(ids.len(), 1);
+    assert_eq!(answers.iter().filter(|(_, replayed, _)| !replayed).count(), 1, "one made it, the others were replayed");
+    assert_eq!(cluster.count("select count(*) from executions").await, 1);
+    let (status, _, answer) = trigger_with_key(&cluster, 0, &job, "deploy-42", json!({ "priority": 3 })).await;
+    assert_eq!((status, answer["code"].as_str()), (422, Some("idempotency_key_reused")), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reject_job_names_the_run_that_is_in_the_way() {
+    let (cluster, job) = paused_cluster_with_job(json!({ "overlap": "reject" })).await;
+    let path = format!("/api/jobs/{job}/run");
+    let answers = futures::future::join_all((0..20).map(|_| cluster.request("POST", &path, None))).await;
+    let made: Vec<&Value> = answers.iter().filter(|(status, _)| *status == 200).map(|(_, a)| a).collect();
+    assert_eq!(made.len(), 1, "{answers:?}");
+    for (status, answer) in answers.iter().filter(|(status, _)| *status != 200) {
+        assert_eq!((*status, &answer["executionId"]), (409, &made[0]["executionId"]), "{answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_refuses_with_429_and_a_stored_key_still_wins() {
+    let (cluster, job) = paused_cluster_with_job(json!({})).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxPendingPerJob": 3 }))).await;
+    assert_eq!(trigger_with_key(&cluster, 0, &job, "first", json!({})).await.0, 200);
+    let path = format!("/api/jobs/{job}/run");
+    let answers = futures::future::join_all((0..10).map(|_| cluster.request("POST", &path, None))).await;
+    assert_eq!(answers.iter().filter(|(status, _)| *status == 200).count(), 2, "{answers:?}");
+    let refused = answers.iter().find(|(status, _)| *status == 429).expect("one is refused");
+    assert_eq!(refused.1["code"], "queue_full");
+    assert_eq!(cluster.count("select count(*) from executions").await, 3);
+    let (status, replayed, _) = trigger_with_key(&cluster, 1, &job, "first", json!({})).await;
+    assert_eq!((status, replayed), (200, true));
+}

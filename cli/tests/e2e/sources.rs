@@ -1,0 +1,172 @@
+//! Sources that do not answer as they should, and secrets that stay secret.
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Cluster, SOON,
+    process::Process,
+    source::{MariadbSource, PASSWORD, PostgresSource},
+    until,
+};
+
+async fn failed_run(cluster: &Cluster, engine: &str, config: Value) -> Value {
+    let (destination, root) = cluster.local_destination().await;
+    let job = cluster.job(&cluster.source(engine, config).await, &[&destination], json!({})).await;
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!(ended["status"], "Failed", "{ended:#}");
+    assert!(crate::harness::files(&root).is_empty());
+    ended
+}
+
+fn with(mut config: Value, field: &str, value: Value) -> Value {
+    config[field] = value;
+    config
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_source_is_told_so_that_a_person_can_act() {
+    let cluster = Cluster::start().await;
+    let (postgres, mariadb) = (PostgresSource::empty().await.config(), MariadbSource::with_rows(1).config());
+    // Port 1 of this machine refuses.
+    for (engine, config) in [("postgres", &postgres), ("mariadb", &mariadb)] {
+        for (field, value, code, hint) in [
+            ("password", json!("wrong"), "source_auth", "Check username and password"),
+            ("databases", json!(["no_such_database"]), "database_missing", "no_such_database"),
+            ("port", json!(1), "source_unreachable", "Check host and port"),
+            ("host", json!("no-such-host.invalid"), "source_unreachable", "Check host and port"),
+        ] {
+            let ended = failed_run(&cluster, engine, with(config.clone(), field, value)).await;
+            assert_eq!(ended["errorCode"], code, "{engine} {field}: {ended:#}");
+            assert!(ended["error"].as_str().is_some_and(|e| e.contains(hint)), "{engine} {field}: {ended:#}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sources_test_is_carried_out_by_a_worker_of_its_pool_and_says_what_it_found() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(10).await;
+    let good = cluster.source("postgres", source.config()).await;
+    let tested = cluster.ok("POST", &format!("/api/sources/{good}/test"), None).await;
+    assert!(
+        tested["ok"] == true
+            && tested["version"].is_string()
+            && tested["message"].as_str().is_some_and(|m| m.contains("pg_dump")),
+        "{tested}"
+    );
+
+    let bad = cluster.source("postgres", with(source.config(), "password", json!("wrong"))).await;
+    let tested = cluster.ok("POST", &format!("/api/sources/{bad}/test"), None).await;
+    assert!(
+        tested["ok"] == false
+            && tested["message"].as_str().is_some_and(|m| m.contains("password authentication failed")),
+        "{tested}"
+    );
+
+    cluster.ok("PUT", &format!("/api/sources/{good}"), Some(json!({ "pool": "far-away" }))).await;
+    let (status, answer) = cluster.request("POST", &format!("/api/sources/{good}/test"), None).await;
+    assert_eq!((status, answer["code"].as_str()), (503, Some("no_worker")), "{answer}");
+    assert!(answer["error"].as_str().is_some_and(|e| e.contains("far-away")), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_workers_of_its_pool_run_a_source() {
+    let mut cluster = Cluster::start().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    cluster.ok("PUT", &format!("/api/sources/{source}"), Some(json!({ "pool": "dmz" }))).await;
+    let (destination, _) = cluster.local_destination().await;
+    let id = cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await;
+    cluster
+        .add_worker(&[("DBACKUP_POOLS", "office, dmz".to_owned()), ("DBACKUP_WORKER_NAME", "in-the-dmz".to_owned())])
+        .await;
+    let ended = cluster.ended(&id, SOON).await;
+    assert!(ended["logs"].to_string().contains("in-the-dmz"), "{ended:#}");
+    assert_eq!(ended["status"], "Success");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_is_in_no_answer_no_log_no_argument_and_not_readable_in_the_database() {
+    let cluster = Cluster::build().env("RUST_LOG", "debug,h2=info,hyper=info").start().await;
+    let secret = format!("top-{}", crate::harness::unique("secret"));
+    let source = PostgresSource::with_rows(60_000).await;
+    crate::harness::sql("postgres", &format!("alter role {} password '{secret}'", source.role)).await;
+    let proxy = crate::harness::proxy::Proxy::start(source.port).await;
+    let config = with(source.config_at(proxy.port), "password", json!(secret));
+    let source_id = cluster.source("postgres", config).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source_id, &[&destination], json!({})).await;
+
+    proxy.set(crate::harness::proxy::Mode::HoldAfter(1_000_000));
+    let id = cluster.trigger(&job).await;
+    proxy.passes(1_000_000).await;
+    let children: Vec<_> = cluster.workers.iter().flat_map(Process::children).collect();
+    assert!(!children.is_empty());
+    for child in children {
+        let arguments = std::fs::read(format!("/proc/{child}/cmdline")).expect("it runs");
+        assert!(!String::from_utf8_lossy(&arguments).contains(&secret));
+    }
+    proxy.set(crate::harness::proxy::Mode::Pass);
+    cluster.in_status(&id, "Success", SOON).await;
+
+    let mut answers = String::new();
+    for path in [
+        "/api/sources".to_owned(),
+        format!("/api/sources/{source_id}"),
+        "/api/jobs".to_owned(),
+        format!("/api/executions/{id}?includeLogs=true"),
+    ] {
+        answers += &cluster.request("GET", &path, None).await.1.to_string();
+    }
+    answers += &cluster
+        .request("PUT", &format!("/api/sources/{source_id}"), Some(json!({ "name": "again" })))
+        .await
+        .1
+        .to_string();
+    answers += &cluster
+        .request(
+            "POST",
+            "/api/sources",
+            Some(json!({ "name": "", "engine": "postgres", "config": { "password": secret } })),
+        )
+        .await
+        .1
+        .to_string();
+    assert!(answers.contains("********") && !answers.contains(&secret), "{answers}");
+    let logs = cluster.logs();
+    let own = cluster.env()["DBACKUP_ENCRYPTION_KEY"].as_str();
+    for text in [secret.as_str(), own, &cluster.admin_key] {
+        assert!(!logs.contains(text), "a secret is in the log");
+    }
+    let stored: String = sqlx::query_scalar("select string_agg(s::text, ' ') from (select * from sources) s")
+        .fetch_one(&cluster.pool)
+        .await
+        .expect("rows");
+    assert!(!stored.contains(&secret) && !stored.contains(&hex::encode(&secret)));
+    let hashes: i64 = sqlx::query_scalar("select count(*) from api_keys where position($1::bytea in secret_hash) > 0")
+        .bind(cluster.admin_key.as_bytes())
+        .fetch_one(&cluster.pool)
+        .await
+        .expect("rows");
+    assert_eq!(hashes, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_with_the_mask_keeps_the_password_unless_the_address_changes() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(10).await;
+    let id = cluster.source("postgres", source.config()).await;
+    let path = format!("/api/sources/{id}");
+    let shown = cluster.ok("GET", &path, None).await;
+    assert_eq!(shown["config"]["password"], "********");
+    cluster.ok("PUT", &path, Some(json!({ "config": shown["config"], "labels": { "env": "prod" } }))).await;
+    let tested = cluster.ok("POST", &format!("{path}/test"), None).await;
+    assert_eq!(tested["ok"], true, "the password was kept: {tested}");
+    let (status, answer) =
+        cluster.request("PUT", &path, Some(json!({ "config": { "host": "localhost", "password": "********" } }))).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("config.password")), "{answer}");
+    cluster.ok("PUT", &path, Some(json!({ "config": { "host": "localhost", "password": PASSWORD } }))).await;
+    until("the new address works", SOON, || async {
+        (cluster.ok("POST", &format!("{path}/test"), None).await["ok"] == true).then_some(())
+    })
+    .await;
+}
