@@ -18,7 +18,8 @@ pub struct ConfigError(pub String);
 /// Parses the command line and environment, or ends the process with one line on standard error.
 pub fn parse_or_exit<T: Parser>() -> T {
     T::try_parse().unwrap_or_else(|e| {
-        if !e.use_stderr() {
+        // Help that somebody asked for, or should see, is more than a line.
+        if !e.use_stderr() || e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
             e.exit();
         }
         exit_with(&ConfigError(one_line(&e, &T::command())))

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::harness::{
     Cluster, SOON, files,
     proxy::{Mode, Proxy},
-    s3::{BUCKET, S3Server, SECRET_KEY},
+    s3::{S3Server, SECRET_KEY},
     source::PostgresSource,
     until,
 };
@@ -54,17 +54,20 @@ async fn s3_takes_a_backup_of_several_parts_beside_a_local_folder_and_it_restore
 
 #[tokio::test(flavor = "multi_thread")]
 async fn s3_by_virtual_host_restores() {
-    let cluster = Cluster::start().await;
-    let server = S3Server::start(cluster.scratch.join("s3"), None).await;
+    let root = std::env::temp_dir().join(crate::harness::unique("virtual"));
+    let server = S3Server::start(root.clone(), None).await;
+    // No name server here knows backups.s3.test: a proxy is asked for it, and the server is its own proxy.
+    let cluster = Cluster::build().env("http_proxy", format!("http://127.0.0.1:{}", server.port)).start().await;
     let source = PostgresSource::with_rows(500).await;
     let mut config = server.config();
-    config["endpoint"] = json!(format!("http://localhost:{}", server.port));
+    config["endpoint"] = json!("http://s3.test");
     config["pathStyle"] = json!(false);
     let s3 = s3_destination(&cluster, config).await;
     let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&s3], json!({})).await;
     let execution = cluster.backup(&job).await;
     let file = server.file(&format!("nightly/{}", execution["path"].as_str().expect("a path")));
     source.assert_same(&source.restore(&file).await).await;
+    std::fs::remove_dir_all(root).expect("removes");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,31 +123,21 @@ async fn what_a_killed_worker_left_open_in_s3_is_aborted_from_the_record_alone()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_s3_secret_and_a_missing_bucket_fail_with_what_to_do() {
+async fn a_wrong_s3_secret_fails_with_what_to_do_and_is_not_shown() {
     let cluster = Cluster::start().await;
     let server = S3Server::start(cluster.scratch.join("s3"), None).await;
     let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
-    for (field, value, hint) in
-        [("secretAccessKey", "wrong-secret", "secretAccessKey"), ("bucket", "no-such-bucket", BUCKET)]
-    {
-        let mut config = server.config();
-        config[field] = json!(value);
-        let made = cluster
-            .ok("POST", "/api/destinations", Some(json!({ "name": "bad", "kind": "s3", "config": config })))
-            .await;
-        let id = crate::harness::id(&made);
-        let tested = cluster.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
-        if field == "secretAccessKey" {
-            assert!(tested["ok"] == false && tested["message"].as_str().is_some_and(|m| m.contains(hint)), "{tested}");
-            let ended =
-                cluster.ended(&cluster.trigger(&cluster.job(&source, &[&id], json!({})).await).await, SOON).await;
-            assert_eq!(ended["errorCode"], "store_denied", "{ended:#}");
-            assert!(!ended.to_string().contains(SECRET_KEY) && !ended.to_string().contains("wrong-secret"));
-        } else {
-            let ended =
-                cluster.ended(&cluster.trigger(&cluster.job(&source, &[&id], json!({})).await).await, SOON).await;
-            assert_eq!(ended["status"], "Failed", "{ended:#}");
-        }
+    let mut config = server.config();
+    config["secretAccessKey"] = json!("wrong-secret");
+    let body = json!({ "name": "bad", "kind": "s3", "config": config });
+    let id = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let tested = cluster.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
+    assert!(tested["ok"] == false, "{tested}");
+    assert!(tested["message"].as_str().is_some_and(|m| m.contains("check accessKeyId, secretAccessKey")), "{tested}");
+    let ended = cluster.ended(&cluster.trigger(&cluster.job(&source, &[&id], json!({})).await).await, SOON).await;
+    assert_eq!(ended["errorCode"], "store_denied", "{ended:#}");
+    for text in [ended.to_string(), tested.to_string(), cluster.logs()] {
+        assert!(!text.contains(SECRET_KEY) && !text.contains("wrong-secret"), "{text}");
     }
 }
 

@@ -159,7 +159,7 @@ async fn sigterm_lets_runs_end_within_the_drain_and_gives_the_rest_back_uncounte
     assert_eq!(status.code(), Some(0), "{}", cluster.workers[0].log());
     let waiting = cluster.execution(&id).await;
     assert_eq!(waiting["status"], "Pending", "{waiting:#}");
-    assert_eq!(cluster.count("select failures + rescues from executions").await, 0);
+    assert_eq!(cluster.count("select (failures + rescues)::bigint from executions").await, 0);
     assert_eq!(files(&held.root), Vec::<PathBuf>::new());
 
     held.proxy.set(Mode::Pass);
@@ -184,7 +184,7 @@ async fn a_failure_of_the_network_is_tried_again_and_one_of_the_password_is_not(
     proxy.set(Mode::Cut);
     let id = cluster.trigger(&job).await;
     until("one attempt failed", SOON, || async {
-        (cluster.count("select failures from executions").await >= 1).then_some(())
+        (cluster.count("select failures::bigint from executions").await >= 1).then_some(())
     })
     .await;
     proxy.set(Mode::Pass);

@@ -53,13 +53,15 @@ async fn two_hundred_runs_on_four_workers_never_exceed_the_limit_and_reach_it_wh
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_runs_of_one_job_in_one_second_make_fifty_artifacts_with_fifty_names() {
-    let cluster = Cluster::build().limit(8).start().await;
+    // Nothing runs yet: the triggers shall share a second, whatever the dumps cost this machine.
+    let cluster = Cluster::build().limit(0).start().await;
     let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
     let (destination, root) = cluster.local_destination().await;
     let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
-    let began = std::time::Instant::now();
     futures::future::join_all((0..50).map(|_| cluster.trigger(&job))).await;
-    assert!(began.elapsed() < Duration::from_secs(1), "not one second: {:?}", began.elapsed());
+    let spread = "select (extract(epoch from max(queued_at) - min(queued_at)) * 1000)::bigint from executions";
+    assert!(cluster.count(spread).await < 1000, "not one second: {} ms", cluster.count(spread).await);
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 8 }))).await;
     all_ended(&cluster, Duration::from_secs(60)).await;
     assert_eq!(cluster.count("select count(*) from executions where status = 'Success'").await, 50);
     assert_eq!(cluster.count("select count(distinct path) from artifacts where database_name is not null").await, 50);

@@ -83,14 +83,12 @@ impl Client {
     }
 
     async fn send(&self, method: &str, path: &str, body: Value) -> Value {
-        let response = self
-            .http
-            .request(method.parse().expect("a method"), format!("{}{path}", self.url))
-            .bearer_auth(&self.key)
-            .json(&body)
-            .send()
-            .await
-            .expect("answers");
+        let method: reqwest::Method = method.parse().expect("a method");
+        let mut request = self.http.request(method.clone(), format!("{}{path}", self.url)).bearer_auth(&self.key);
+        if !body.is_null() {
+            request = request.json(&body);
+        }
+        let response = request.send().await.expect("answers");
         let (status, body) = (response.status(), response.json::<Value>().await.expect("JSON"));
         assert!(status.is_success(), "{method} {path}: {status} {body}");
         body.get("data").cloned().unwrap_or(body)

@@ -56,6 +56,8 @@ fn component(database: &str) -> String {
     let mut name = String::new();
     for byte in database.bytes() {
         match byte {
+            // Two dots in a row would look like a way out.
+            b'.' if name.is_empty() || name.ends_with('.') => name.push_str("=2E"),
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'-' | b'_' => name.push(char::from(byte)),
             _ => write!(name, "={byte:02X}").unwrap_or_default(),
         }

@@ -56,11 +56,8 @@ impl S3Server {
         builder.set_access(Policy(allowed));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
-        // `backups.localhost` for virtual-host style; path style goes by address.
-        builder.set_host(
-            MultiDomain::new([format!("localhost:{port}"), "localhost".to_owned(), format!("127.0.0.1:{port}")])
-                .expect("domains"),
-        );
+        // `backups.s3.test` for virtual-host style; path style goes by address.
+        builder.set_host(MultiDomain::new([format!("127.0.0.1:{port}"), "s3.test".to_owned()]).expect("domains"));
         let service = builder.build();
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {

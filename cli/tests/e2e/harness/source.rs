@@ -120,6 +120,7 @@ pub fn mariadb(database: &str, statements: &str) -> String {
             &port,
             "-u",
             "root",
+            "--default-character-set=utf8mb4",
             "-N",
             "-B",
             "-e",
@@ -140,7 +141,7 @@ impl MariadbSource {
         mariadb(
             "mysql",
             &format!(
-                "create database {database}; create user {user}@'%' identified by '{password}'; grant all on {database}.* to {user}@'%'"
+                "create database {database}; create user {user}@'%' identified by '{password}'; grant all on {database}.* to {user}@'%'; grant select on mysql.proc to {user}@'%'"
             ),
         );
         mariadb(

@@ -188,10 +188,12 @@ pub fn classify(stderr: &str, doing: String) -> RunError {
         RunError::give_up("source_auth", format!("{doing}\nCheck username and password of the source."))
     } else if has(&["1049"]) {
         RunError::give_up("database_missing", format!("{doing}\nCheck the databases of the source."))
-    } else if has(&["1044", "1142", "1143", "1227", "1370"]) {
+    } else if has(&["1044", "1142", "1143", "1227", "1370"]) || stderr.contains("insufficient privileges") {
         RunError::give_up(
             "source_denied",
-            format!("{doing}\nThe user of the source needs SELECT, SHOW VIEW, TRIGGER, EVENT and LOCK TABLES."),
+            format!(
+                "{doing}\nThe user of the source needs SELECT, SHOW VIEW, TRIGGER, EVENT and LOCK TABLES, and SELECT on mysql.proc (MariaDB) or SHOW_ROUTINE (MySQL) for routines."
+            ),
         )
     } else if has(&["2002", "2003", "2005", "2006", "2013", "1040", "1053"]) {
         RunError::retry(
