@@ -109,6 +109,12 @@ impl Db {
         }
     }
 
+    /// Whether the database answers within `limit`.
+    pub async fn ping(&self, limit: Duration) -> Result<(), DbError> {
+        self.within(limit, async |conn| sqlx::query("select 1").execute(conn).await).await?;
+        Ok(())
+    }
+
     /// Waits for the database, at most [`START_TIMEOUT`], then brings its schema up to date. Many processes may
     /// do this at once: the migrations run under PostgreSQL's advisory lock. A schema that is newer than this
     /// program is accepted, so that a cluster can be upgraded process by process.

@@ -28,6 +28,5 @@ pub async fn health(State(state): State<AppState>) -> Result<Json<Value>, ApiErr
 }
 
 async fn database(state: &AppState) -> Result<(), ApiError> {
-    state.db.within(Duration::from_secs(2), async |conn| sqlx::query("select 1").execute(conn).await).await?;
-    Ok(())
+    Ok(state.db.ping(Duration::from_secs(2)).await?)
 }

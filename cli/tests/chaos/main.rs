@@ -5,6 +5,8 @@
 //! `cargo test -p cli --test chaos -- --seed 7 --kills 20 --lease-ms 3000`; `make chaos` runs it long, with the
 //! real lease.
 
+#![allow(clippy::disallowed_methods, reason = "it looks into the database")]
+
 #[path = "../e2e/harness/mod.rs"]
 #[allow(dead_code)]
 mod harness;

@@ -1,5 +1,7 @@
 //! End-to-end tests on the real binaries; see `harness` for the cluster they run on.
 
+#![allow(clippy::disallowed_methods, reason = "tests look into the database and start programs")]
+
 mod harness;
 
 mod api;

@@ -316,7 +316,7 @@ async fn publish_all(
     for target in &backup.targets {
         staging.record(shared, assignment, target, &path, None).await?;
         target.store.put(&path, text.clone()).await.map_err(|e| e.at(&target.name))?;
-        log.info(format!("stored at {}", target.store.describe(&backup.objects.first().map_or(&path, |o| &o.path))));
+        log.info(format!("stored at {}", target.store.describe(backup.objects.first().map_or(&path, |o| &o.path))));
         artifacts.push(NewArtifact {
             destination: target.id,
             database: None,

@@ -116,7 +116,6 @@ pub struct Builder {
     workers: usize,
     env: BTreeMap<String, String>,
     limit: i32,
-    worker_database_url: Option<Box<dyn Fn(&str) -> String>>,
 }
 
 impl Builder {
@@ -184,10 +183,8 @@ impl Builder {
             cluster.add_api().await;
         }
         cluster.admin_key = cluster.key(&["*"]).await;
-        let worker_url = self.worker_database_url.map(|make| make(&cluster.database));
         for _ in 0..self.workers {
-            let extra: Vec<(&str, String)> = worker_url.iter().map(|url| ("DATABASE_URL", url.clone())).collect();
-            cluster.add_worker(&extra).await;
+            cluster.add_worker(&[]).await;
         }
         cluster
     }
@@ -223,7 +220,7 @@ impl Cluster {
         ] {
             env.insert(name.to_owned(), value);
         }
-        Builder { apis: 2, workers: 2, env, limit: 4, worker_database_url: None }
+        Builder { apis: 2, workers: 2, env, limit: 4 }
     }
 
     /// The default.
