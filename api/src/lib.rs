@@ -15,7 +15,7 @@ pub mod state;
 
 use std::{sync::Arc, time::Duration};
 
-use common::{db::Db, execution::ticker, queue::Wakeups, seal::SealKey};
+use common::{db::Db, execution::ticker::Rescuer, queue::Wakeups, seal::SealKey};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +34,7 @@ pub async fn serve(
     wakeups: Wakeups,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
-    tokio::spawn(ticker::run(db.clone(), config.timing, wakeups.clone(), stop.clone()));
+    Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
     let state = AppState::start(db, key, wakeups, stop.clone());
     let serving = axum::serve(listener, router::router(state)).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {

@@ -180,6 +180,13 @@ impl TimingArgs {
                 timing.fence.as_millis()
             ));
         }
+        if timing.ticker > timing.lease {
+            return fail(format!(
+                "DBACKUP_TICKER_MS is {} but must be at most DBACKUP_LEASE_MS ({}): a dead run would stay in Running",
+                timing.ticker.as_millis(),
+                timing.lease.as_millis()
+            ));
+        }
         if timing.fence > timing.lease * 6 / 7 {
             return fail(format!(
                 "DBACKUP_FENCE_MS is {} but must be at most six sevenths of DBACKUP_LEASE_MS ({}): a run must be dead before its lease is",
@@ -224,6 +231,7 @@ mod tests {
             (&["--heartbeat-ms", "9000"], "DBACKUP_HEARTBEAT_MS"),
             (&["--fence-ms", "14900"], "DBACKUP_FENCE_MS"),
             (&["--poll-ms", "0"], "DBACKUP_POLL_MS"),
+            (&["--ticker-ms", "20000"], "DBACKUP_TICKER_MS"),
         ] {
             let text = timing(args).expect_err("must be refused");
             assert!(text.starts_with(variable) && !text.contains('\n'), "{args:?}: {text:?}");

@@ -35,7 +35,7 @@ pub enum Notice {
     Resync,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Outbox {
     work: bool,
     test: bool,
@@ -44,7 +44,7 @@ struct Outbox {
 }
 
 /// Sends and receives the notices of a process.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Wakeups {
     outbox: Arc<std::sync::Mutex<Outbox>>,
     filled: Arc<Notify>,

@@ -38,8 +38,8 @@ impl Telemetry {
         let provider = provider.build();
         let filter = match std::env::var("RUST_LOG") {
             Ok(text) => EnvFilter::try_new(&text).map_err(|e| ConfigError(format!("RUST_LOG: {e}")))?,
-            // apalis warns of its own metadata when a task did not come from one of its stores.
-            Err(_) => EnvFilter::new("info"),
+            // PostgreSQL's notices ("already exists, skipping") are news to nobody.
+            Err(_) => EnvFilter::new("info,sqlx::postgres::notice=warn"),
         };
         let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
         let log = match std::env::var("DBACKUP_LOG_FORMAT").as_deref() {

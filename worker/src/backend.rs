@@ -13,15 +13,14 @@ use std::{
 use apalis::prelude::{Backend, Status, Task, TaskBuilder, TaskId, WorkerContext};
 use apalis_core::backend::{BackendConfig, finalize::Ephemeral};
 use common::{
-    db::Db,
-    execution::{claim, finish},
-    queue::{Notice, Wakeups},
+    execution::{claim, finish, ticker::Rescuer},
+    queue::Notice,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 use tower::layer::util::Identity;
 
-use crate::{config::WorkerConfig, keeper::Keeper, lease::Lease};
+use crate::{lease::Lease, service::Shared};
 
 /// Longest time of the claim's round trip.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,35 +42,23 @@ pub struct NoError;
 pub struct LeaseBackend {
     claimed: mpsc::Receiver<Claimed>,
     started: bool,
-    db: Db,
-    keeper: Arc<Keeper>,
-    wakeups: Wakeups,
+    shared: Shared,
 }
 
 impl LeaseBackend {
     /// Starts claiming, until `stop`.
-    pub fn start(
-        config: Arc<WorkerConfig>,
-        db: Db,
-        keeper: Arc<Keeper>,
-        wakeups: Wakeups,
-        stop: CancellationToken,
-    ) -> Self {
+    pub fn start(shared: Shared, rescuer: Arc<Rescuer>, stop: CancellationToken) -> Self {
         // A claim goes through the channel only with a permit, so this bound is never waited for.
-        let (sender, claimed) = mpsc::channel(config.concurrency);
-        let (own_db, own_keeper, own_wakeups) = (db.clone(), keeper.clone(), wakeups.clone());
-        let claimer =
-            Claimer { slots: Arc::new(Semaphore::new(config.concurrency)), config, db, keeper, wakeups, stop, sender };
-        tokio::spawn(claimer.run());
-        Self { claimed, started: false, db: own_db, keeper: own_keeper, wakeups: own_wakeups }
+        let (sender, claimed) = mpsc::channel(shared.config.concurrency);
+        let slots = Arc::new(Semaphore::new(shared.config.concurrency));
+        tokio::spawn(Claimer { slots, shared: shared.clone(), rescuer, stop, sender }.run());
+        Self { claimed, started: false, shared }
     }
 }
 
 struct Claimer {
-    config: Arc<WorkerConfig>,
-    db: Db,
-    keeper: Arc<Keeper>,
-    wakeups: Wakeups,
+    shared: Shared,
+    rescuer: Arc<Rescuer>,
     stop: CancellationToken,
     slots: Arc<Semaphore>,
     sender: mpsc::Sender<Claimed>,
@@ -79,20 +66,22 @@ struct Claimer {
 
 impl Claimer {
     async fn run(self) {
-        let mut notices = self.wakeups.subscribe();
-        let mut pause = self.config.timing.poll;
+        let mut notices = self.shared.wakeups.subscribe();
+        let mut pause = self.shared.config.timing.poll;
         while let Some(first) = self.free_slot().await {
             // Register for the wake-up before asking the database, or a trigger in between waits a whole poll.
             notices = notices.resubscribe();
             match self.claim(first).await {
+                // Nothing to claim: perhaps only because a dead run holds a slot.
+                Ok(0) if self.rescuer.rescue_now().await > 0 => {}
                 Ok(0) => {
-                    pause = self.config.timing.poll;
+                    pause = self.shared.config.timing.poll;
                     let sleep = self.until_next_look().await;
                     if self.stop.run_until_cancelled(wait_for_work(&mut notices, sleep)).await.is_none() {
                         break;
                     }
                 }
-                Ok(_) => pause = self.config.timing.poll,
+                Ok(_) => pause = self.shared.config.timing.poll,
                 Err(error) => {
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
@@ -121,15 +110,23 @@ impl Claimer {
         }
         let sent = Instant::now();
         let claims = self
+            .shared
             .db
             .within(CLAIM_TIMEOUT, async |conn| {
-                claim::claim(conn, &self.config.name, &self.config.pools, self.config.timing.lease, slots.len()).await
+                claim::claim(
+                    conn,
+                    &self.shared.config.name,
+                    &self.shared.config.pools,
+                    self.shared.config.timing.lease,
+                    slots.len(),
+                )
+                .await
             })
             .await?;
         let count = claims.len();
         for (claim, slot) in claims.into_iter().zip(slots) {
             let lease = Arc::new(Lease::new(claim, sent));
-            self.keeper.keep(&lease);
+            self.shared.keeper.keep(&lease);
             let claimed = Claimed { lease, _slot: Arc::new(slot) };
             if self.stop.is_cancelled() {
                 self.give_back(claimed).await;
@@ -141,27 +138,33 @@ impl Claimer {
     }
 
     async fn give_back(&self, claimed: Claimed) {
-        give_back(&self.db, &self.keeper, &self.wakeups, &claimed.lease).await;
+        give_back(&self.shared, &claimed.lease).await;
     }
 
     /// A poll interval with jitter, less when a back-off ends before.
     async fn until_next_look(&self) -> Duration {
-        let poll = self.config.timing.poll.mul_f64(rand::random_range(0.8..1.2));
-        let due = self.db.within(CLAIM_TIMEOUT, async |conn| claim::next_due(conn, &self.config.pools).await).await;
+        let poll = self.shared.config.timing.poll.mul_f64(rand::random_range(0.8..1.2));
+        let due = self
+            .shared
+            .db
+            .within(CLAIM_TIMEOUT, async |conn| claim::next_due(conn, &self.shared.config.pools).await)
+            .await;
         due.ok().flatten().map_or(poll, |due| due.min(poll))
     }
 }
 
 /// Returns a claim that will not be run; its lease would run out by itself, only later.
-pub async fn give_back(db: &Db, keeper: &Keeper, wakeups: &Wakeups, lease: &Lease) {
+async fn give_back(shared: &Shared, lease: &Lease) {
     let claim = lease.claim;
-    let released =
-        db.within(CLAIM_TIMEOUT, async |conn| finish::finish(conn, claim, &finish::Ending::Released).await).await;
+    let released = shared
+        .db
+        .within(CLAIM_TIMEOUT, async |conn| finish::finish(conn, claim, &finish::Ending::Released).await)
+        .await;
     if let Err(error) = released {
         tracing::warn!(execution = %claim.execution, error = &error as &dyn std::error::Error, "a claim could not be given back; its lease runs out");
     }
-    keeper.drop_lease(claim.token);
-    wakeups.tell(Notice::Work);
+    shared.keeper.drop_lease(claim.token);
+    shared.wakeups.tell(Notice::Work);
 }
 
 /// Until there may be something to claim, at most `sleep`.
@@ -212,8 +215,8 @@ impl LeaseBackend {
     fn give_back_unstarted(&mut self) {
         self.claimed.close();
         while let Ok(claimed) = self.claimed.try_recv() {
-            let (db, keeper, wakeups) = (self.db.clone(), self.keeper.clone(), self.wakeups.clone());
-            tokio::spawn(async move { give_back(&db, &keeper, &wakeups, &claimed.lease).await });
+            let shared = self.shared.clone();
+            tokio::spawn(async move { give_back(&shared, &claimed.lease).await });
         }
     }
 }

@@ -55,6 +55,13 @@ pub async fn run(shared: Shared, claimed: Claimed) {
     drop(claimed);
 }
 
+/// Ends a run whose task panicked outside the part that is guarded.
+pub async fn abandon(shared: &Shared, lease: &Lease) {
+    lease.groups.kill();
+    let error = RunError::give_up("internal_error", "a bug in the worker ended the run; its log has the details");
+    record(shared, lease, Ending::Failed(error.into_failure(lease.stage()))).await;
+}
+
 async fn assignment(shared: &Shared, lease: &Lease) -> Result<Assignment, RunError> {
     let claim = lease.claim;
     let read = shared.db.within(common::db::ANSWER_TIMEOUT, async |conn| claim::assignment(conn, claim).await).await?;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use apalis::{layers::WorkerBuilderExt, prelude::*};
-use common::{db::Db, execution::ticker, queue::Wakeups, seal::SealKey};
+use common::{db::Db, execution::ticker::Rescuer, queue::Wakeups, seal::SealKey};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -46,7 +46,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
     };
     let shared =
         Shared { config: config.clone(), db: db.clone(), key, wakeups: wakeups.clone(), keeper: keeper.clone() };
-    tokio::spawn(ticker::run(db.clone(), config.timing, wakeups.clone(), stop.clone()));
+    let rescuer = Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(tester::run(shared.clone())));
     tracing::info!(
@@ -54,7 +54,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
         lease_ms = config.timing.lease.as_millis(), "the worker claims executions"
     );
 
-    let backend = LeaseBackend::start(config.clone(), db, keeper.clone(), wakeups, stop.clone());
+    let backend = LeaseBackend::start(shared.clone(), rescuer, stop.clone());
     let worker = WorkerBuilder::new(config.name.as_str())
         .backend(backend)
         .concurrency(config.concurrency)
@@ -78,7 +78,13 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
 
 async fn handle(claimed: Claimed, shared: Data<Shared>) -> Result<(), BoxDynError> {
     // A task of its own: apalis drops its futures when it stops, and a run must still record its end.
-    tokio::spawn(run::run((*shared).clone(), claimed)).await.map_err(Into::into)
+    let lease = claimed.lease.clone();
+    let ended = tokio::spawn(run::run((*shared).clone(), claimed)).await;
+    if ended.is_err() {
+        // Its lease would be kept alive for ever, and the execution stay in Running.
+        run::abandon(&shared, &lease).await;
+    }
+    ended.map_err(Into::into)
 }
 
 /// Waits for the runs; those that need longer than the drain time are given back.

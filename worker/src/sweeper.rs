@@ -1,8 +1,9 @@
-//! The sweeper: removes what attempts that died left in the destinations, from their own record.
+//! The sweeper: removes what attempts that died left in the destinations, from their own record, and idempotency
+//! keys past their time.
 
 use std::{collections::HashMap, time::Duration};
 
-use common::{destination, id::Reference, staged_object};
+use common::{destination, execution::enqueue::forget_old_keys, id::Reference, staged_object};
 
 use crate::{pipeline::open_store, service::Shared};
 
@@ -17,6 +18,9 @@ pub async fn run(shared: Shared) {
             .within(Duration::from_secs(5), async |conn| staged_object::due(conn, &shared.config.pools).await)
             .await;
         let Ok(due) = due else { continue };
+        if let Err(error) = shared.db.within(Duration::from_secs(5), async |conn| forget_old_keys(conn).await).await {
+            tracing::debug!(error = &error as &dyn std::error::Error, "old idempotency keys stay until the next look");
+        }
         for litter in due {
             if let Err(error) = sweep(&shared, &litter).await {
                 let times: &mut u32 = told.entry(litter.id).or_default();

@@ -11,6 +11,7 @@ mod contract;
 mod destinations;
 mod failover;
 mod limits;
+mod protocol;
 mod queue;
 mod sources;
 mod trace;

@@ -1,56 +1,91 @@
 //! The rescue ticker: every API and worker process looks for leases that ran out, so that a dead run leaves
 //! Running also when every other worker is full. No leader.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use tokio_util::sync::CancellationToken;
 
 use super::lease::{Rescue, rescue};
 use crate::{
     config::Timing,
-    db::Db,
+    db::{Db, DbError},
     queue::{Notice, Wakeups},
 };
 
-/// Looks until `stop`. A process rescues only after its own contact with the database was unbroken for one
-/// whole lease: after an outage everybody waits, and a run that lives revives its lease instead of losing it.
-pub async fn run(db: Db, timing: Timing, wakeups: Wakeups, stop: CancellationToken) {
-    let mut contact = Contact::default();
-    loop {
-        let pause = timing.ticker.mul_f64(rand::random_range(0.75..1.25));
-        if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
-            return;
-        }
-        let asked = Instant::now();
-        // A gap is an outage too: this process may have been stopped, and does not know what happened meanwhile.
-        contact.expect_within(asked, timing.ticker * 2 + timing.heartbeat_timeout);
-        let may_rescue = contact.unbroken_for(asked) >= timing.lease;
-        let result = db
-            .within(timing.heartbeat_timeout, async |conn| match may_rescue {
-                true => rescue(conn).await,
-                false => sqlx::query("select 1").execute(conn).await.map(|_| Vec::new()),
-            })
-            .await;
-        match result {
-            Ok(rescued) => {
-                contact.kept(asked);
-                tell(&rescued, &wakeups);
-            }
-            Err(error) => {
-                if contact.since.is_some() {
-                    tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "lost contact with the database; nothing is rescued for a lease after it is back"
-                    );
+/// Rescues lost runs, when this process may.
+///
+/// It may only after its own contact with the database was unbroken for one whole lease: after an outage
+/// everybody waits, and a run that lives revives its lease instead of losing it.
+#[derive(Debug)]
+pub struct Rescuer {
+    db: Db,
+    timing: Timing,
+    wakeups: Wakeups,
+    contact: Mutex<Contact>,
+}
+
+impl Rescuer {
+    /// Starts the ticker, which looks until `stop`.
+    pub fn start(db: Db, timing: Timing, wakeups: Wakeups, stop: CancellationToken) -> Arc<Self> {
+        let rescuer = Arc::new(Self { db, timing, wakeups, contact: Mutex::default() });
+        tokio::spawn(stop.run_until_cancelled_owned(rescuer.clone().tick()));
+        rescuer
+    }
+
+    async fn tick(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(self.timing.ticker.mul_f64(rand::random_range(0.75..1.25))).await;
+            let asked = Instant::now();
+            let result = match self.may_rescue(asked) {
+                true => self.rescue().await.map(|_| ()),
+                false => self.db.ping(self.timing.heartbeat_timeout).await,
+            };
+            match result {
+                Ok(()) => self.contact().kept(asked),
+                Err(error) => {
+                    if std::mem::take(&mut *self.contact()).since.is_some() {
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "lost contact with the database; nothing is rescued for a lease after it is back"
+                        );
+                    }
                 }
-                contact = Contact::default();
             }
         }
+    }
+
+    /// A look beside the ticker's, for a worker that found nothing to claim: gives how many runs came back. An
+    /// error is the ticker's to notice.
+    pub async fn rescue_now(&self) -> usize {
+        match self.may_rescue(Instant::now()) {
+            true => self.rescue().await.unwrap_or(0),
+            false => 0,
+        }
+    }
+
+    fn contact(&self) -> MutexGuard<'_, Contact> {
+        self.contact.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn may_rescue(&self, now: Instant) -> bool {
+        let mut contact = self.contact();
+        // A gap is an outage too: this process may have been stopped, and does not know what happened meanwhile.
+        contact.expect_within(now, self.timing.ticker * 2 + self.timing.heartbeat_timeout);
+        contact.unbroken_for(now) >= self.timing.lease
+    }
+
+    async fn rescue(&self) -> Result<usize, DbError> {
+        let rescued = self.db.within(self.timing.heartbeat_timeout, async |conn| rescue(conn).await).await?;
+        tell(&rescued, &self.wakeups);
+        Ok(rescued.len())
     }
 }
 
 /// How long this process has been in contact with the database without a gap.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Contact {
     since: Option<Instant>,
     last: Option<Instant>,

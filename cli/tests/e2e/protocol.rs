@@ -1,0 +1,181 @@
+//! The verbs of the queue, called as a worker calls them, at moments that a process could not be stopped at. Time is
+//! moved by updating a row.
+
+use std::time::Duration;
+
+use common::{
+    execution::{
+        Stage,
+        cancel::{self, Cancelled},
+        claim::{self, Claim},
+        enqueue::forget_old_keys,
+        finish::{self, Ending, Failure, Finished},
+        lease::{self, Progress, Rescue},
+    },
+    id::DestinationId,
+    staged_object,
+};
+use serde_json::json;
+use sqlx::PgConnection;
+
+use crate::harness::{Cluster, LEASE, source::PostgresSource};
+
+/// A cluster without workers: the test claims by itself.
+async fn with_pending(runs: usize) -> Cluster {
+    let cluster = Cluster::build().workers(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let root = cluster.scratch.join("backups");
+    let body = json!({ "name": "d", "kind": "local", "config": { "root": root } });
+    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow", "maxAttempts": 2 })).await;
+    for _ in 0..runs {
+        cluster.trigger(&job).await;
+    }
+    cluster
+}
+
+async fn claim_one(conn: &mut PgConnection) -> Claim {
+    let claims = claim::claim(conn, "test", &["default".to_owned()], LEASE, 1).await.expect("claims");
+    *claims.first().expect("something to claim")
+}
+
+async fn expire(conn: &mut PgConnection) {
+    let sql = "update execution_leases set expires_at = clock_timestamp() - interval '1 ms'";
+    sqlx::query(sql).execute(conn).await.expect("updates");
+}
+
+fn progress(claim: Claim) -> Progress {
+    Progress { token: claim.token, stage: Stage::Dumping, percent: 10 }
+}
+
+fn failure() -> Failure {
+    Failure { error: "the network".to_owned(), code: "network", outcome: None, stage: Stage::Dumping }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_heartbeat_revives_a_lease_that_ran_out_and_loses_one_that_was_rescued() {
+    let cluster = with_pending(1).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let claim = claim_one(&mut conn).await;
+    expire(&mut conn).await;
+    let alive = lease::heartbeat(&mut conn, LEASE, &[progress(claim)]).await.expect("beats");
+    assert_eq!(alive.len(), 1, "not revived");
+    assert_eq!(lease::rescue(&mut conn).await.expect("looks"), vec![], "a living run was rescued");
+
+    expire(&mut conn).await;
+    assert_eq!(lease::rescue(&mut conn).await.expect("looks"), vec![Rescue::Requeued(claim.execution)]);
+    let alive = lease::heartbeat(&mut conn, LEASE, &[progress(claim)]).await.expect("beats");
+    assert_eq!(alive, vec![], "a rescued lease came back to life");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_token_records_nothing_and_a_repeated_finish_counts_as_done() {
+    let cluster = with_pending(1).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let old = claim_one(&mut conn).await;
+    expire(&mut conn).await;
+    lease::rescue(&mut conn).await.expect("rescues");
+    let new = claim_one(&mut conn).await;
+    assert!(new.token > old.token && new.execution == old.execution && new.attempt == 2);
+
+    for ending in [Ending::Failed(failure()), Ending::Retry(failure(), Duration::ZERO), Ending::Released] {
+        assert_eq!(finish::finish(&mut conn, old, &ending).await.expect("answers"), Finished::Zombie, "{ending:?}");
+    }
+    let destination = DestinationId::new();
+    assert!(
+        !staged_object::record(&mut conn, old, destination, "x", None).await.expect("answers"),
+        "a zombie records names"
+    );
+    assert_eq!(cluster.count("select count(*) from execution_leases").await, 1);
+
+    let ending = Ending::Failed(failure());
+    assert_eq!(finish::finish(&mut conn, new, &ending).await.expect("answers"), Finished::Ended);
+    assert_eq!(finish::finish(&mut conn, new, &ending).await.expect("answers"), Finished::Ended, "the answer was lost");
+    assert_eq!(cluster.count("select failures::bigint from executions").await, 1, "counted twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_count_against_the_attempts_and_rescues_and_releases_do_not() {
+    let cluster = with_pending(1).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    for _ in 0..3 {
+        let claim = claim_one(&mut conn).await;
+        assert_eq!(finish::finish(&mut conn, claim, &Ending::Released).await.expect("answers"), Finished::Requeued);
+        claim_one(&mut conn).await;
+        expire(&mut conn).await;
+        assert_eq!(lease::rescue(&mut conn).await.expect("looks").len(), 1);
+    }
+    let again = Ending::Retry(failure(), Duration::ZERO);
+    let claim = claim_one(&mut conn).await;
+    assert_eq!(
+        (claim.attempt, finish::finish(&mut conn, claim, &again).await.expect("answers")),
+        (7, Finished::Requeued)
+    );
+    // maxAttempts is 2: this failure is the last.
+    let claim = claim_one(&mut conn).await;
+    assert_eq!(finish::finish(&mut conn, claim, &again).await.expect("answers"), Finished::Ended);
+    assert_eq!(
+        cluster
+            .count("select count(*) from executions where status = 'Failed' and outcome is null and attempt = 8")
+            .await,
+        1
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_run_is_closed_whatever_happens_to_its_worker() {
+    let cluster = with_pending(3).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    for end in ["rescue", "retry", "release"] {
+        let claim = claim_one(&mut conn).await;
+        assert_eq!(cancel::cancel(&mut conn, claim.execution, "test").await.expect("answers"), Cancelled::Requested);
+        let told = lease::heartbeat(&mut conn, LEASE, &[progress(claim)]).await.expect("beats");
+        assert!(told[0].cancel_requested, "the heartbeat does not tell");
+        match end {
+            "rescue" => {
+                expire(&mut conn).await;
+                assert_eq!(lease::rescue(&mut conn).await.expect("looks"), vec![Rescue::Closed(claim.execution)]);
+            }
+            "retry" => {
+                let ending = Ending::Retry(failure(), Duration::ZERO);
+                assert_eq!(finish::finish(&mut conn, claim, &ending).await.expect("answers"), Finished::Ended);
+            }
+            _ => {
+                assert_eq!(finish::finish(&mut conn, claim, &Ending::Released).await.expect("answers"), Finished::Ended)
+            }
+        }
+    }
+    assert_eq!(
+        cluster.count("select count(*) from executions where status = 'Failed' and outcome = 'Cancelled'").await,
+        3
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_takes_at_most_half_of_what_is_free_and_never_more_than_it_has_room_for() {
+    let cluster = with_pending(12).await;
+    sqlx::query("update queue_gate set max_concurrency = 8").execute(&cluster.pool).await.expect("updates");
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let mut taken = Vec::new();
+    for want in [100, 100, 1, 100, 100] {
+        taken.push(claim::claim(&mut conn, "test", &["default".to_owned()], LEASE, want).await.expect("claims").len());
+    }
+    assert_eq!(taken, [4, 2, 1, 1, 0], "halves of 8, 4, 2 (room for one), 1, 0");
+    assert_eq!(cluster.count("select count(distinct slot) from execution_leases where slot between 1 and 8").await, 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idempotency_key_is_forgotten_after_its_day_and_not_before() {
+    let cluster = with_pending(0).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    sqlx::raw_sql(
+        "insert into idempotency_keys (api_key_id, job_id, key, body_hash, execution_id, created_at)
+         select gen_random_uuid(), gen_random_uuid(), 'k', '', gen_random_uuid(), clock_timestamp() - age
+           from (values (interval '23 hours'), (interval '25 hours')) v (age)",
+    )
+    .execute(&mut *conn)
+    .await
+    .expect("inserts");
+    assert_eq!(forget_old_keys(&mut conn).await.expect("deletes"), 1);
+    assert_eq!(cluster.count("select count(*) from idempotency_keys").await, 1);
+}
