@@ -12,6 +12,10 @@ create table api_keys (
     created_at   timestamptz not null default clock_timestamp()
 );
 comment on table  api_keys is 'Callers. The plain key is shown once and never stored.';
+comment on column api_keys.id is 'given by the service, UUIDv7';
+comment on column api_keys.name is 'for people, and the label of what the key triggers';
+comment on column api_keys.enabled is 'switched off without being deleted';
+comment on column api_keys.created_at is 'when it was made';
 comment on column api_keys.secret_hash is 'SHA-256 of the whole plain key; the key has 238 bits of entropy, so no slow hash is needed';
 comment on column api_keys.permissions is 'noun:verb, or * for all';
 comment on column api_keys.job_ids is 'when set, the only jobs this key can see or trigger';
@@ -30,6 +34,7 @@ create table encryption_canary (
     sealed    bytea not null
 );
 comment on table  encryption_canary is 'A known text sealed with the encryption key: a process with another key refuses to start';
+comment on column encryption_canary.only_row is 'holds the table to one row';
 comment on column encryption_canary.sealed is 'nonce, ciphertext and tag, as common::seal writes them';
 
 create table sources (
@@ -46,6 +51,11 @@ create table sources (
     updated_at           timestamptz not null default clock_timestamp()
 );
 comment on table  sources is 'Databases that are backed up';
+comment on column sources.id is 'given by the service, UUIDv7';
+comment on column sources.name is 'for people';
+comment on column sources.engine is 'decides the tools';
+comment on column sources.created_at is 'when it was made';
+comment on column sources.updated_at is 'when it last changed';
 comment on column sources.slug is 'stable name chosen by the client; accepted wherever the id is';
 comment on column sources.config is 'connection without its secrets';
 comment on column sources.sealed_secrets is 'JSON object of the secret fields, sealed with AES-256-GCM';
@@ -67,6 +77,12 @@ create table destinations (
     updated_at      timestamptz not null default clock_timestamp()
 );
 comment on table  destinations is 'Stores that backups are written to';
+comment on column destinations.id is 'given by the service, UUIDv7';
+comment on column destinations.name is 'for people';
+comment on column destinations.kind is 'folder or object store: decides what config holds';
+comment on column destinations.labels is 'free text by name, for filters';
+comment on column destinations.created_at is 'when it was made';
+comment on column destinations.updated_at is 'when it last changed';
 comment on column destinations.slug is 'stable name chosen by the client; accepted wherever the id is';
 comment on column destinations.config is 'address of the store without its secrets';
 comment on column destinations.sealed_secrets is 'JSON object of the secret fields, sealed with AES-256-GCM';
@@ -90,6 +106,13 @@ create table jobs (
 );
 create index jobs_by_source on jobs (source_id);
 comment on table  jobs is 'Stored definitions of a backup';
+comment on column jobs.id is 'given by the service, UUIDv7';
+comment on column jobs.name is 'for people';
+comment on column jobs.source_id is 'what is backed up';
+comment on column jobs.compression is 'of the dump, by the worker';
+comment on column jobs.labels is 'free text by name, for filters';
+comment on column jobs.created_at is 'when it was made';
+comment on column jobs.updated_at is 'when it last changed';
 comment on column jobs.slug is 'stable name chosen by the client; also the folder and first part of the names of its backups';
 comment on column jobs.overlap is 'what a trigger does while a run is active: queue behind it, be rejected, or run beside it';
 comment on column jobs.enabled is 'governs the schedule; a trigger through the API runs a paused job too';
@@ -105,6 +128,8 @@ create table job_destinations (
 );
 create index job_destinations_by_destination on job_destinations (destination_id);
 comment on table  job_destinations is 'Every backup of a job is written to all of these at once';
+comment on column job_destinations.job_id is 'the job';
+comment on column job_destinations.destination_id is 'one of its stores';
 comment on column job_destinations.position is 'order in which the client listed them; the first names the path of an execution';
 
 create table connection_tests (
@@ -119,5 +144,10 @@ create table connection_tests (
 );
 create index connection_tests_waiting on connection_tests (requested_at) where taken_at is null;
 comment on table  connection_tests is 'Questions of an API process to a worker of a pool; rows live for minutes';
+comment on column connection_tests.id is 'given by the service, UUIDv7';
+comment on column connection_tests.source_id is 'what is tested, if a source';
+comment on column connection_tests.destination_id is 'what is tested, if a destination';
+comment on column connection_tests.pool is 'whose workers may answer';
+comment on column connection_tests.requested_at is 'when an API process asked; a client waits 10 s';
 comment on column connection_tests.taken_at is 'when a worker began; each test is carried out once';
 comment on column connection_tests.result is 'what the worker found, as the client gets it';

@@ -9,6 +9,7 @@ create table queue_gate (
 );
 insert into queue_gate default values;
 comment on table  queue_gate is 'The global limit, and the row lock under which slots are counted and given';
+comment on column queue_gate.only_row is 'holds the table to one row';
 comment on column queue_gate.max_concurrency is 'runs at once over all workers';
 comment on column queue_gate.paused is 'nothing new is claimed while true';
 
@@ -64,6 +65,17 @@ create index executions_active_by_job on executions (job_id, status) where statu
 create index executions_newest on executions (seq desc);
 create index executions_newest_by_job on executions (job_id, seq desc);
 comment on table  executions is 'One run each: the row that is polled. Written three times in a plain run: queued, claimed, finished';
+comment on column executions.id is 'given by the service, UUIDv7';
+comment on column executions.type is 'what is done';
+comment on column executions.status is 'the four states of the contract';
+comment on column executions.priority is 'higher is claimed first';
+comment on column executions.max_attempts is 'copied from the job at the trigger';
+comment on column executions.trigger_kind is 'what triggered it';
+comment on column executions.trigger_label is 'who triggered it: the name of the key';
+comment on column executions.labels is 'given at the trigger';
+comment on column executions.tracestate is 'W3C trace context, the part of the vendors';
+comment on column executions.queued_at is 'when it was triggered';
+comment on column executions.ended_at is 'when it ended; null exactly while it is Pending or Running';
 comment on column executions.seq is 'order of arrival, and the cursor of lists';
 comment on column executions.job_id is 'without a foreign key: history outlives its job';
 comment on column executions.job_name is 'the name of the job when it was triggered';
@@ -103,6 +115,10 @@ create table execution_leases (
     progress      smallint not null default 0 constraint execution_leases_progress_range check (progress between 0 and 99)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 comment on table  execution_leases is 'One row for each running execution, and so for each slot in use. No index on what a heartbeat changes: its updates stay HOT';
+comment on column execution_leases.execution_id is 'what runs';
+comment on column execution_leases.job_id is 'copied for the claim: a serial job has at most one lease';
+comment on column execution_leases.source_id is 'copied for the claim: counted against the limit of the source';
+comment on column execution_leases.claimed_at is 'when this attempt began; names its files';
 comment on column execution_leases.slot is 'smallest free number at the claim';
 comment on column execution_leases.token is 'fencing token from fencing_token_seq: grows with every claim';
 comment on column execution_leases.worker is 'name of the worker that holds it';
@@ -121,6 +137,10 @@ create table execution_logs (
     primary key (execution_id, seq)
 );
 comment on table  execution_logs is 'Log lines of executions, written in batches while they run';
+comment on column execution_logs.execution_id is 'whose line it is';
+comment on column execution_logs.level is 'how grave';
+comment on column execution_logs.stage is 'where the bytes were';
+comment on column execution_logs.message is 'one sentence';
 comment on column execution_logs.seq is 'order and cursor of the lines';
 comment on column execution_logs.at is 'clock of the worker that wrote it';
 comment on column execution_logs.details is 'longer text, such as what a tool printed';
@@ -141,6 +161,12 @@ create table artifacts (
 );
 create index artifacts_by_execution on artifacts (execution_id);
 comment on table  artifacts is 'Published objects. A backup is published when its rows exist';
+comment on column artifacts.id is 'given by the service, UUIDv7';
+comment on column artifacts.execution_id is 'the run that published it';
+comment on column artifacts.job_id is 'its job, which may be deleted since';
+comment on column artifacts.destination_id is 'the store it lies in, which may be deleted since';
+comment on column artifacts.plain_bytes is 'length of the dump before compression; null for the manifest';
+comment on column artifacts.created_at is 'when it was published';
 comment on column artifacts.database_name is 'null for the manifest';
 comment on column artifacts.path is 'relative to the root of the destination';
 comment on column artifacts.size_bytes is 'bytes as stored';
@@ -159,6 +185,11 @@ create table staged_objects (
 );
 create index staged_objects_by_token on staged_objects (token);
 comment on table  staged_objects is 'Every name an attempt is going to write, recorded before its first byte and gone when it is published: what the sweeper removes after a crash';
+comment on column staged_objects.id is 'given by the service, UUIDv7';
+comment on column staged_objects.execution_id is 'the run';
+comment on column staged_objects.destination_id is 'the store';
+comment on column staged_objects.path is 'relative to the root of the destination';
+comment on column staged_objects.recorded_at is 'before the first byte';
 comment on column staged_objects.token is 'the claim that wrote it; when its lease is gone and the row is still here, the object is litter';
 comment on column staged_objects.upload_id is 'multipart upload of an object store';
 comment on column staged_objects.swept_at is 'removed once; removed again after a pause, in case a stopped process woke up and wrote, then forgotten';
@@ -174,6 +205,11 @@ create table idempotency_keys (
 );
 create index idempotency_keys_by_age on idempotency_keys (created_at);
 comment on table  idempotency_keys is 'The execution that a trigger with this key made; kept for 24 h';
+comment on column idempotency_keys.api_key_id is 'whose key of idempotency it is';
+comment on column idempotency_keys.job_id is 'for which job';
+comment on column idempotency_keys.key is 'as the client sent it';
+comment on column idempotency_keys.execution_id is 'what the first request made';
+comment on column idempotency_keys.created_at is 'it counts for 24 hours';
 comment on column idempotency_keys.body_hash is 'SHA-256 of the request body: the same key with another body is refused';
 
 -- Gives up to p_want queued executions to a worker, never more than the limit allows.

@@ -29,6 +29,16 @@ impl Telemetry {
         let set = |name: &str| std::env::var(name).is_ok_and(|v| !v.is_empty());
         let disabled = std::env::var("OTEL_SDK_DISABLED").is_ok_and(|v| v.eq_ignore_ascii_case("true"));
         if !disabled && (set("OTEL_EXPORTER_OTLP_ENDPOINT") || set("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")) {
+            for name in ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] {
+                match std::env::var(name).as_deref() {
+                    Ok("" | "http/protobuf") | Err(_) => {}
+                    Ok(other) => {
+                        return Err(ConfigError(format!(
+                            "{name} is '{other}' but this version speaks http/protobuf only"
+                        )));
+                    }
+                }
+            }
             let exporter = opentelemetry_otlp::SpanExporter::builder()
                 .with_http()
                 .build()

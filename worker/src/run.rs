@@ -27,7 +27,7 @@ use crate::{
     backend::Claimed,
     failure::{Class, RunError, of_stop},
     lease::{Lease, Stop},
-    pipeline::{self, Staging},
+    pipeline::{self, Attempt, Staging},
     run_log::RunLog,
     service::Shared,
 };
@@ -90,7 +90,8 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
     ));
     let staging = Staging::default();
     let work = async {
-        let staged = pipeline::stream(shared, lease, assignment, log, &staging).await?;
+        let attempt = Attempt { shared, lease, assignment, log, staging: &staging };
+        let staged = pipeline::stream(attempt).await?;
         // The last moment at which a lost lease can still keep the backup from becoming visible.
         lease.set_stage(Stage::Verifying);
         shared
@@ -98,7 +99,7 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
             .confirm(lease)
             .await
             .map_err(|_| RunError::retry("lease_lost", "the lease was lost before the backup was published"))?;
-        pipeline::publish(shared, assignment, log, &staging, staged).await
+        pipeline::publish(attempt, staged).await
     };
     let work = AssertUnwindSafe(work).catch_unwind();
     let result = {

@@ -42,6 +42,11 @@ fn a_mistake_is_one_line_that_names_the_variable_and_exit_status_2() {
         ("dbackup-worker", vec![("DBACKUP_HEARTBEAT_MS", "14000")], "DBACKUP_HEARTBEAT_MS"),
         ("dbackup-worker", vec![("DBACKUP_LOCAL_PATHS", "relative")], "DBACKUP_LOCAL_PATHS"),
         ("dbackup-worker", vec![("DBACKUP_LOG_FORMAT", "xml")], "DBACKUP_LOG_FORMAT"),
+        (
+            "dbackup-api",
+            vec![("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")],
+            "OTEL_EXPORTER_OTLP_PROTOCOL",
+        ),
         ("dbackup", vec![], "Usage"),
     ] {
         let output = start(program, &env);

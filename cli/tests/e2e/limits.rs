@@ -38,6 +38,9 @@ async fn two_hundred_runs_on_four_workers_never_exceed_the_limit_and_reach_it_wh
     all_ended(&cluster, Duration::from_secs(120)).await;
 
     assert_eq!(audit::claims_over_the_limit(&cluster).await, 0, "the limit was exceeded");
+    // Without the gate's lock the primary key of the slots would still stop most claims too many, by an error: the
+    // limit must be kept because claims wait for each other, not because they collide.
+    assert!(!cluster.logs().contains("could not claim"), "claims collided:\n{}", cluster.logs());
     for limit in [3, 1, 5] {
         assert_eq!(
             audit::most_running_at(&cluster, limit).await,
@@ -78,7 +81,7 @@ async fn runs_of_a_queue_job_never_run_together_also_when_claimed_in_one_batch()
     let job = cluster.job(&source, &[&destination], json!({ "overlap": "queue" })).await;
     futures::future::join_all((0..12).map(|_| cluster.trigger(&job))).await;
     all_ended(&cluster, Duration::from_secs(60)).await;
-    assert_eq!(audit::overlaps(&cluster).await, 0);
+    assert_eq!(audit::serial_overlaps(&cluster).await, 0);
     assert_eq!(cluster.count("select count(*) from executions where status = 'Success'").await, 12);
 }
 
@@ -92,7 +95,7 @@ async fn a_source_is_never_dumped_by_more_runs_than_it_allows() {
     let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
     futures::future::join_all((0..16).map(|_| cluster.trigger(&job))).await;
     all_ended(&cluster, Duration::from_secs(60)).await;
-    assert_eq!(cluster.count("select max(same_job)::bigint from lease_audit where what = 'INSERT'").await, 2);
+    assert_eq!(audit::most_of_one_job(&cluster).await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

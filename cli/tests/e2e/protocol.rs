@@ -179,3 +179,18 @@ async fn an_idempotency_key_is_forgotten_after_its_day_and_not_before() {
     assert_eq!(forget_old_keys(&mut conn).await.expect("deletes"), 1);
     assert_eq!(cluster.count("select count(*) from idempotency_keys").await, 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_table_and_column_of_the_schema_says_what_it_holds() {
+    let cluster = with_pending(0).await;
+    let silent: Vec<String> = sqlx::query_scalar(
+        "select c.relname || coalesce('.' || a.attname, '') from pg_class c
+           left join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+          where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and c.relname !~ '^_'
+            and (col_description(c.oid, a.attnum) is null or obj_description(c.oid) is null)",
+    )
+    .fetch_all(&cluster.pool)
+    .await
+    .expect("rows");
+    assert_eq!(silent, Vec::<String>::new());
+}

@@ -61,6 +61,16 @@ impl Drop for Data {
     }
 }
 
+/// A program that ends with the test, also when it fails.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port()
 }
@@ -179,18 +189,18 @@ async fn a_worker_joins_by_the_env_file_and_a_second_up_on_the_folder_is_refused
         data.0.display(),
         binary("dbackup-worker").display()
     );
-    let mut worker = Command::new("bash")
-        .args(["-c", &script])
-        .stderr(std::process::Stdio::null())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .expect("bash runs");
+    let _worker = Killed(
+        Command::new("bash")
+            .args(["-c", &script])
+            .stderr(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("bash runs"),
+    );
     client.job(&data.0, &PostgresSource::with_rows(100).await).await;
     client.send("PUT", "/api/sources/shop", json!({ "pool": "far" })).await;
     let ended = client.backup().await;
     assert!(ended["logs"].to_string().contains("joined"), "{ended:#}");
-    worker.kill().expect("kills");
-    worker.wait().expect("ends");
 
     let mut second = data.up(free_port());
     let status = second.end(SOON).await;

@@ -12,13 +12,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::{Bytes, BytesMut};
 use common::{
     artifact::{NewArtifact, Plain},
+    db::ANSWER_TIMEOUT,
     destination::Destination,
     execution::{Stage, claim::Assignment, finish::Published, log::Level},
     id::DestinationId,
     staged_object,
 };
-use futures::future::{join_all, try_join_all};
-use tokio::{io::AsyncReadExt, sync::mpsc};
+use futures::{
+    TryFutureExt,
+    future::{join_all, try_join_all},
+};
+use tokio::{io::AsyncReadExt, process::ChildStdout, sync::mpsc};
 use tracing::Instrument;
 
 use crate::{failure::RunError, lease::Lease, run_log::RunLog, service::Shared};
@@ -48,20 +52,19 @@ impl Staging {
     /// Records a name in the database before its first byte, and here.
     async fn record(
         &self,
-        shared: &Shared,
-        assignment: &Assignment,
+        attempt: Attempt<'_>,
         target: &Target,
         path: &str,
         upload_id: Option<&str>,
     ) -> Result<(), RunError> {
-        let staged =
-            Staged { store: target.store.clone(), path: path.to_owned(), upload_id: upload_id.map(str::to_owned) };
+        let upload = upload_id.map(str::to_owned);
+        let staged = Staged { store: target.store.clone(), path: path.to_owned(), upload_id: upload };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(staged);
-        let recorded = shared
+        let claim = attempt.assignment.claim;
+        let recorded = attempt
+            .shared
             .db
-            .within(common::db::ANSWER_TIMEOUT, async |conn| {
-                staged_object::record(conn, assignment.claim, target.id, path, upload_id).await
-            })
+            .within(ANSWER_TIMEOUT, async |conn| staged_object::record(conn, claim, target.id, path, upload_id).await)
             .await?;
         if recorded { Ok(()) } else { Err(RunError::retry("lease_lost", "the lease was lost")) }
     }
@@ -79,10 +82,8 @@ impl Staging {
         }
         if clean && !staged.is_empty() {
             let claim = log.claim();
-            let forgotten = shared
-                .db
-                .within(common::db::ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, claim.token).await)
-                .await;
+            let forgotten =
+                shared.db.within(ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, claim.token).await).await;
             if let Err(error) = forgotten {
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
@@ -115,14 +116,24 @@ struct StagedObject {
     uploads: Vec<Upload>,
 }
 
+/// What every step of an attempt uses.
+#[derive(Clone, Copy)]
+pub struct Attempt<'a> {
+    /// The worker.
+    pub shared: &'a Shared,
+    /// The right to run.
+    pub lease: &'a Arc<Lease>,
+    /// What to run.
+    pub assignment: &'a Assignment,
+    /// Where to tell.
+    pub log: &'a RunLog,
+    /// What may have to be removed.
+    pub staging: &'a Staging,
+}
+
 /// Streams every database to every destination. When it returns, all bytes are there and none can be seen.
-pub async fn stream(
-    shared: &Shared,
-    lease: &Arc<Lease>,
-    assignment: &Assignment,
-    log: &RunLog,
-    staging: &Staging,
-) -> Result<StagedBackup, RunError> {
+pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
+    let Attempt { shared, lease, assignment, log, .. } = attempt;
     lease.set_stage(Stage::Initializing);
     let targets = open_targets(shared, assignment).await?;
     let access = assignment
@@ -141,10 +152,8 @@ pub async fn stream(
     ));
     let names = Names::new(&assignment.job_slug, assignment.claimed_at, assignment.claim);
     let mut backup = StagedBackup { targets, names, inspected, objects: Vec::new() };
-    let mut done = 0;
     for at in 0..backup.inspected.databases.len() {
-        let object = stream_one(shared, lease, assignment, log, staging, &dump, &backup, at, done).await?;
-        done += object.facts.plain.bytes;
+        let object = stream_one(attempt, &dump, &backup, at).await?;
         backup.objects.push(object);
     }
     Ok(backup)
@@ -171,66 +180,31 @@ pub fn open_store(shared: &Shared, destination: &Destination) -> Result<Store, R
     Store::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
 }
 
-#[allow(clippy::too_many_arguments)]
 async fn stream_one(
-    shared: &Shared,
-    lease: &Arc<Lease>,
-    assignment: &Assignment,
-    log: &RunLog,
-    staging: &Staging,
+    attempt: Attempt<'_>,
     dump: &Dump,
     backup: &StagedBackup,
     at: usize,
-    done_before: u64,
 ) -> Result<StagedObject, RunError> {
+    let Attempt { lease, assignment, log, .. } = attempt;
     let database = &backup.inspected.databases[at];
     let path = backup.names.object(&database.name, assignment.source.engine, assignment.job.compression);
-    let mut uploads = Vec::new();
-    for target in &backup.targets {
-        let upload = target.store.begin(&path, database.estimate).await.map_err(|e| e.at(&target.name))?;
-        staging.record(shared, assignment, target, &path, upload.id()).await?;
-        uploads.push(upload.start().await.map_err(|e| e.at(&target.name))?);
-    }
+    let mut uploads = begin_uploads(attempt, backup, &path, database.estimate).await?;
     lease.set_stage(Stage::Dumping);
     log.info(format!("dumping '{}'", database.name));
     let mut tool = dump.start(&database.name, &backup.inspected, lease, log)?;
-    let estimate = backup.inspected.estimate().max(1);
 
     let (plain_out, plain_in) = mpsc::channel(QUEUE);
     let (stored_out, stored_in) = mpsc::channel(QUEUE);
     let compression = assignment.job.compression;
     let compressing = tokio::task::spawn_blocking(move || compress::compress(compression, plain_in, stored_out));
-    let stdout = tool.stdout();
-    let reading = async {
-        let mut read = done_before;
-        let Some(mut stdout) = stdout else { return Ok(()) };
-        loop {
-            let mut chunk = BytesMut::with_capacity(READ);
-            match stdout.read_buf(&mut chunk).await {
-                Ok(0) => break,
-                Ok(n) => read += n as u64,
-                Err(error) => {
-                    return Err(RunError::retry(
-                        "dump_failed",
-                        format!("the dump of '{}' could not be read: {error}", database.name),
-                    ));
-                }
-            }
-            lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate).unwrap_or(99).min(99));
-            // A closed channel means that a destination failed, which is told where it failed.
-            if plain_out.send(chunk.freeze()).await.is_err() {
-                break;
-            }
-        }
-        drop(plain_out);
-        Ok(())
-    };
+    let done_before: u64 = backup.objects.iter().map(|o| o.facts.plain.bytes).sum();
+    let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate())
+        .map_err(|e| RunError::retry("dump_failed", format!("the dump of '{}' could not be read: {e}", database.name)));
     let writing = distribute(stored_in, &mut uploads, &backup.targets);
     let span = tracing::info_span!("dump", otel.name = "pipeline.dump", db.namespace = %database.name);
-    let (read, written) = async { tokio::join!(reading, writing) }.instrument(span).await;
-    // The tool's own words come first: a broken pipe elsewhere is often only the echo.
-    written?;
-    read?;
+    // The first failure ends both: a destination that failed must not wait for a dump that stalls.
+    async { tokio::try_join!(reading, writing) }.instrument(span).await?;
     let compressed =
         compressing.await.map_err(|e| RunError::give_up("internal_error", format!("the compression ended: {e}")))?;
     tool.finish().await?;
@@ -250,6 +224,45 @@ async fn stream_one(
     Ok(StagedObject { database: database.name.clone(), path, facts, uploads })
 }
 
+/// Opens an upload in every destination, each recorded before its first byte.
+async fn begin_uploads(
+    attempt: Attempt<'_>,
+    backup: &StagedBackup,
+    path: &str,
+    estimate: u64,
+) -> Result<Vec<Upload>, RunError> {
+    let mut uploads = Vec::new();
+    for target in &backup.targets {
+        let upload = target.store.begin(path, estimate).await.map_err(|e| e.at(&target.name))?;
+        attempt.staging.record(attempt, target, path, upload.id()).await?;
+        uploads.push(upload.start().await.map_err(|e| e.at(&target.name))?);
+    }
+    Ok(uploads)
+}
+
+/// Reads the dump to its end and tells how far it is, by the server's own estimate of all databases.
+async fn read_dump(
+    stdout: Option<ChildStdout>,
+    output: mpsc::Sender<Bytes>,
+    lease: &Lease,
+    mut read: u64,
+    estimate: u64,
+) -> std::io::Result<()> {
+    let Some(mut stdout) = stdout else { return Ok(()) };
+    loop {
+        let mut chunk = BytesMut::with_capacity(READ);
+        match stdout.read_buf(&mut chunk).await? {
+            0 => return Ok(()),
+            n => read += n as u64,
+        }
+        lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate.max(1)).unwrap_or(99));
+        // A closed channel means that a destination failed, which is told where it failed.
+        if output.send(chunk.freeze()).await.is_err() {
+            return Ok(());
+        }
+    }
+}
+
 /// Hands each chunk to every destination; the slowest sets the pace.
 async fn distribute(
     mut input: mpsc::Receiver<Bytes>,
@@ -267,24 +280,12 @@ async fn distribute(
 }
 
 /// Makes a staged backup visible: every object in every destination, checked, and then the manifests.
-pub async fn publish(
-    shared: &Shared,
-    assignment: &Assignment,
-    log: &RunLog,
-    staging: &Staging,
-    backup: StagedBackup,
-) -> Result<Published, RunError> {
-    let span = tracing::info_span!("publish", otel.name = "pipeline.publish");
-    publish_all(shared, assignment, log, staging, backup).instrument(span).await
+pub async fn publish(attempt: Attempt<'_>, backup: StagedBackup) -> Result<Published, RunError> {
+    publish_all(attempt, backup).instrument(tracing::info_span!("publish", otel.name = "pipeline.publish")).await
 }
 
-async fn publish_all(
-    shared: &Shared,
-    assignment: &Assignment,
-    log: &RunLog,
-    staging: &Staging,
-    mut backup: StagedBackup,
-) -> Result<Published, RunError> {
+async fn publish_all(attempt: Attempt<'_>, mut backup: StagedBackup) -> Result<Published, RunError> {
+    let Attempt { assignment, log, staging, .. } = attempt;
     let mut artifacts = Vec::new();
     for object in &mut backup.objects {
         let stored = &object.facts.stored;
@@ -314,7 +315,7 @@ async fn publish_all(
         sha256: hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&text)),
     };
     for target in &backup.targets {
-        staging.record(shared, assignment, target, &path, None).await?;
+        staging.record(attempt, target, &path, None).await?;
         target.store.put(&path, text.clone()).await.map_err(|e| e.at(&target.name))?;
         log.info(format!("stored at {}", target.store.describe(backup.objects.first().map_or(&path, |o| &o.path))));
         artifacts.push(NewArtifact {

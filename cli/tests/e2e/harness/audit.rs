@@ -1,20 +1,27 @@
-//! An audit that the database itself writes: a trigger sees every lease come and go. Samples would miss what
-//! lasts a millisecond.
+//! An audit that the database itself writes: a trigger notes when every lease came and went. Samples would miss what
+//! lasts a millisecond, and a count within the trigger would miss what another transaction has not committed yet: so
+//! the times are noted, and the overlaps are counted afterwards. A claim that waited for a slot notes its time after
+//! the finish that freed it, so a right history has no overlap beyond the limit.
 
 use super::Cluster;
 
 const AUDIT: &str = "
-    create table lease_audit (id bigserial, what text, execution_id uuid, job_id uuid, running int, max_concurrency int, same_job int);
+    create table lease_audit (
+        id bigserial, at timestamptz not null default clock_timestamp(), change int not null, job_id uuid not null,
+        execution_id uuid not null, max_concurrency int not null
+    );
     create function audit_lease() returns trigger language plpgsql as $$
     begin
-        insert into lease_audit (what, execution_id, job_id, running, max_concurrency, same_job)
-        select tg_op, coalesce(new.execution_id, old.execution_id), coalesce(new.job_id, old.job_id),
-               (select count(*) from execution_leases), g.max_concurrency,
-               (select count(*) from execution_leases l where l.job_id = coalesce(new.job_id, old.job_id))
+        insert into lease_audit (change, job_id, execution_id, max_concurrency)
+        select case tg_op when 'INSERT' then 1 else -1 end, coalesce(new.job_id, old.job_id),
+               coalesce(new.execution_id, old.execution_id), g.max_concurrency
           from queue_gate g;
         return null;
     end $$;
-    create trigger audit_lease after insert or delete on execution_leases for each row execute function audit_lease();";
+    create trigger audit_lease after insert or delete on execution_leases for each row execute function audit_lease();
+    create view lease_history as
+    select *, sum(change) over (order by at, id) as running, sum(change) over (partition by job_id order by at, id) as same_job
+      from lease_audit;";
 
 /// Begins to record every lease of a cluster.
 pub async fn install(cluster: &Cluster) {
@@ -23,15 +30,26 @@ pub async fn install(cluster: &Cluster) {
 
 /// Claims that made more run than the limit of that moment allowed.
 pub async fn claims_over_the_limit(cluster: &Cluster) -> i64 {
-    cluster.count("select count(*) from lease_audit where what = 'INSERT' and running > max_concurrency").await
+    cluster.count("select count(*) from lease_history where change = 1 and running > max_concurrency").await
 }
 
 /// Most runs at once while the limit was so.
 pub async fn most_running_at(cluster: &Cluster, limit: i32) -> i64 {
-    cluster.count(&format!("select coalesce(max(running), 0)::bigint from lease_audit where what = 'INSERT' and max_concurrency = {limit}")).await
+    let query = "select coalesce(max(running), 0)::bigint from lease_history where change = 1 and max_concurrency =";
+    cluster.count(&format!("{query} {limit}")).await
 }
 
-/// Claims of a job that had a run already.
-pub async fn overlaps(cluster: &Cluster) -> i64 {
-    cluster.count("select count(*) from lease_audit where what = 'INSERT' and same_job > 1").await
+/// Most runs of one job at once.
+pub async fn most_of_one_job(cluster: &Cluster) -> i64 {
+    cluster.count("select coalesce(max(same_job), 0)::bigint from lease_history").await
+}
+
+/// Claims that gave a second run to a job whose runs must not overlap.
+pub async fn serial_overlaps(cluster: &Cluster) -> i64 {
+    cluster
+        .count(
+            "select count(*) from lease_history h join executions e on e.id = h.execution_id
+              where h.change = 1 and e.serial and h.same_job > 1",
+        )
+        .await
 }
