@@ -98,12 +98,12 @@ impl From<DbError> for ApiError {
                 Some(error) => return error,
                 None => tracing::error!(
                     constraint = name,
-                    error = &error as &dyn std::error::Error,
+                    error = %common::error::Chain(&error),
                     "a constraint has no answer of its own"
                 ),
             },
             None if error.is_passing() => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the database is away");
+                tracing::warn!(error = %common::error::Chain(&error), "the database is away");
                 return ApiError::new(
                     StatusCode::SERVICE_UNAVAILABLE,
                     "database_away",
@@ -111,7 +111,7 @@ impl From<DbError> for ApiError {
                 )
                 .retry_after(2);
             }
-            None => tracing::error!(error = &error as &dyn std::error::Error, "a statement failed"),
+            None => tracing::error!(error = %common::error::Chain(&error), "a statement failed"),
         }
         ApiError::new(
             StatusCode::INTERNAL_SERVER_ERROR,

@@ -36,7 +36,7 @@ pub enum EmbeddedError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A file or process could not be made.
-    #[error("could not {doing}: {source}")]
+    #[error("could not {doing}")]
     Io { doing: String, source: io::Error },
     /// A program of PostgreSQL failed.
     #[error("{0}")]

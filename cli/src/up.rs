@@ -42,7 +42,7 @@ pub struct UpArgs {
 fn start_error(error: EmbeddedError) -> StartError {
     match error {
         EmbeddedError::Config(error) => error.into(),
-        error => std::io::Error::other(error.to_string()).into(),
+        error => std::io::Error::other(common::error::Chain(&error).to_string()).into(),
     }
 }
 

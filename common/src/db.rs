@@ -160,10 +160,10 @@ fn is_starting(sqlstate: Option<&str>) -> bool {
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
     /// Not reachable, or it refused us.
-    #[error("could not connect to the database of DATABASE_URL: {0}")]
-    Away(sqlx::Error),
+    #[error("could not connect to the database of DATABASE_URL")]
+    Away(#[source] sqlx::Error),
     /// The schema could not be brought up to date.
-    #[error("could not migrate the database: {0}")]
+    #[error("could not migrate the database")]
     Migrate(#[from] sqlx::migrate::MigrateError),
 }
 
@@ -174,7 +174,7 @@ pub enum StartError {
     #[error(transparent)]
     Prepare(#[from] PrepareError),
     /// The encryption key is not the one of this database.
-    #[error("DBACKUP_ENCRYPTION_KEY: {0}")]
+    #[error("DBACKUP_ENCRYPTION_KEY")]
     Key(#[from] crate::seal::CanaryError),
     /// The database failed later.
     #[error(transparent)]
@@ -190,7 +190,7 @@ pub enum StartError {
 impl StartError {
     /// Prints one line for people and gives the exit status: 2 for the configuration, 1 for everything else.
     pub fn report(&self) -> i32 {
-        eprintln!("error: {self}");
+        eprintln!("error: {}", crate::error::Chain(self));
         match self {
             StartError::Key(crate::seal::CanaryError::Key(_)) | StartError::Config(_) => crate::config::EXIT_CONFIG,
             _ => 1,

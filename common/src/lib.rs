@@ -10,6 +10,7 @@ pub mod connection;
 pub mod connection_test;
 pub mod db;
 pub mod destination;
+pub mod error;
 pub mod execution;
 pub mod id;
 pub mod job;

@@ -84,7 +84,7 @@ impl Claimer {
                 Ok(_) => pause = self.shared.config.timing.poll,
                 Err(error) => {
                     tracing::warn!(
-                        error = &error as &dyn std::error::Error,
+                        error = %common::error::Chain(&error),
                         "could not claim; trying again in {} ms",
                         pause.as_millis()
                     );
@@ -161,7 +161,7 @@ async fn give_back(shared: &Shared, lease: &Lease) {
         .within(CLAIM_TIMEOUT, async |conn| finish::finish(conn, claim, &finish::Ending::Released).await)
         .await;
     if let Err(error) = released {
-        tracing::warn!(execution = %claim.execution, error = &error as &dyn std::error::Error, "a claim could not be given back; its lease runs out");
+        tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&error), "a claim could not be given back; its lease runs out");
     }
     shared.keeper.drop_lease(claim.token);
     shared.wakeups.tell(Notice::Work);

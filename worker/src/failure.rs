@@ -47,7 +47,7 @@ impl RunError {
 
 impl From<DbError> for RunError {
     fn from(error: DbError) -> Self {
-        tracing::warn!(error = &error as &dyn std::error::Error, "the service's database failed a run");
+        tracing::warn!(error = %common::error::Chain(&error), "the service's database failed a run");
         RunError::retry("database_away", format!("DBackup's own database failed: {error}"))
     }
 }

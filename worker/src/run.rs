@@ -197,12 +197,12 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
         match shared.db.within(Duration::from_secs(5), async |conn| finish::finish(conn, claim, &ending).await).await {
             Ok(finished) => break Some(finished),
             Err(error) if tokio::time::Instant::now() < give_up => {
-                tracing::warn!(execution = %claim.execution, error = &error as &dyn std::error::Error, "the end of a run could not be recorded; trying again");
+                tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&error), "the end of a run could not be recorded; trying again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(2));
             }
             Err(error) => {
-                tracing::error!(execution = %claim.execution, error = &error as &dyn std::error::Error, "the end of a run could not be recorded; its lease runs out");
+                tracing::error!(execution = %claim.execution, error = %common::error::Chain(&error), "the end of a run could not be recorded; its lease runs out");
                 break None;
             }
         }

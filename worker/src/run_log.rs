@@ -104,7 +104,7 @@ async fn store(db: &Db, claim: Claim, batch: &[NewLine]) {
             // Another worker has the run; its log is not ours to write.
             Ok(false) => return,
             Err(error) => {
-                tracing::warn!(execution = %claim.execution, error = &error as &dyn std::error::Error, "log lines could not be written");
+                tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&error), "log lines could not be written");
                 tokio::time::sleep(GATHER).await;
             }
         }

@@ -19,7 +19,7 @@ pub async fn run(shared: Shared) {
             .await;
         let Ok(due) = due else { continue };
         if let Err(error) = shared.db.within(Duration::from_secs(5), async |conn| forget_old_keys(conn).await).await {
-            tracing::debug!(error = &error as &dyn std::error::Error, "old idempotency keys stay until the next look");
+            tracing::debug!(error = %common::error::Chain(&error), "old idempotency keys stay until the next look");
         }
         for litter in due {
             if let Err(error) = sweep(&shared, &litter).await {

@@ -72,7 +72,7 @@ async fn answer(shared: Shared, id: uuid::Uuid, target: Target) {
     let replied: Result<(), DbError> =
         shared.db.within(Duration::from_secs(5), async |conn| connection_test::reply(conn, id, &result).await).await;
     if let Err(error) = replied {
-        tracing::warn!(error = &error as &dyn std::error::Error, "the answer to a connection test could not be stored");
+        tracing::warn!(error = %common::error::Chain(&error), "the answer to a connection test could not be stored");
     }
     shared.wakeups.tell(Notice::Test);
 }

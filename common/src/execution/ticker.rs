@@ -48,7 +48,7 @@ impl Rescuer {
                 Err(error) => {
                     if std::mem::take(&mut *self.contact()).since.is_some() {
                         tracing::warn!(
-                            error = &error as &dyn std::error::Error,
+                            error = %crate::error::Chain(&error),
                             "lost contact with the database; nothing is rescued for a lease after it is back"
                         );
                     }

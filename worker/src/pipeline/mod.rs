@@ -86,7 +86,7 @@ impl Staging {
                 shared.db.within(ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, claim.token).await).await;
             if let Err(error) = forgotten {
                 tracing::debug!(
-                    error = &error as &dyn std::error::Error,
+                    error = %common::error::Chain(&error),
                     "the record of staged names stays for the sweeper"
                 );
             }
