@@ -195,9 +195,11 @@ async fn stream_one(
     let mut tool = dump.start(&database.name, &backup.inspected, lease, log)?;
 
     let (plain_out, plain_in) = mpsc::channel(QUEUE);
+    let (measured_out, measured_in) = mpsc::channel(QUEUE);
     let (stored_out, stored_in) = mpsc::channel(QUEUE);
+    let measuring = tokio::task::spawn_blocking(move || compress::measure(plain_in, measured_out));
     let compression = assignment.job.compression;
-    let compressing = tokio::task::spawn_blocking(move || compress::compress(compression, plain_in, stored_out));
+    let compressing = tokio::task::spawn_blocking(move || compress::compress(compression, measured_in, stored_out));
     let done_before: u64 = backup.objects.iter().map(|o| o.facts.plain.bytes).sum();
     let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate())
         .map_err(|e| RunError::retry("dump_failed", format!("the dump of '{}' could not be read: {e}", database.name)));
@@ -205,12 +207,14 @@ async fn stream_one(
     let span = tracing::info_span!("dump", otel.name = "pipeline.dump", db.namespace = %database.name);
     // The first failure ends both: a destination that failed must not wait for a dump that stalls.
     async { tokio::try_join!(reading, writing) }.instrument(span).await?;
-    let compressed =
-        compressing.await.map_err(|e| RunError::give_up("internal_error", format!("the compression ended: {e}")))?;
+    let ended = |e| RunError::give_up("internal_error", format!("a thread of the stream ended: {e}"));
+    let (plain, plain_ends) = measuring.await.map_err(ended)?;
+    let stored = compressing.await.map_err(ended)?;
     tool.finish().await?;
-    let facts = compressed.map_err(|e| {
+    let stored = stored.map_err(|e| {
         RunError::retry("compression_failed", format!("the dump of '{}' could not be compressed: {e}", database.name))
     })?;
+    let facts = Compressed { plain, plain_ends, stored };
     dump.check_complete(&database.name, &facts)?;
     lease.set_stage(Stage::Uploading);
     let flush = try_join_all(
