@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use common::permission::Permission;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::harness::{Cluster, id, source::PostgresSource};
 
@@ -95,6 +96,21 @@ async fn a_scoped_key_sees_and_triggers_only_its_jobs() {
     assert_eq!(executions["data"].as_array().map(Vec::len), Some(1));
 }
 
+/// The answer to a request whose headers announce two megabytes. The body is never sent: the answer comes without it,
+/// and a connection that the server closes with unread bytes in it may lose the answer.
+async fn announce_large_body(cluster: &Cluster) -> String {
+    let address = cluster.url(0).trim_start_matches("http://").to_owned();
+    let mut stream = tokio::net::TcpStream::connect(&address).await.expect("connects");
+    let request = format!(
+        "POST /api/sources HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {}\r\nContent-Length: 2097152\r\n\r\n",
+        cluster.admin_key
+    );
+    stream.write_all(request.as_bytes()).await.expect("writes");
+    let mut answer = vec![0; 64];
+    let read = stream.read(&mut answer).await.expect("reads");
+    String::from_utf8_lossy(&answer[..read]).into_owned()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_input_gets_the_envelope_and_names_the_field() {
     let cluster = Cluster::build().workers(0).start().await;
@@ -160,7 +176,7 @@ async fn bad_input_gets_the_envelope_and_names_the_field() {
     assert_eq!(status, 404);
     assert_eq!(post("/api/nowhere", "").await.0, 404);
     assert_eq!(post("/livez", "").await.0, 405);
-    assert_eq!(post("/api/sources", &" ".repeat(2 << 20)).await.0, 413);
+    assert!(announce_large_body(&cluster).await.starts_with("HTTP/1.1 413 "));
     for path in
         ["/api/executions/nonsense", "/api/executions/0190a5b2-0000-7000-8000-000000000000", "/api/jobs/nonsense"]
     {
