@@ -5,7 +5,6 @@ use std::sync::Arc;
 use api::{ApiArgs, ApiConfig};
 use clap::Parser;
 use common::{config, db::Db, queue::Wakeups, seal::SealKey, shutdown, telemetry::Telemetry};
-use secrecy::ExposeSecret;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -24,9 +23,7 @@ async fn main() {
     let url = config::database_url().unwrap_or_else(|e| config::exit_with(&e));
     let key = config::encryption_key().unwrap_or_else(|e| config::exit_with(&e));
     config::redis_url().unwrap_or_else(|e| config::exit_with(&e));
-    let db = Db::new(url.expose_secret(), "dbackup-api", 16).unwrap_or_else(|_| {
-        config::exit_with(&config::ConfigError("DATABASE_URL is not understood by the PostgreSQL driver".into()))
-    });
+    let db = Db::new(&url, "dbackup-api", 16).unwrap_or_else(|e| config::exit_with(&e));
     let status = match start(api, db, key).await {
         Ok(()) => 0,
         Err(error) => error.report(),

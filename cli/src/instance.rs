@@ -86,16 +86,7 @@ impl Instance {
             }
             None => (config::database_url()?, config::secret("DBACKUP_ENCRYPTION_KEY")?),
         };
-        let key = key
-            .map(|text| SealKey::parse(text.expose_secret()))
-            .transpose()
-            .map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))?;
-        Ok(Self { db: open_db(&url, 2)?, key })
+        let key = key.map(|text| config::parse_key(&text)).transpose()?;
+        Ok(Self { db: Db::new(&url, "dbackup", 2)?, key })
     }
-}
-
-/// A pool on a URL that must not be printed.
-pub fn open_db(url: &SecretString, connections: u32) -> Result<Db, ConfigError> {
-    Db::new(url.expose_secret(), "dbackup", connections)
-        .map_err(|_| ConfigError("DATABASE_URL is not understood by the PostgreSQL driver".into()))
 }

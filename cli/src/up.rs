@@ -9,8 +9,8 @@ use std::{
 };
 
 use common::{
-    config::{ConfigError, TimingArgs},
-    db::StartError,
+    config::{self, ConfigError, TimingArgs},
+    db::{Db, StartError},
     queue::Wakeups,
     seal::SealKey,
     shutdown,
@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     embedded::{self, Embedded, EmbeddedError},
-    instance::{InstanceSecrets, open_db},
+    instance::InstanceSecrets,
 };
 
 /// Flags of `dbackup up`. The clockwork (DBACKUP_LEASE_MS …) and the worker's other variables apply too.
@@ -85,11 +85,8 @@ async fn serve(
     listener: TcpListener,
     stop: CancellationToken,
 ) -> Result<(), StartError> {
-    let db = open_db(&secrets.database_url, 24)?;
-    let key = Arc::new(
-        SealKey::parse(secrets.encryption_key.expose_secret())
-            .map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))?,
-    );
+    let db = Db::new(&secrets.database_url, "dbackup", 24)?;
+    let key = Arc::new(config::parse_key(&secrets.encryption_key)?);
     common::db::start(&db, &key).await?;
     let wakeups = Wakeups::start(db.clone(), CancellationToken::new());
     let mut running = JoinSet::new();

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use clap::{Parser, error::ContextKind};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::seal::SealKey;
 
@@ -79,7 +79,6 @@ pub fn required_secret(name: &str, what: &str) -> Result<SecretString, ConfigErr
 
 /// `DATABASE_URL`.
 pub fn database_url() -> Result<SecretString, ConfigError> {
-    use secrecy::ExposeSecret;
     let url = required_secret("DATABASE_URL", "the PostgreSQL database, as postgres://user:password@host/name")?;
     match url::Url::parse(url.expose_secret()) {
         Ok(parsed) if matches!(parsed.scheme(), "postgres" | "postgresql") => Ok(url),
@@ -90,7 +89,6 @@ pub fn database_url() -> Result<SecretString, ConfigError> {
 
 /// `REDIS_URL`, when set.
 pub fn redis_url() -> Result<Option<SecretString>, ConfigError> {
-    use secrecy::ExposeSecret;
     let Some(url) = secret("REDIS_URL")? else { return Ok(None) };
     match url::Url::parse(url.expose_secret()) {
         Ok(parsed) if matches!(parsed.scheme(), "redis" | "rediss" | "unix" | "redis+unix") => Ok(Some(url)),
@@ -100,8 +98,12 @@ pub fn redis_url() -> Result<Option<SecretString>, ConfigError> {
 
 /// `DBACKUP_ENCRYPTION_KEY`.
 pub fn encryption_key() -> Result<SealKey, ConfigError> {
-    use secrecy::ExposeSecret;
     let text = required_secret("DBACKUP_ENCRYPTION_KEY", "32 bytes in base64, the same for every API and worker")?;
+    parse_key(&text)
+}
+
+/// Reads the text of a `DBACKUP_ENCRYPTION_KEY`.
+pub fn parse_key(text: &SecretString) -> Result<SealKey, ConfigError> {
     SealKey::parse(text.expose_secret()).map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))
 }
 

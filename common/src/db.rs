@@ -3,10 +3,13 @@
 
 use std::{str::FromStr, time::Duration};
 
+use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
+
+use crate::config::{self, ConfigError};
 
 /// Longest time a process waits for its database when it starts.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -39,13 +42,15 @@ pub struct Db {
     options: PgConnectOptions,
 }
 
-/// Longest time of an ordinary question, waiting for a connection included.
+/// Longest time of an ordinary question, once it has a connection.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Db {
-    /// Connects lazily. `program` is what `pg_stat_activity` shows.
-    pub fn new(url: &str, program: &str, max_connections: u32) -> Result<Self, sqlx::Error> {
-        let options = PgConnectOptions::from_str(url)?
+    /// Connects lazily. `program` is what `pg_stat_activity` shows. The URL holds a secret, so the error does not
+    /// quote it.
+    pub fn new(url: &SecretString, program: &str, max_connections: u32) -> Result<Self, ConfigError> {
+        let options = PgConnectOptions::from_str(url.expose_secret())
+            .map_err(|_| ConfigError("DATABASE_URL is not understood by the PostgreSQL driver".into()))?
             .application_name(program)
             .options([
                 ("statement_timeout", "15000"),
@@ -72,11 +77,6 @@ impl Db {
             .test_before_acquire(false)
             .connect_lazy_with(options.clone());
         Ok(Self { pool, options })
-    }
-
-    /// The pool, for single statements that bear waiting.
-    pub fn pool(&self) -> &PgPool {
-        &self.pool
     }
 
     /// A connection outside the pool, for heartbeats, listening and migrations.
@@ -184,7 +184,7 @@ pub enum StartError {
     Io(#[from] std::io::Error),
     /// A setting is wrong.
     #[error(transparent)]
-    Config(#[from] crate::config::ConfigError),
+    Config(#[from] ConfigError),
 }
 
 impl StartError {
@@ -192,7 +192,7 @@ impl StartError {
     pub fn report(&self) -> i32 {
         eprintln!("error: {}", crate::error::Chain(self));
         match self {
-            StartError::Key(crate::seal::CanaryError::Key(_)) | StartError::Config(_) => crate::config::EXIT_CONFIG,
+            StartError::Key(crate::seal::CanaryError::Key(_)) | StartError::Config(_) => config::EXIT_CONFIG,
             _ => 1,
         }
     }

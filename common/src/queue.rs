@@ -7,7 +7,10 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use sqlx::{PgConnection, postgres::PgListener};
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::{
+    Notify,
+    broadcast::{self, error::RecvError},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{db::Db, id::ExecutionId};
@@ -33,6 +36,23 @@ pub enum Notice {
     Test,
     /// The listener was away: look once at everything.
     Resync,
+}
+
+/// Waits until something of this kind may have happened, at most `limit`: a notice that is `wanted`, a resync, or
+/// notices that were missed.
+pub async fn heard(notices: &mut broadcast::Receiver<Notice>, limit: Duration, wanted: impl Fn(&Notice) -> bool) {
+    let told = async {
+        loop {
+            match notices.recv().await {
+                Ok(notice) if wanted(&notice) || notice == Notice::Resync => return,
+                Ok(_) => {}
+                Err(RecvError::Lagged(_)) => return,
+                // The process is ending: only the time limit is left.
+                Err(RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(limit, told).await;
 }
 
 #[derive(Debug, Default)]

@@ -14,9 +14,9 @@ use apalis::prelude::{Backend, Status, Task, TaskBuilder, TaskId, WorkerContext}
 use apalis_core::backend::{BackendConfig, finalize::Ephemeral};
 use common::{
     execution::{claim, finish, ticker::Rescuer},
-    queue::Notice,
+    queue::{Notice, heard},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tower::layer::util::Identity;
 
@@ -77,7 +77,12 @@ impl Claimer {
                 Ok(0) => {
                     pause = self.shared.config.timing.poll;
                     let sleep = self.until_next_look().await;
-                    if self.stop.run_until_cancelled(wait_for_work(&mut notices, sleep)).await.is_none() {
+                    if self
+                        .stop
+                        .run_until_cancelled(heard(&mut notices, sleep, |notice| *notice == Notice::Work))
+                        .await
+                        .is_none()
+                    {
                         break;
                     }
                 }
@@ -165,20 +170,6 @@ async fn give_back(shared: &Shared, lease: &Lease) {
     }
     shared.keeper.drop_lease(claim.token);
     shared.wakeups.tell(Notice::Work);
-}
-
-/// Until there may be something to claim, at most `sleep`.
-async fn wait_for_work(notices: &mut broadcast::Receiver<Notice>, sleep: Duration) {
-    let work = async {
-        loop {
-            match notices.recv().await {
-                Ok(Notice::Work | Notice::Resync) | Err(broadcast::error::RecvError::Lagged(_)) => return,
-                Ok(_) => {}
-                Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
-            }
-        }
-    };
-    let _ = tokio::time::timeout(sleep, work).await;
 }
 
 impl Backend for LeaseBackend {

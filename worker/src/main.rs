@@ -2,7 +2,6 @@
 
 use clap::Parser;
 use common::{config, db::Db, queue::Wakeups, seal, shutdown, telemetry::Telemetry};
-use secrecy::ExposeSecret;
 use worker::{WorkerArgs, WorkerConfig};
 
 /// Runs backups that the API has queued. Secrets come by environment: DATABASE_URL, DBACKUP_ENCRYPTION_KEY.
@@ -27,12 +26,7 @@ async fn run(worker: WorkerConfig) -> i32 {
     let url = config::database_url().unwrap_or_else(|e| config::exit_with(&e));
     let key = config::encryption_key().unwrap_or_else(|e| config::exit_with(&e));
     let connections = u32::try_from(worker.concurrency).unwrap_or(16).clamp(4, 16);
-    let db = match Db::new(url.expose_secret(), "dbackup-worker", connections) {
-        Ok(db) => db,
-        Err(_) => {
-            config::exit_with(&config::ConfigError("DATABASE_URL is not understood by the PostgreSQL driver".into()))
-        }
-    };
+    let db = Db::new(&url, "dbackup-worker", connections).unwrap_or_else(|e| config::exit_with(&e));
     let status = match start(worker, db, key).await {
         Ok(()) => 0,
         Err(error) => error.report(),

@@ -7,10 +7,9 @@ use common::{
     db::DbError,
     destination,
     id::Reference,
-    queue::Notice,
+    queue::{Notice, heard},
     source,
 };
-use tokio::sync::broadcast::error::RecvError;
 
 use crate::{
     failure::RunError,
@@ -35,18 +34,7 @@ pub async fn run(shared: Shared) {
                 // Not awaited: one slow server must not hold up the next question.
                 tokio::spawn(answer(shared.clone(), id, target));
             }
-            Ok(None) => {
-                let question = async {
-                    loop {
-                        match notices.recv().await {
-                            Ok(Notice::Test | Notice::Resync) | Err(RecvError::Lagged(_)) => return,
-                            Ok(_) => {}
-                            Err(RecvError::Closed) => std::future::pending().await,
-                        }
-                    }
-                };
-                let _ = tokio::time::timeout(shared.config.timing.poll, question).await;
-            }
+            Ok(None) => heard(&mut notices, shared.config.timing.poll, |notice| *notice == Notice::Test).await,
             Err(_) => tokio::time::sleep(shared.config.timing.poll).await,
         }
     }

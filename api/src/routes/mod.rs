@@ -17,12 +17,12 @@ use common::{
     connection_test::{self, Answer, Target, TestResult},
     label::{self, Labels},
     page::Page,
-    queue::Notice,
+    queue::{Notice, heard},
     slug,
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tokio::time::{Duration, Instant, timeout_at};
+use tokio::time::{Duration, Instant};
 
 use crate::{error::ApiError, state::AppState};
 
@@ -141,10 +141,7 @@ async fn connection_test(state: &AppState, target: Target, pool: &str) -> Result
                 .retry_after(5));
             }
             Answer::Waiting | Answer::Taken => {
-                let _ = timeout_at(Instant::now() + Duration::from_millis(250), async {
-                    while !matches!(notices.recv().await, Ok(Notice::Test) | Err(_)) {}
-                })
-                .await;
+                heard(&mut notices, Duration::from_millis(250), |notice| *notice == Notice::Test).await;
             }
         }
     };

@@ -81,19 +81,25 @@ async fn the_rights_to_put_and_to_abort_suffice_for_s3() {
     assert_eq!((server.objects().len(), server.open_uploads().len()), (2, 0));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_failed_run_leaves_no_object_and_no_open_upload_in_s3_also_with_put_and_abort_rights_alone() {
-    let cluster = Cluster::start().await;
-    let server = S3Server::start(cluster.scratch.join("s3"), Some(PUT_AND_ABORT)).await;
+/// A run into S3 that a proxy holds when parts of it are uploaded.
+async fn held_upload(cluster: &Cluster, server: &S3Server) -> (Proxy, String) {
     let source = PostgresSource::with_rows(250_000).await;
     let proxy = Proxy::start(source.port).await;
-    let s3 = s3_destination(&cluster, server.config()).await;
+    let s3 = s3_destination(cluster, server.config()).await;
     let job = cluster
         .job(&cluster.source("postgres", source.config_at(proxy.port)).await, &[&s3], json!({ "compression": "none" }))
         .await;
     proxy.set(Mode::HoldAfter(20_000_000));
     let id = cluster.trigger(&job).await;
     until("parts are uploaded", SOON, || async { (server.open_uploads().len() >= 2).then_some(()) }).await;
+    (proxy, id)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_run_leaves_no_object_and_no_open_upload_in_s3_also_with_put_and_abort_rights_alone() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), Some(PUT_AND_ABORT)).await;
+    let (proxy, id) = held_upload(&cluster, &server).await;
     proxy.set(Mode::Cut);
     let ended = cluster.ended(&id, SOON).await;
     assert_eq!(ended["status"], "Failed", "{ended:#}");
@@ -104,15 +110,7 @@ async fn a_failed_run_leaves_no_object_and_no_open_upload_in_s3_also_with_put_an
 async fn what_a_killed_worker_left_open_in_s3_is_aborted_from_the_record_alone() {
     let mut cluster = Cluster::start().await;
     let server = S3Server::start(cluster.scratch.join("s3"), Some(PUT_AND_ABORT)).await;
-    let source = PostgresSource::with_rows(250_000).await;
-    let proxy = Proxy::start(source.port).await;
-    let s3 = s3_destination(&cluster, server.config()).await;
-    let job = cluster
-        .job(&cluster.source("postgres", source.config_at(proxy.port)).await, &[&s3], json!({ "compression": "none" }))
-        .await;
-    proxy.set(Mode::HoldAfter(20_000_000));
-    let id = cluster.trigger(&job).await;
-    until("parts are uploaded", SOON, || async { (server.open_uploads().len() >= 2).then_some(()) }).await;
+    let (proxy, id) = held_upload(&cluster, &server).await;
     let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
     cluster.workers[victim].kill().await;
     proxy.set(Mode::Pass);
