@@ -1,8 +1,11 @@
 //! What the API reads from its flags and environment.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
-use common::config::{ConfigError, Timing, TimingArgs};
+use common::config::{self, ConfigError, Timing, TimingArgs};
+use ipnet::IpNet;
+
+use crate::rate_limit::RedisConfig;
 
 /// Flags of the API; each is also an environment variable.
 #[derive(clap::Args, Clone, Debug)]
@@ -12,7 +15,21 @@ pub struct ApiArgs {
     pub listen: SocketAddr,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub http: HttpArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub timing: TimingArgs,
+}
+
+/// Flags of the API that `dbackup up` has too.
+#[derive(clap::Args, Clone, Debug)]
+pub struct HttpArgs {
+    /// Proxies (CIDR, separated by commas) whose Forwarded or X-Forwarded-For header names the client
+    #[arg(long, env = "DBACKUP_TRUSTED_PROXIES", value_delimiter = ',')]
+    pub trusted_proxies: Vec<String>,
+    /// Longest time that Redis may take for a rate limit before this process decides by itself, in milliseconds
+    #[arg(long, env = "DBACKUP_REDIS_TIMEOUT_MS", default_value_t = 20)]
+    pub redis_timeout_ms: u64,
 }
 
 /// Validated configuration of the API.
@@ -20,6 +37,10 @@ pub struct ApiArgs {
 pub struct ApiConfig {
     /// Where to listen.
     pub listen: SocketAddr,
+    /// Proxies whose word about the client's address counts.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Where the rate limits are counted, if not in each process.
+    pub redis: Option<RedisConfig>,
     /// The clockwork; an API process rescues lost runs too.
     pub timing: Timing,
 }
@@ -27,6 +48,34 @@ pub struct ApiConfig {
 impl ApiArgs {
     /// Checks everything.
     pub fn validate(self) -> Result<ApiConfig, ConfigError> {
-        Ok(ApiConfig { listen: self.listen, timing: self.timing.validate()? })
+        self.http.validate(self.listen, self.timing.validate()?)
     }
+}
+
+impl HttpArgs {
+    /// Checks everything, `REDIS_URL` too.
+    pub fn validate(self, listen: SocketAddr, timing: Timing) -> Result<ApiConfig, ConfigError> {
+        if !(1..=10_000).contains(&self.redis_timeout_ms) {
+            return Err(ConfigError(format!(
+                "DBACKUP_REDIS_TIMEOUT_MS is {} but must be between 1 and 10000",
+                self.redis_timeout_ms
+            )));
+        }
+        let timeout = Duration::from_millis(self.redis_timeout_ms);
+        Ok(ApiConfig {
+            listen,
+            trusted_proxies: self.trusted_proxies.iter().map(|text| network(text)).collect::<Result<_, _>>()?,
+            redis: config::redis_url()?.map(|url| RedisConfig { url, timeout }),
+            timing,
+        })
+    }
+}
+
+/// A network, or one address.
+fn network(text: &str) -> Result<IpNet, ConfigError> {
+    let text = text.trim();
+    let parsed = text.parse().ok().or_else(|| text.parse().ok().map(|address: std::net::IpAddr| address.into()));
+    parsed.ok_or_else(|| {
+        ConfigError(format!("DBACKUP_TRUSTED_PROXIES: '{text}' is neither an address nor a network such as 10.0.0.0/8"))
+    })
 }

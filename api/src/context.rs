@@ -1,27 +1,43 @@
 //! What surrounds every request: its id, its trace, and the envelope of its error.
 
-use std::time::Instant;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
 
 use axum::{
     body::Body,
-    extract::{MatchedPath, Request},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    extract::{ConnectInfo, MatchedPath, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     middleware::Next,
     response::Response,
 };
 use common::telemetry::{TraceContext, trace_id};
 use tracing::Instrument;
 
-use crate::error::ErrorBody;
+use crate::{client_address::client_address, error::ErrorBody, state::AppState};
 
 /// Header with the request's id, the caller's where it is sane.
 pub const REQUEST_ID: &str = "x-request-id";
 /// Header with the trace's id.
 pub const TRACE_ID: &str = "x-trace-id";
 
+/// Of an answer that is read by programs: nothing in it may be shown, framed or run by a browser.
+const SECURITY_HEADERS: [(HeaderName, &str); 5] = [
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+];
+
 /// The id of the request.
 #[derive(Clone, Debug)]
 pub struct RequestId(pub String);
+
+/// The address of the client.
+#[derive(Clone, Copy, Debug)]
+pub struct ClientAddress(pub IpAddr);
 
 fn request_id(headers: &HeaderMap) -> RequestId {
     let sane = |id: &&str| {
@@ -37,19 +53,23 @@ fn trace_context(headers: &HeaderMap) -> TraceContext {
 }
 
 /// The middleware around everything else.
-pub async fn surround(mut request: Request, next: Next) -> Response {
+pub async fn surround(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let began = Instant::now();
     let id = request_id(request.headers());
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or("unknown", MatchedPath::as_str).to_owned();
+    let peer =
+        request.extensions().get::<ConnectInfo<SocketAddr>>().map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.0.ip());
+    let address = client_address(peer, request.headers(), &state.trusted_proxies);
     let span = tracing::info_span!(
         "request",
         otel.name = %format!("{method} {route}"), otel.kind = "server",
         http.request.method = %method, http.route = %route, http.response.status_code = tracing::field::Empty,
-        request_id = %id.0,
+        request_id = %id.0, client.address = %address,
     );
     trace_context(request.headers()).adopt(&span);
     request.extensions_mut().insert(id.clone());
+    request.extensions_mut().insert(ClientAddress(address));
     let mut response = next.run(request).instrument(span.clone()).await;
 
     let status = response.status();
@@ -64,7 +84,9 @@ pub async fn surround(mut request: Request, next: Next) -> Response {
         }
     }
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    for (name, value) in SECURITY_HEADERS {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
     span.in_scope(|| {
         let (status, ms) = (status.as_u16(), began.elapsed().as_millis());
         if status >= 500 {

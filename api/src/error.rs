@@ -7,6 +7,8 @@ use axum::{
 use common::{connection::FieldProblem, db::DbError};
 use serde::Serialize;
 
+const DATABASE_AWAY: &str = "database_away";
+
 /// An answer that is not a success.
 #[derive(Clone, Debug)]
 pub struct ApiError {
@@ -73,6 +75,22 @@ impl ApiError {
         self
     }
 
+    /// What people read.
+    pub fn text(&self) -> &str {
+        &self.body.error
+    }
+
+    /// Whether it says that the database does not answer.
+    pub fn is_away(&self) -> bool {
+        self.body.code == DATABASE_AWAY
+    }
+
+    /// Names what to mend.
+    pub fn with_fields(mut self, fields: Vec<FieldProblem>) -> Self {
+        self.body.fields = fields;
+        self
+    }
+
     /// When a retry is right.
     pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after_seconds = Some(seconds);
@@ -106,7 +124,7 @@ impl From<DbError> for ApiError {
                 tracing::warn!(error = %common::error::Chain(&error), "the database is away");
                 return ApiError::new(
                     StatusCode::SERVICE_UNAVAILABLE,
-                    "database_away",
+                    DATABASE_AWAY,
                     "the database does not answer; try again",
                 )
                 .retry_after(2);

@@ -4,22 +4,31 @@
 //! those), and no state that another API process would miss.
 
 pub mod auth;
+pub mod client_address;
 pub mod config;
 pub mod context;
 pub mod enqueuer;
 pub mod error;
 pub mod extract;
+pub mod rate_limit;
 pub mod router;
 pub mod routes;
 pub mod state;
+pub mod waiting;
+pub mod watch;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use common::{db::Db, execution::ticker::Rescuer, queue::Wakeups, seal::SealKey};
+use common::{
+    db::{ANSWER_TIMEOUT, Db},
+    execution::ticker::Rescuer,
+    queue::Wakeups,
+    seal::{self, SealKey},
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-pub use config::{ApiArgs, ApiConfig};
+pub use config::{ApiArgs, ApiConfig, HttpArgs};
 use state::AppState;
 
 /// Longest time that requests under way get after SIGTERM.
@@ -35,8 +44,11 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> std::io::Result<()> {
     Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
-    let state = AppState::start(db, key, wakeups, stop.clone());
-    let serving = axum::serve(listener, router::router(state)).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let instance = db.within(ANSWER_TIMEOUT, async |conn| seal::instance_name(conn).await).await;
+    let instance = instance.map_err(std::io::Error::other)?;
+    let state = AppState::start(&config, instance, db, key, wakeups, stop.clone());
+    let serving = axum::serve(listener, router::router(state).into_make_service_with_connect_info::<SocketAddr>())
+        .with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
         served = async { serving.await } => served,
         () = async { stop.cancelled().await; tokio::time::sleep(DRAIN).await } => {

@@ -22,7 +22,6 @@ async fn main() {
     let telemetry = Telemetry::start("dbackup-api").unwrap_or_else(|e| config::exit_with(&e));
     let url = config::database_url().unwrap_or_else(|e| config::exit_with(&e));
     let key = config::encryption_key().unwrap_or_else(|e| config::exit_with(&e));
-    config::redis_url().unwrap_or_else(|e| config::exit_with(&e));
     let db = Db::new(&url, "dbackup-api", 16).unwrap_or_else(|e| config::exit_with(&e));
     let status = match start(api, db, key).await {
         Ok(()) => 0,

@@ -1,16 +1,27 @@
 //! What every handler uses.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use common::{
-    db::{ANSWER_TIMEOUT, Db},
+    audit::{self, Event},
+    db::{ANSWER_TIMEOUT, Db, DbError},
     queue::Wakeups,
     seal::SealKey,
 };
-use sqlx::PgConnection;
+use ipnet::IpNet;
+use sqlx::{Connection, PgConnection};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::{enqueuer::Enqueuer, error::ApiError};
+use crate::{
+    auth::{Caller, memory::Memory},
+    config::ApiConfig,
+    enqueuer::Enqueuer,
+    error::ApiError,
+    rate_limit::RateLimiter,
+    waiting::{LastKnown, QueuePositions},
+    watch::Watcher,
+};
 
 /// Shared by all requests of a process.
 #[derive(Clone)]
@@ -23,15 +34,55 @@ pub struct AppState {
     pub wakeups: Wakeups,
     /// Groups triggers that arrive together.
     pub enqueuer: Enqueuer,
+    /// What is remembered of keys and settings.
+    pub memory: Arc<Memory>,
+    /// Counts requests.
+    pub rate_limiter: Arc<RateLimiter>,
+    /// Proxies whose word about the client's address counts.
+    pub trusted_proxies: Arc<[IpNet]>,
+    /// Polls that are held at once, at most.
+    pub held: Arc<Semaphore>,
+    /// Executions that clients wait for.
+    pub watcher: Watcher,
+    /// States for when the database is away.
+    pub known: Arc<LastKnown>,
+    /// Places in the queue.
+    pub queue: Arc<QueuePositions>,
     /// Cancelled when the process stops.
     pub stop: CancellationToken,
 }
 
+/// Polls that a process holds at once.
+const MOST_HELD: usize = 1_000;
+/// Time between two records of keys' last uses.
+const RECORD_USES: Duration = Duration::from_secs(5);
+
 impl AppState {
     /// Starts what runs beside the requests.
-    pub fn start(db: Db, key: Arc<SealKey>, wakeups: Wakeups, stop: CancellationToken) -> Self {
-        let enqueuer = Enqueuer::start(db.clone(), wakeups.clone());
-        Self { db, key, wakeups, enqueuer, stop }
+    pub fn start(
+        config: &ApiConfig,
+        instance: String,
+        db: Db,
+        key: Arc<SealKey>,
+        wakeups: Wakeups,
+        stop: CancellationToken,
+    ) -> Self {
+        let memory = Arc::new(Memory::new(db.clone()));
+        tokio::spawn(stop.clone().run_until_cancelled_owned(record_uses(memory.clone())));
+        Self {
+            enqueuer: Enqueuer::start(db.clone(), wakeups.clone()),
+            rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), stop.clone())),
+            trusted_proxies: config.trusted_proxies.clone().into(),
+            held: Arc::new(Semaphore::new(MOST_HELD)),
+            watcher: Watcher::start(db.clone(), wakeups.clone(), stop.clone()),
+            known: Arc::default(),
+            queue: Arc::default(),
+            memory,
+            db,
+            key,
+            wakeups,
+            stop,
+        }
     }
 
     /// Asks the database, within the time that a client waits anyway.
@@ -40,5 +91,41 @@ impl AppState {
         ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, ApiError> {
         self.db.within(ANSWER_TIMEOUT, ask).await.map_err(ApiError::from)
+    }
+
+    /// Changes something, and writes the audit log in the same transaction: neither is there without the other. A
+    /// change without events is rolled back.
+    pub async fn change<T>(
+        &self,
+        caller: &Caller,
+        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Vec<Event>), sqlx::Error>,
+    ) -> Result<T, ApiError> {
+        Ok(self.try_change(caller, change).await?)
+    }
+
+    /// As [`AppState::change`], for those that answer some failures of the database themselves.
+    pub async fn try_change<T>(
+        &self,
+        caller: &Caller,
+        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Vec<Event>), sqlx::Error>,
+    ) -> Result<T, DbError> {
+        let actor = caller.actor();
+        let ask = async |conn: &mut PgConnection| {
+            let mut tx = conn.begin().await?;
+            let (done, events) = change(&mut tx).await?;
+            if !events.is_empty() {
+                audit::record(&mut tx, &actor, &events).await?;
+                tx.commit().await?;
+            }
+            Ok(done)
+        };
+        self.db.within(ANSWER_TIMEOUT, ask).await
+    }
+}
+
+async fn record_uses(memory: Arc<Memory>) {
+    loop {
+        tokio::time::sleep(RECORD_USES).await;
+        memory.record_uses().await;
     }
 }

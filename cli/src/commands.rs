@@ -42,7 +42,7 @@ pub async fn key(data: Option<PathBuf>, command: KeyCommand) -> Result<(), Start
     let permissions = PermissionSet::parse(&permissions).map_err(|e| ConfigError(format!("--permission: {e}")))?;
     let instance = Instance::open(data)?;
     instance.db.prepare().await?;
-    let new = NewApiKey { name, permissions, jobs: None, expires_at: None };
+    let new = NewApiKey { name, permissions, ..NewApiKey::default() };
     let (_, key) = instance.db.within(ANSWER_TIMEOUT, async |conn| api_key::create(conn, &new).await).await?;
     println!("{}", key.expose());
     Ok(())

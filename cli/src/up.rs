@@ -36,6 +36,8 @@ pub struct UpArgs {
     #[arg(long, env = "DBACKUP_WORKERS", default_value_t = 2)]
     workers: usize,
     #[command(flatten)]
+    http: api::HttpArgs,
+    #[command(flatten)]
     worker: worker::WorkerArgs,
 }
 
@@ -54,7 +56,7 @@ pub async fn run(data: Option<PathBuf>, args: UpArgs) -> Result<(), StartError> 
         return Err(ConfigError(format!("DBACKUP_WORKERS is {workers} but must be between 1 and 64")).into());
     }
     let timing: TimingArgs = args.worker.timing.clone();
-    let api = api::ApiConfig { listen: args.listen, timing: timing.validate()? };
+    let api = args.http.validate(args.listen, timing.validate()?)?;
     let folder = prepare_folder(&folder)?;
     let worker = worker_config(args.worker, &folder)?;
     let telemetry = Telemetry::start("dbackup")?;

@@ -37,6 +37,9 @@ pub struct Plain {
 pub struct Artifact {
     /// Its id.
     pub id: uuid::Uuid,
+    /// The run that published it.
+    #[serde(skip)]
+    pub execution_id: ExecutionId,
     /// Where it lies.
     pub destination_id: DestinationId,
     /// Which database; null for the manifest.
@@ -77,13 +80,14 @@ pub async fn insert(
     Ok(())
 }
 
-/// The objects of an execution.
-pub async fn of_execution(conn: &mut PgConnection, execution: ExecutionId) -> Result<Vec<Artifact>, sqlx::Error> {
+/// The objects of some executions, in order.
+pub async fn of_executions(conn: &mut PgConnection, executions: &[ExecutionId]) -> Result<Vec<Artifact>, sqlx::Error> {
     sqlx::query_as!(
         Artifact,
-        r#"select id, destination_id as "destination_id: DestinationId", database_name as database, path, size_bytes as size, sha256
-             from artifacts where execution_id = $1 order by id"#,
-        execution as _
+        r#"select id, execution_id as "execution_id: ExecutionId", destination_id as "destination_id: DestinationId",
+                  database_name as database, path, size_bytes as size, sha256
+             from artifacts where execution_id = any ($1) order by id"#,
+        executions as _
     )
     .fetch_all(conn)
     .await

@@ -5,6 +5,7 @@
 
 pub mod api_key;
 pub mod artifact;
+pub mod audit;
 pub mod config;
 pub mod connection;
 pub mod connection_test;

@@ -72,6 +72,21 @@ impl PermissionSet {
         Ok(Self(set))
     }
 
+    /// Reads a stored row; a name that this version does not know grants nothing.
+    pub fn of_stored(names: Vec<String>) -> Self {
+        Self(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// What is in the other set and not in this one.
+    pub fn lacking(&self, other: &Self) -> Vec<&'static str> {
+        other.0.difference(&self.0).map(|permission| permission.as_str()).collect()
+    }
+
+    /// Whether nothing is allowed.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether this set holds a permission.
     pub fn allows(&self, permission: Permission) -> bool {
         self.0.contains(&permission)

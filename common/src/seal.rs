@@ -3,6 +3,7 @@
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 use zeroize_on_drop::Bytes32;
 
@@ -95,6 +96,13 @@ pub async fn check_canary(conn: &mut PgConnection, key: &SealKey) -> Result<(), 
         Ok(plain) if plain == CANARY => Ok(()),
         _ => Err(CanaryError::Key(SealError::WrongKey)),
     }
+}
+
+/// A name that is the same for all processes of an instance and differs from every other's: two instances may share
+/// a Redis. Of the canary, which is random; to be asked for after it was checked.
+pub async fn instance_name(conn: &mut PgConnection) -> Result<String, sqlx::Error> {
+    let sealed = sqlx::query_scalar!("select sealed from encryption_canary").fetch_one(conn).await?;
+    Ok(hex::encode(&Sha256::digest(sealed)[..6]))
 }
 
 /// Why the canary could not be checked.

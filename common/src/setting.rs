@@ -2,11 +2,12 @@
 //! row that holds them is also the lock under which they are obeyed.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use sqlx::PgConnection;
 
 /// All settings, as clients see them.
-#[derive(Clone, Debug, Serialize, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Settings {
     /// Runs at once over all workers, 0 to 1000.
     pub max_concurrent_jobs: i32,
@@ -16,102 +17,221 @@ pub struct Settings {
     pub max_pending_per_job: i64,
     /// Executions that may wait in all.
     pub max_pending: i64,
+    /// Requests that a client may make.
+    pub rate_limit: RateLimits,
 }
 
-/// A change: what is absent stays (RFC 7396; `null` brings back the default).
-#[derive(Clone, Debug, Default, Deserialize)]
+/// Limits of requests for each client address.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct RateLimits {
+    /// GET and HEAD.
+    pub read: RateLimit,
+    /// POST, PUT, PATCH and DELETE.
+    pub write: RateLimit,
+    /// Sign-ins.
+    pub sign_in: RateLimit,
+}
+
+/// So many requests in any window of this length.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq, Hash)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct SettingsChange {
-    /// See [`Settings::max_concurrent_jobs`].
-    #[serde(default, deserialize_with = "present")]
-    pub max_concurrent_jobs: Option<Option<i32>>,
-    /// See [`Settings::paused`].
-    #[serde(default, deserialize_with = "present")]
-    pub paused: Option<Option<bool>>,
-    /// See [`Settings::max_pending_per_job`].
-    #[serde(default, deserialize_with = "present")]
-    pub max_pending_per_job: Option<Option<i64>>,
-    /// See [`Settings::max_pending`].
-    #[serde(default, deserialize_with = "present")]
-    pub max_pending: Option<Option<i64>>,
+pub struct RateLimit {
+    /// Requests, 1 to 1000000.
+    pub limit: u32,
+    /// Length of the window in seconds, 1 to 3600.
+    #[serde(default = "minute")]
+    pub window_seconds: u32,
 }
 
-/// Tells an absent field (`None`) from one that is `null` (`Some(None)`).
-pub fn present<'de, D, T>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    Option::deserialize(deserializer).map(Some)
+fn minute() -> u32 {
+    60
 }
 
-const DEFAULT_MAX_CONCURRENT_JOBS: i32 = 4;
-const DEFAULT_MAX_PENDING_PER_JOB: i64 = 100;
-const DEFAULT_MAX_PENDING: i64 = 10_000;
+impl RateLimit {
+    /// So many in a minute.
+    pub fn a_minute(limit: u32) -> Self {
+        Self { limit, window_seconds: 60 }
+    }
+}
 
-impl SettingsChange {
-    /// The fields that are out of range, with what is allowed.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if let Some(Some(n)) = self.max_concurrent_jobs
-            && !(0..=1000).contains(&n)
-        {
-            problems.push(("maxConcurrentJobs", "must be between 0 and 1000".to_owned()));
+impl Default for RateLimits {
+    fn default() -> Self {
+        Self { read: RateLimit::a_minute(100), write: RateLimit::a_minute(20), sign_in: RateLimit::a_minute(5) }
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            max_concurrent_jobs: 4,
+            paused: false,
+            max_pending_per_job: 100,
+            max_pending: 10_000,
+            rate_limit: RateLimits::default(),
         }
-        for (name, value) in [("maxPendingPerJob", self.max_pending_per_job), ("maxPending", self.max_pending)] {
-            if let Some(Some(n)) = value
-                && !(1..=1_000_000).contains(&n)
-            {
-                problems.push((name, "must be between 1 and 1000000".to_owned()));
+    }
+}
+
+/// Settings that are columns of the gate; the others are rows of `settings`.
+const OF_THE_GATE: [&str; 2] = ["maxConcurrentJobs", "paused"];
+
+/// A field of a change that cannot be: its name, and what is allowed.
+pub type Problem = (String, String);
+
+impl Settings {
+    /// These settings after a change (RFC 7396: what is absent stays, `null` brings back the default).
+    pub fn changed(&self, change: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
+        let mut merged = serde_json::to_value(self).unwrap_or_default();
+        merge(&mut merged, &Value::Object(change.clone()));
+        let settings: Self = serde_path_to_error::deserialize(merged)
+            .map_err(|error| vec![(error.path().to_string(), error.into_inner().to_string())])?;
+        let problems = settings.problems();
+        if problems.is_empty() { Ok(settings) } else { Err(problems) }
+    }
+
+    fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut check = |name: &str, value: i64, least: i64, most: i64| {
+            if !(least..=most).contains(&value) {
+                problems.push((name.to_owned(), format!("must be between {least} and {most}")));
             }
+        };
+        check("maxConcurrentJobs", self.max_concurrent_jobs.into(), 0, 1_000);
+        check("maxPendingPerJob", self.max_pending_per_job, 1, 1_000_000);
+        check("maxPending", self.max_pending, 1, 1_000_000);
+        let limits = &self.rate_limit;
+        for (name, limit) in [("read", limits.read), ("write", limits.write), ("signIn", limits.sign_in)] {
+            check(&format!("rateLimit.{name}.limit"), limit.limit.into(), 1, 1_000_000);
+            check(&format!("rateLimit.{name}.windowSeconds"), limit.window_seconds.into(), 1, 3_600);
         }
         problems
     }
 }
 
-/// The settings in force.
-pub async fn read(conn: &mut PgConnection) -> Result<Settings, sqlx::Error> {
-    sqlx::query_as!(
-        Settings,
-        r#"select g.max_concurrency as max_concurrent_jobs, g.paused,
-                  coalesce((select (value)::bigint from settings where name = 'maxPendingPerJob'), $1) as "max_pending_per_job!",
-                  coalesce((select (value)::bigint from settings where name = 'maxPending'), $2) as "max_pending!"
-             from queue_gate g"#,
-        DEFAULT_MAX_PENDING_PER_JOB,
-        DEFAULT_MAX_PENDING,
-    )
-    .fetch_one(conn)
-    .await
-}
-
-/// Applies a change that has no [`SettingsChange::problems`]. A lower limit acts on the next claim; what runs
-/// already is left to end.
-pub async fn change(conn: &mut PgConnection, change: &SettingsChange) -> Result<(), sqlx::Error> {
-    let mut tx = sqlx::Connection::begin(conn).await?;
-    sqlx::query!(
-        "update queue_gate set max_concurrency = coalesce($1, max_concurrency), paused = coalesce($2, paused)",
-        change.max_concurrent_jobs.map(|n| n.unwrap_or(DEFAULT_MAX_CONCURRENT_JOBS)),
-        change.paused.map(|p| p.unwrap_or(false)),
-    )
-    .execute(&mut *tx)
-    .await?;
-    for (name, value) in [("maxPendingPerJob", change.max_pending_per_job), ("maxPending", change.max_pending)] {
+fn merge(target: &mut Value, change: &Value) {
+    let Value::Object(change) = change else {
+        *target = change.clone();
+        return;
+    };
+    if !target.is_object() {
+        *target = Value::Object(Map::new());
+    }
+    let Value::Object(target) = target else { return };
+    for (name, value) in change {
         match value {
-            None => {}
-            Some(None) => {
-                sqlx::query!("delete from settings where name = $1", name).execute(&mut *tx).await?;
+            Value::Null => {
+                target.remove(name);
             }
-            Some(Some(n)) => {
-                sqlx::query!(
-                    "insert into settings (name, value) values ($1, to_jsonb($2::bigint))
-                     on conflict (name) do update set value = excluded.value",
-                    name,
-                    n
-                )
-                .execute(&mut *tx)
-                .await?;
-            }
+            value => merge(target.entry(name.clone()).or_insert(Value::Null), value),
         }
     }
-    tx.commit().await
+}
+
+/// The settings in force. A row that this version does not understand counts as absent.
+pub async fn read(conn: &mut PgConnection) -> Result<Settings, sqlx::Error> {
+    let row = sqlx::query!(
+        r#"select g.max_concurrency, g.paused, (select jsonb_object_agg(name, value) from settings) as stored from queue_gate g"#
+    )
+    .fetch_one(conn)
+    .await?;
+    let defaults = Settings { max_concurrent_jobs: row.max_concurrency, paused: row.paused, ..Settings::default() };
+    let stored = row.stored.and_then(|stored| stored.as_object().cloned()).unwrap_or_default();
+    let known = stored.into_iter().fold(defaults, |settings, (name, value)| {
+        let one = Map::from_iter([(name, value)]);
+        settings.changed(&one).unwrap_or(settings)
+    });
+    Ok(known)
+}
+
+/// Why settings were not changed.
+#[derive(Debug)]
+pub enum ChangeError {
+    /// Fields that cannot be.
+    Invalid(Vec<Problem>),
+    /// The database failed.
+    Database(sqlx::Error),
+}
+
+impl From<sqlx::Error> for ChangeError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+/// Applies a change and gives the settings after it. A lower concurrency limit acts on the next claim; what runs
+/// already is left to end. To be called in a transaction.
+pub async fn change(conn: &mut PgConnection, change: &Map<String, Value>) -> Result<Settings, ChangeError> {
+    // Two changes at once must not undo each other.
+    sqlx::query!("select only_row from queue_gate for update").fetch_one(&mut *conn).await?;
+    let settings = read(conn).await?.changed(change).map_err(ChangeError::Invalid)?;
+    sqlx::query!(
+        "update queue_gate set max_concurrency = $1, paused = $2",
+        settings.max_concurrent_jobs,
+        settings.paused
+    )
+    .execute(&mut *conn)
+    .await?;
+    let (all, defaults) = (object_of(&settings), object_of(&Settings::default()));
+    for (name, value) in
+        all.iter().filter(|(name, _)| change.contains_key(*name) && !OF_THE_GATE.contains(&name.as_str()))
+    {
+        if defaults.get(name) == Some(value) {
+            sqlx::query!("delete from settings where name = $1", name).execute(&mut *conn).await?;
+        } else {
+            sqlx::query!(
+                "insert into settings (name, value) values ($1, $2) on conflict (name) do update set value = excluded.value",
+                name,
+                value
+            )
+            .execute(&mut *conn)
+            .await?;
+        }
+    }
+    Ok(settings)
+}
+
+fn object_of(settings: &Settings) -> Map<String, Value> {
+    match serde_json::to_value(settings) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn change(settings: &Settings, change: Value) -> Result<Settings, Vec<Problem>> {
+        settings.changed(change.as_object().expect("an object"))
+    }
+
+    #[test]
+    fn a_change_keeps_what_it_does_not_name_and_null_brings_back_the_default() {
+        let settings = Settings::default();
+        let some =
+            change(&settings, json!({ "rateLimit": { "read": { "limit": 7 } }, "maxPending": 3 })).expect("fits");
+        assert_eq!((some.rate_limit.read, some.max_pending), (RateLimit::a_minute(7), 3));
+        assert_eq!(some.rate_limit.write, settings.rate_limit.write);
+        let back = change(&some, json!({ "rateLimit": { "read": null }, "maxPending": null })).expect("fits");
+        assert_eq!(back, settings);
+    }
+
+    #[test]
+    fn a_change_that_cannot_be_names_its_field() {
+        for (bad, field) in [
+            (json!({ "maxConcurrentJobs": 1001 }), "maxConcurrentJobs"),
+            (json!({ "maxConcurrentJobs": -1 }), "maxConcurrentJobs"),
+            (json!({ "maxPending": 0 }), "maxPending"),
+            (json!({ "rateLimit": { "write": { "limit": 0 } } }), "rateLimit.write.limit"),
+            (json!({ "rateLimit": { "signIn": { "windowSeconds": 3601 } } }), "rateLimit.signIn.windowSeconds"),
+            (json!({ "paused": "yes" }), "paused"),
+            (json!({ "rateLimit": 5 }), "rateLimit"),
+        ] {
+            let problems = change(&Settings::default(), bad.clone()).expect_err("is refused");
+            assert_eq!(problems[0].0, field, "{bad}: {problems:?}");
+        }
+    }
 }

@@ -1,7 +1,8 @@
 //! `/api/destinations`.
 
-use axum::{Json, extract::State, http::Uri, response::Response};
+use axum::{Extension, Json, extract::State, http::Uri, response::Response};
 use common::{
+    audit::Event,
     connection::SplitConfig,
     connection_test::Target,
     destination::{self, Destination, DestinationDraft, Filter, Kind},
@@ -11,10 +12,11 @@ use common::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Check, connection_test, created, data, merged, page, sent_config};
+use super::{Check, connection_test, created, data, fields_of, merged, page, sent_config};
 use crate::{
+    auth::Caller,
     error::ApiError,
-    extract::{Body, ListQuery, Query, Segment},
+    extract::{Body, ListQuery, Query, RawBody, Segment, parse},
     state::AppState,
 };
 
@@ -75,9 +77,19 @@ pub async fn list(
 }
 
 /// Makes a destination.
-pub async fn create(State(state): State<AppState>, Body(body): Body<DestinationBody>) -> Result<Response, ApiError> {
+pub async fn create(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Body(body): Body<DestinationBody>,
+) -> Result<Response, ApiError> {
     let draft = body.draft(None)?;
-    let made = state.ask(async |conn| destination::create(conn, &state.key, &draft).await).await?;
+    let made = state
+        .change(&caller, async |conn| {
+            let made = destination::create(conn, &state.key, &draft).await?;
+            let events = made.iter().map(|m| Event::new("destination.create", m.id, &m.name)).collect();
+            Ok((made, events))
+        })
+        .await?;
     let made =
         made.ok_or_else(|| ApiError::conflict("slug_taken", "another destination has this slug: choose another"))?;
     Ok(created(&made))
@@ -91,9 +103,11 @@ pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<
 /// Changes some fields.
 pub async fn update(
     State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
     Segment(id): Segment,
-    Body(body): Body<DestinationBody>,
+    RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
+    let body: DestinationBody = parse(&raw)?;
     let old = find(&state, id).await?;
     let id = old.id;
     let config = old.open_config(&state.key).map_err(|error| {
@@ -104,14 +118,31 @@ pub async fn update(
         )
     })?;
     let draft = body.draft(Some((old, config)))?;
-    let updated = state.ask(async |conn| destination::update(conn, &state.key, id, &draft).await).await?;
+    let updated = state
+        .change(&caller, async |conn| {
+            let updated = destination::update(conn, &state.key, id, &draft).await?;
+            let events =
+                updated.iter().map(|u| Event::new("destination.update", id, &u.name).with(fields_of(&raw))).collect();
+            Ok((updated, events))
+        })
+        .await?;
     Ok(data(&updated.ok_or_else(|| ApiError::not_found("Destination", "destination_not_found"))?))
 }
 
 /// Deletes a destination that no job uses.
-pub async fn delete(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
-    let id = find(&state, id).await?.id;
-    let deleted = state.db.within(common::db::ANSWER_TIMEOUT, async |conn| destination::delete(conn, id).await).await;
+pub async fn delete(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, id).await?;
+    let deleted = state
+        .try_change(&caller, async |conn| {
+            let deleted = destination::delete(conn, old.id).await?;
+            let events = if deleted { vec![Event::new("destination.delete", old.id, &old.name)] } else { Vec::new() };
+            Ok((deleted, events))
+        })
+        .await;
     match deleted {
         Err(error) if error.constraint() == Some("job_destinations_destination_exists") => {
             Err(ApiError::conflict("in_use", "a job uses this destination: delete the job first"))

@@ -8,7 +8,7 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use common::{
-    artifact,
+    audit::Event,
     execution::{
         self, Execution, Filter, Outcome, Status,
         cancel::{self, Cancelled},
@@ -24,18 +24,21 @@ use common::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use tokio::time::{Duration, Instant};
 use tracing::Span;
 
-use super::{Check, data, page};
+use super::{Check, page};
 use crate::{
-    auth::Caller,
+    auth::{Caller, HoldUntil},
     error::ApiError,
     extract::{Query, RawBody, Segment, cursor, limit, parse},
+    rate_limit::Decision,
     state::AppState,
+    waiting,
 };
 
 /// Body of a trigger; all of it is optional.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RunBody {
     #[serde(default)]
@@ -44,17 +47,73 @@ pub struct RunBody {
     priority: Option<i16>,
     #[serde(default)]
     labels: Labels,
+    wait: Option<u64>,
+    max_age_seconds: Option<i32>,
+    start_within_seconds: Option<i32>,
+}
+
+/// Longest wait that a client may ask for, in seconds.
+const MOST_WAIT: u64 = 60;
+/// Longest age and longest start that a client may ask for: a year, in seconds.
+const YEAR: i32 = 31_536_000;
+
+impl RunBody {
+    /// Refuses what cannot be.
+    pub fn check(&self) -> Result<(), ApiError> {
+        let mut check = Check::default();
+        check.labels(&self.labels);
+        if self.priority.is_some_and(|p| !(-10..=10).contains(&p)) {
+            check.refuse("priority", "must be between -10 and 10");
+        }
+        if self.lock_days.is_some_and(|days| !(1..=36_500).contains(&days)) {
+            check.refuse("lockDays", "must be between 1 and 36500");
+        }
+        if self.wait.is_some_and(|wait| wait > MOST_WAIT) {
+            check.refuse("wait", "must be at most 60 seconds");
+        }
+        if self.max_age_seconds.is_some_and(|age| !(0..=YEAR).contains(&age)) {
+            check.refuse("maxAgeSeconds", "must be between 0 and 31536000");
+        }
+        if self.start_within_seconds.is_some_and(|within| !(1..=YEAR).contains(&within)) {
+            check.refuse("startWithinSeconds", "must be between 1 and 31536000");
+        }
+        check.done()
+    }
+
+    /// The trigger of one job.
+    pub fn request(&self, job: Reference, caller: &Caller, idempotency: Option<Idempotency>) -> TriggerRequest {
+        TriggerRequest {
+            job,
+            only: caller.only(),
+            kind: "Api",
+            actor: caller.actor(),
+            priority: self.priority.unwrap_or(0),
+            labels: self.labels.clone(),
+            locked: self.lock || self.lock_days.is_some(),
+            lock_days: self.lock_days,
+            max_age_seconds: self.max_age_seconds,
+            start_within_seconds: self.start_within_seconds,
+            trace: TraceContext::of(&Span::current()),
+            idempotency,
+        }
+    }
+
+    /// Until when the answer waits for the end.
+    pub fn wait_until(&self) -> Option<Instant> {
+        self.wait.filter(|wait| *wait > 0).map(|wait| Instant::now() + Duration::from_secs(wait))
+    }
 }
 
 static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 static IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
-fn idempotency(headers: &HeaderMap, caller: &Caller, body: &[u8]) -> Result<Option<Idempotency>, ApiError> {
+/// The `Idempotency-Key` of a request.
+pub fn idempotency(headers: &HeaderMap, caller: &Caller, body: &[u8]) -> Result<Option<Idempotency>, ApiError> {
     let Some(value) = headers.get(&IDEMPOTENCY_KEY) else { return Ok(None) };
     let key = value.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
     let key =
         key.ok_or_else(|| ApiError::malformed("Idempotency-Key", "must have 1 to 255 printable ASCII characters"))?;
-    Ok(Some(Idempotency { api_key: caller.key().id, key: key.to_owned(), body_hash: Sha256::digest(body).to_vec() }))
+    Ok(Some(Idempotency { api_key: caller.id(), key: key.to_owned(), body_hash: Sha256::digest(body).to_vec() }))
 }
 
 /// Triggers a job.
@@ -66,38 +125,41 @@ pub async fn trigger(
     RawBody(raw): RawBody,
 ) -> Result<Response, ApiError> {
     let body: RunBody = parse(&raw)?;
-    let mut check = Check::default();
-    check.labels(&body.labels);
-    if body.priority.is_some_and(|p| !(-10..=10).contains(&p)) {
-        check.refuse("priority", "must be between -10 and 10");
+    body.check()?;
+    let request = body.request(Reference::new(job), &caller, idempotency(&headers, &caller, &raw)?);
+    let accepted = accepted_of(state.enqueuer.enqueue(request).await?)?;
+    if let Accepted { id, how: How::New } = accepted {
+        tracing::info!(execution = %id, caller = caller.name(), "triggered");
     }
-    if body.lock_days.is_some_and(|days| days < 1) {
-        check.refuse("lockDays", "must be at least 1");
-    }
-    check.done()?;
-    let request = TriggerRequest {
-        job: Reference::new(job),
-        only: caller.only(),
-        kind: "Api",
-        label: Some(caller.name().to_owned()),
-        priority: body.priority.unwrap_or(0),
-        labels: body.labels,
-        locked: body.lock || body.lock_days.is_some(),
-        lock_days: body.lock_days,
-        trace: TraceContext::of(&Span::current()),
-        idempotency: idempotency(&headers, &caller, &raw)?,
-    };
-    match state.enqueuer.enqueue(request).await? {
-        Enqueued::Queued(id) => {
-            tracing::info!(execution = %id, caller = caller.name(), "triggered");
-            Ok(accepted(id, false))
-        }
-        Enqueued::Replayed(id) => Ok(accepted(id, true)),
-        Enqueued::KeyReused => Err(ApiError::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "idempotency_key_reused",
-            "this Idempotency-Key was used with another body: use a new key for a new request",
-        )),
+    accepted.answer(&state, &caller, body.wait_until()).await
+}
+
+/// A trigger that has an execution.
+pub struct Accepted {
+    /// The execution, or the group.
+    pub id: ExecutionId,
+    /// Where it comes from.
+    pub how: How,
+}
+
+/// Where the execution of a trigger comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// This trigger made it.
+    New,
+    /// It exists already and serves: `maxAgeSeconds`.
+    Reused,
+    /// This is the answer to an earlier request with the same `Idempotency-Key`.
+    Replayed,
+}
+
+/// What a refused trigger is told.
+pub fn accepted_of(enqueued: Enqueued) -> Result<Accepted, ApiError> {
+    match enqueued {
+        Enqueued::Queued(id) => Ok(Accepted { id, how: How::New }),
+        Enqueued::Reused(id) => Ok(Accepted { id, how: How::Reused }),
+        Enqueued::Replayed(id) => Ok(Accepted { id, how: How::Replayed }),
+        Enqueued::KeyReused => Err(key_reused()),
         Enqueued::JobNotFound => Err(ApiError::not_found("Job", "job_not_found")),
         Enqueued::Active(id) => {
             Err(ApiError::conflict("already_active", "a run of this job is active and its overlap is 'reject'")
@@ -108,23 +170,48 @@ pub async fn trigger(
     }
 }
 
+/// 422 of an `Idempotency-Key` that came with another body before.
+pub fn key_reused() -> ApiError {
+    ApiError::new(
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "idempotency_key_reused",
+        "this Idempotency-Key was used with another body: use a new key for a new request",
+    )
+}
+
 fn queue_full(what: &str) -> ApiError {
     ApiError::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", format!("{what}: try again when some have ended"))
         .retry_after(30)
 }
 
-fn accepted(id: ExecutionId, replayed: bool) -> Response {
-    let url = format!("/api/executions/{id}");
-    let body = json!({ "success": true, "executionId": id, "message": "Job queued successfully", "statusUrl": url });
-    let mut response = Json(body).into_response();
-    let headers = response.headers_mut();
-    if let Ok(url) = HeaderValue::from_str(&url) {
-        headers.insert(header::LOCATION, url);
+impl Accepted {
+    /// The answer, after the end when the client waits for it.
+    pub async fn answer(self, state: &AppState, caller: &Caller, wait: Option<Instant>) -> Result<Response, ApiError> {
+        let url = format!("/api/executions/{}", self.id);
+        let message = match self.how {
+            How::Reused => "an existing run serves",
+            How::New | How::Replayed => "Job queued successfully",
+        };
+        let mut body = json!({ "success": true, "executionId": self.id, "message": message, "statusUrl": url });
+        if self.how == How::Reused {
+            body["reused"] = true.into();
+        }
+        if let Some(until) = wait {
+            // Acknowledged already: what goes wrong with the waiting must not look like a failed trigger.
+            if let Ok(seen) = waiting::until_over(state, caller, self.id, until).await {
+                body["data"] = (*seen).clone();
+            }
+        }
+        let mut response = Json(body).into_response();
+        let headers = response.headers_mut();
+        if let Ok(url) = HeaderValue::from_str(&url) {
+            headers.insert(header::LOCATION, url);
+        }
+        if self.how == How::Replayed {
+            headers.insert(&IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
+        }
+        Ok(response)
     }
-    if replayed {
-        headers.insert(&IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
-    }
-    response
 }
 
 fn not_found() -> ApiError {
@@ -132,10 +219,15 @@ fn not_found() -> ApiError {
 }
 
 /// A malformed id is as unknown as an unknown one.
-async fn find(state: &AppState, caller: &Caller, id: &str) -> Result<Execution, ApiError> {
-    let id: ExecutionId = id.parse().map_err(|_| not_found())?;
+pub fn execution_id(text: &str) -> Result<ExecutionId, ApiError> {
+    text.parse().map_err(|_| not_found())
+}
+
+/// An execution that the caller may see.
+pub async fn find(state: &AppState, caller: &Caller, id: &str) -> Result<Execution, ApiError> {
+    let id = execution_id(id)?;
     let found = state.ask(async |conn| execution::find(conn, id).await).await?;
-    found.filter(|e| caller.sees(e.job_id)).ok_or_else(not_found)
+    found.filter(|e| caller.sees_execution(e)).ok_or_else(not_found)
 }
 
 /// Query of a poll.
@@ -144,6 +236,28 @@ async fn find(state: &AppState, caller: &Caller, id: &str) -> Result<Execution, 
 pub struct PollQuery {
     include_logs: Option<String>,
     logs_after: Option<String>,
+    wait: Option<String>,
+}
+
+impl PollQuery {
+    fn wants_logs(&self) -> Result<bool, ApiError> {
+        match self.include_logs.as_deref() {
+            None | Some("false" | "0" | "") => Ok(false),
+            Some("true" | "1") => Ok(true),
+            Some(_) => Err(ApiError::malformed("includeLogs", "must be true or false")),
+        }
+    }
+
+    fn logs_after(&self) -> Result<Option<i64>, ApiError> {
+        cursor(self.logs_after.as_deref()).map_err(|_| ApiError::malformed("logsAfter", "is not a logsCursor"))
+    }
+
+    fn wait(&self) -> Result<Duration, ApiError> {
+        let wait = self.wait.as_deref().map_or(Ok(0), str::parse);
+        let wait = wait.ok().filter(|wait| *wait <= MOST_WAIT);
+        wait.map(Duration::from_secs)
+            .ok_or_else(|| ApiError::malformed("wait", "must be a number of seconds, at most 60"))
+    }
 }
 
 /// The state of an execution: what the contract's scripts poll.
@@ -152,25 +266,30 @@ pub async fn get(
     Extension(caller): Extension<Caller>,
     Segment(id): Segment,
     Query(query): Query<PollQuery>,
+    Extension(HoldUntil(hold_until)): Extension<HoldUntil>,
+    decision: Option<Extension<Decision>>,
 ) -> Result<Json<Value>, ApiError> {
-    let wants_logs = match query.include_logs.as_deref() {
-        None | Some("false" | "0" | "") => false,
-        Some("true" | "1") => true,
-        Some(_) => return Err(ApiError::malformed("includeLogs", "must be true or false")),
-    };
-    let after: Option<i64> =
-        cursor(query.logs_after.as_deref()).map_err(|_| ApiError::malformed("logsAfter", "is not a logsCursor"))?;
-    let execution = find(&state, &caller, &id).await?;
-    let id = execution.id;
-    let artifacts = state.ask(async |conn| artifact::of_execution(conn, id).await).await?;
-    let mut body = json!(execution);
-    body["artifacts"] = json!(artifacts);
+    let (wants_logs, after, wait) = (query.wants_logs()?, query.logs_after()?, query.wait()?);
+    let id = execution_id(&id)?;
+    let pace = decision.map_or(Duration::ZERO, |Extension(decision)| waiting::pace(&decision));
+    // A client that asked to wait is answered then; one that only polls a lot, before its hold is over.
+    let until = (Instant::now() + wait).max((Instant::now() + pace).min(hold_until));
+    let seen = waiting::for_poll(&state, &caller, id, until, hold_until).await?;
+    let mut body = (*seen).clone();
+    if body["status"] == Status::Pending.as_str() && body["type"] != "Group" {
+        body["queuePosition"] = json!(state.queue.position(&state, id).await);
+    }
     if wants_logs || after.is_some() {
         let lines = state.ask(async |conn| log::read(conn, id, after).await).await?;
         body["logsCursor"] = lines.last().map(|l| l.seq).or(after).unwrap_or(0).to_string().into();
         body["logs"] = json!(lines);
     }
-    Ok(data(&body))
+    let stale = body.as_object_mut().and_then(|body| body.remove("stale"));
+    let mut answer = json!({ "success": true, "data": body });
+    if stale.is_some() {
+        answer["stale"] = true.into();
+    }
+    Ok(Json(answer))
 }
 
 /// Query of the list.
@@ -217,24 +336,60 @@ pub async fn list(
     Ok(page(&rows, &uri, false))
 }
 
-/// Asks an execution to stop.
+/// Asks an execution, or every member of a group, to stop.
 pub async fn cancel(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     Segment(id): Segment,
 ) -> Result<Json<Value>, ApiError> {
-    let id = find(&state, &caller, &id).await?.id;
-    match state.ask(async |conn| cancel::cancel(conn, id, caller.name()).await).await? {
-        Cancelled::NotFound => return Err(not_found()),
-        Cancelled::TooLate(status) => {
-            return Err(ApiError::conflict(
+    let execution = find(&state, &caller, &id).await?;
+    let members = execution.members.as_ref().map(|members| members.iter().map(|m| m.execution_id).collect());
+    let ids: Vec<ExecutionId> = members.unwrap_or_else(|| vec![execution.id]);
+    let change = async |conn: &mut sqlx::PgConnection| {
+        let mut done = Vec::new();
+        for id in &ids {
+            done.push((*id, cancel::cancel(conn, *id, caller.name()).await?));
+        }
+        let stopped = done.iter().any(|(_, done)| matches!(done, Cancelled::Ended | Cancelled::Requested));
+        let event = Event::new("execution.cancel", execution.id, &execution.job_name);
+        Ok((done, if stopped { vec![event] } else { Vec::new() }))
+    };
+    let done = state.change(&caller, change).await?;
+    let of = |wanted: Cancelled| done.iter().filter(|(_, done)| *done == wanted).map(|(id, _)| *id).collect::<Vec<_>>();
+    let (ended, requested) = (of(Cancelled::Ended), of(Cancelled::Requested));
+    if ended.is_empty() && requested.is_empty() {
+        return match done.first() {
+            Some((_, Cancelled::TooLate(status))) => Err(ApiError::conflict(
                 "already_ended",
                 format!("the execution has ended already ({})", status.as_str()),
-            ));
-        }
-        Cancelled::Ended => state.wakeups.tell(Notice::Changed(vec![id])),
-        Cancelled::Requested => state.wakeups.tell(Notice::Cancel(vec![id])),
+            )),
+            _ => Err(not_found()),
+        };
     }
-    tracing::info!(execution = %id, caller = caller.name(), "cancel requested");
+    state.wakeups.tell(Notice::Changed(ended));
+    state.wakeups.tell(Notice::Cancel(requested));
+    tracing::info!(execution = %execution.id, caller = caller.name(), "cancel requested");
     Ok(Json(json!({ "success": true, "message": "cancel requested" })))
+}
+
+/// Runs the job of an execution that has ended once more, with the same labels and priority.
+pub async fn retry(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+    headers: HeaderMap,
+    RawBody(raw): RawBody,
+) -> Result<Response, ApiError> {
+    let old = find(&state, &caller, &id).await?;
+    if old.members.is_some() {
+        return Err(ApiError::conflict("is_group", "this is a group: retry its members, or trigger a new group"));
+    }
+    if !old.status.is_over() {
+        return Err(ApiError::conflict("not_ended", "the execution has not ended: wait for its end, or cancel it")
+            .with_execution(old.id));
+    }
+    let body = RunBody { priority: Some(old.priority), labels: old.labels, ..RunBody::default() };
+    let idempotency = idempotency(&headers, &caller, &[id.as_bytes(), &raw].concat())?;
+    let request = body.request(Reference::new(old.job_id.to_string()), &caller, idempotency);
+    accepted_of(state.enqueuer.enqueue(request).await?)?.answer(&state, &caller, None).await
 }

@@ -24,7 +24,9 @@ pub async fn readyz(State(state): State<AppState>) -> Result<Json<Value>, ApiErr
 /// What people look at.
 pub async fn health(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
     database(&state).await?;
-    Ok(Json(json!({ "success": true, "status": "healthy", "version": env!("CARGO_PKG_VERSION"), "database": "up" })))
+    Ok(Json(
+        json!({ "success": true, "status": "healthy", "version": env!("CARGO_PKG_VERSION"), "database": "up", "rateLimits": state.rate_limiter.place() }),
+    ))
 }
 
 async fn database(state: &AppState) -> Result<(), ApiError> {

@@ -1,7 +1,13 @@
 //! `/api/jobs`.
 
-use axum::{Extension, Json, extract::State, http::Uri, response::Response};
+use axum::{
+    Extension, Json,
+    extract::State,
+    http::{StatusCode, Uri},
+    response::Response,
+};
 use common::{
+    audit::Event,
     destination,
     id::{DestinationId, JobId, Reference, SourceId},
     job::{self, Compression, Created, Deleted, Filter, Job, JobDraft, Overlap},
@@ -11,11 +17,11 @@ use common::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Check, created, data, page, present};
+use super::{Check, created, data, fields_of, page, present};
 use crate::{
     auth::Caller,
     error::ApiError,
-    extract::{Body, ListQuery, Query, Segment},
+    extract::{Body, ListQuery, Query, RawBody, Segment, parse},
     state::AppState,
 };
 
@@ -168,10 +174,29 @@ pub async fn list(
 }
 
 /// Makes a job.
-pub async fn create(State(state): State<AppState>, Body(body): Body<JobBody>) -> Result<Response, ApiError> {
+pub async fn create(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Body(body): Body<JobBody>,
+) -> Result<Response, ApiError> {
+    if caller.only().is_some() {
+        return Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "job_scoped",
+            "this API key is scoped to some jobs: it would not see the new one",
+        ));
+    }
     let (source, destinations) = body.resolve(&state).await?;
     let draft = body.draft(None, source, destinations)?;
-    match state.ask(async |conn| job::create(conn, &draft).await).await? {
+    let create = async |conn: &mut sqlx::PgConnection| {
+        let created = job::create(conn, &draft).await?;
+        let events = match &created {
+            Created::Job(job) => vec![Event::new("job.create", job.id, &job.name)],
+            Created::SlugTaken => Vec::new(),
+        };
+        Ok((created, events))
+    };
+    match state.change(&caller, create).await? {
         Created::Job(job) => Ok(created(&*job)),
         Created::SlugTaken => Err(ApiError::conflict("slug_taken", "another job has this slug: choose another")),
     }
@@ -191,13 +216,20 @@ pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     Segment(id): Segment,
-    Body(body): Body<JobBody>,
+    RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
+    let body: JobBody = parse(&raw)?;
     let old = find(&state, &caller, id).await?;
     let id: JobId = old.id;
     let (source, destinations) = body.resolve(&state).await?;
     let draft = body.draft(Some(old), source, destinations)?;
-    let updated = state.ask(async |conn| job::update(conn, id, &draft).await).await?;
+    let updated = state
+        .change(&caller, async |conn| {
+            let updated = job::update(conn, id, &draft).await?;
+            let events = updated.iter().map(|u| Event::new("job.update", id, &u.name).with(fields_of(&raw))).collect();
+            Ok((updated, events))
+        })
+        .await?;
     Ok(data(&updated.ok_or_else(not_found)?))
 }
 
@@ -207,8 +239,13 @@ pub async fn delete(
     Extension(caller): Extension<Caller>,
     Segment(id): Segment,
 ) -> Result<Json<Value>, ApiError> {
-    let id = find(&state, &caller, id).await?.id;
-    match state.ask(async |conn| job::delete(conn, id).await).await? {
+    let old = find(&state, &caller, id).await?;
+    let delete = async |conn: &mut sqlx::PgConnection| {
+        let deleted = job::delete(conn, old.id).await?;
+        let gone = deleted == Deleted::Done;
+        Ok((deleted, if gone { vec![Event::new("job.delete", old.id, &old.name)] } else { Vec::new() }))
+    };
+    match state.change(&caller, delete).await? {
         Deleted::Done => Ok(Json(json!({ "success": true }))),
         Deleted::NotFound => Err(not_found()),
         Deleted::Active => {

@@ -1,9 +1,13 @@
 //! Handlers, a file for each noun.
 
+pub mod api_keys;
+pub mod audit;
 pub mod destinations;
+pub mod events;
 pub mod executions;
 pub mod health;
 pub mod jobs;
+pub mod runs;
 pub mod settings;
 pub mod sources;
 
@@ -20,7 +24,7 @@ use common::{
     queue::{Notice, heard},
     slug,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tokio::time::{Duration, Instant};
 
@@ -53,7 +57,19 @@ fn page<T: Serialize>(page: &Page<T>, uri: &Uri, bare: bool) -> Response {
 }
 
 /// Tells an absent field (`None`) from one that is `null` (`Some(None)`).
-use common::setting::present;
+fn present<'de, D, T>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Option::deserialize(deserializer).map(Some)
+}
+
+/// Names of the fields that a client sent, for the audit log; values may be secret.
+fn fields_of(raw: &[u8]) -> Value {
+    let sent: Map<String, Value> = serde_json::from_slice(raw).unwrap_or_default();
+    json!({ "fields": sent.keys().collect::<Vec<_>>() })
+}
 
 /// Checks that bodies of several nouns share.
 #[derive(Default)]

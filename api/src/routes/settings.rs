@@ -1,15 +1,16 @@
 //! `/api/settings`.
 
-use axum::{Json, extract::State};
+use axum::{Extension, Json, extract::State};
 use common::{
+    audit::Event,
     connection::FieldProblem,
     queue::Notice,
-    setting::{self, SettingsChange},
+    setting::{self, ChangeError},
 };
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use super::data;
-use crate::{error::ApiError, extract::Body, state::AppState};
+use crate::{auth::Caller, error::ApiError, extract::Body, state::AppState};
 
 /// The settings in force.
 pub async fn get(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
@@ -19,20 +20,20 @@ pub async fn get(State(state): State<AppState>) -> Result<Json<Value>, ApiError>
 /// Changes some (RFC 7396). A higher limit acts at once: the workers are woken.
 pub async fn change(
     State(state): State<AppState>,
-    Body(change): Body<SettingsChange>,
+    Extension(caller): Extension<Caller>,
+    Body(change): Body<Map<String, Value>>,
 ) -> Result<Json<Value>, ApiError> {
-    let problems = change.problems();
-    if !problems.is_empty() {
-        return Err(ApiError::invalid(
-            problems.into_iter().map(|(field, message)| FieldProblem::new(field, message)).collect(),
-        ));
-    }
-    let settings = state
-        .ask(async |conn| {
-            setting::change(conn, &change).await?;
-            setting::read(conn).await
-        })
-        .await?;
+    let changed = async |conn: &mut sqlx::PgConnection| match setting::change(conn, &change).await {
+        // No setting is a secret, so the log tells what they became.
+        Ok(settings) => {
+            Ok((Ok(settings), vec![Event::new("settings.update", "settings", "settings").with(json!(change))]))
+        }
+        Err(ChangeError::Invalid(problems)) => Ok((Err(problems), Vec::new())),
+        Err(ChangeError::Database(error)) => Err(error),
+    };
+    let settings = state.change(&caller, changed).await?.map_err(|problems| {
+        ApiError::invalid(problems.into_iter().map(|(field, message)| FieldProblem::new(field, message)).collect())
+    })?;
     state.wakeups.tell(Notice::Work);
     Ok(data(&settings))
 }

@@ -1,7 +1,8 @@
 //! `/api/sources`.
 
-use axum::{Json, extract::State, http::Uri, response::Response};
+use axum::{Extension, Json, extract::State, http::Uri, response::Response};
 use common::{
+    audit::Event,
     connection::SplitConfig,
     connection_test::Target,
     id::Reference,
@@ -11,10 +12,11 @@ use common::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Check, connection_test, created, data, merged, page, present, sent_config};
+use super::{Check, connection_test, created, data, fields_of, merged, page, present, sent_config};
 use crate::{
+    auth::Caller,
     error::ApiError,
-    extract::{Body, ListQuery, Query, Segment},
+    extract::{Body, ListQuery, Query, RawBody, Segment, parse},
     state::AppState,
 };
 
@@ -80,9 +82,19 @@ pub async fn list(
 }
 
 /// Makes a source.
-pub async fn create(State(state): State<AppState>, Body(body): Body<SourceBody>) -> Result<Response, ApiError> {
+pub async fn create(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Body(body): Body<SourceBody>,
+) -> Result<Response, ApiError> {
     let draft = body.draft(None)?;
-    let made = state.ask(async |conn| source::create(conn, &state.key, &draft).await).await?;
+    let made = state
+        .change(&caller, async |conn| {
+            let made = source::create(conn, &state.key, &draft).await?;
+            let events = made.iter().map(|m| Event::new("source.create", m.id, &m.name)).collect();
+            Ok((made, events))
+        })
+        .await?;
     let made = made.ok_or_else(|| ApiError::conflict("slug_taken", "another source has this slug: choose another"))?;
     Ok(created(&made))
 }
@@ -95,9 +107,11 @@ pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<
 /// Changes some fields.
 pub async fn update(
     State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
     Segment(id): Segment,
-    Body(body): Body<SourceBody>,
+    RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
+    let body: SourceBody = parse(&raw)?;
     let old = find(&state, id).await?;
     let id = old.id;
     let config = old.open_config(&state.key).map_err(|error| {
@@ -108,14 +122,31 @@ pub async fn update(
         )
     })?;
     let draft = body.draft(Some((old, config)))?;
-    let updated = state.ask(async |conn| source::update(conn, &state.key, id, &draft).await).await?;
+    let updated = state
+        .change(&caller, async |conn| {
+            let updated = source::update(conn, &state.key, id, &draft).await?;
+            let events =
+                updated.iter().map(|u| Event::new("source.update", id, &u.name).with(fields_of(&raw))).collect();
+            Ok((updated, events))
+        })
+        .await?;
     Ok(data(&updated.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))?))
 }
 
 /// Deletes a source that no job uses.
-pub async fn delete(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
-    let id = find(&state, id).await?.id;
-    let deleted = state.db.within(common::db::ANSWER_TIMEOUT, async |conn| source::delete(conn, id).await).await;
+pub async fn delete(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, id).await?;
+    let deleted = state
+        .try_change(&caller, async |conn| {
+            let deleted = source::delete(conn, old.id).await?;
+            let events = if deleted { vec![Event::new("source.delete", old.id, &old.name)] } else { Vec::new() };
+            Ok((deleted, events))
+        })
+        .await;
     match deleted {
         Err(error) if error.constraint() == Some("jobs_source_exists") => {
             Err(ApiError::conflict("in_use", "a job uses this source: delete the job first"))

@@ -7,10 +7,11 @@ use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 
 use crate::{
+    audit::{self, Actor, Event},
     id::{ApiKeyId, ExecutionId, JobId, Reference},
     job::Overlap,
     label::Labels,
-    setting,
+    setting::{self, Settings},
     telemetry::TraceContext,
 };
 
@@ -23,8 +24,8 @@ pub struct TriggerRequest {
     pub only: Option<Vec<JobId>>,
     /// What kind of trigger: Api, Manual, Schedule.
     pub kind: &'static str,
-    /// Who, for people.
-    pub label: Option<String>,
+    /// Who.
+    pub actor: Actor,
     /// -10 to 10, higher first.
     pub priority: i16,
     /// Labels of the execution.
@@ -33,6 +34,10 @@ pub struct TriggerRequest {
     pub locked: bool,
     /// For so many days.
     pub lock_days: Option<i32>,
+    /// A good backup whose data is not older, or a run that waits, is as good as a new one.
+    pub max_age_seconds: Option<i32>,
+    /// Ends as Expired when it has not started by then.
+    pub start_within_seconds: Option<i32>,
     /// Trace of the request.
     pub trace: TraceContext,
     /// `Idempotency-Key` of the request.
@@ -55,6 +60,8 @@ pub struct Idempotency {
 pub enum Enqueued {
     /// A new execution waits.
     Queued(ExecutionId),
+    /// One that exists already serves: see [`TriggerRequest::max_age_seconds`].
+    Reused(ExecutionId),
     /// The same request was answered before; this is its execution.
     Replayed(ExecutionId),
     /// The idempotency key was used with another body.
@@ -69,7 +76,7 @@ pub enum Enqueued {
     QueueFull(i64),
 }
 
-struct JobRow {
+pub(super) struct JobRow {
     id: JobId,
     slug: String,
     name: String,
@@ -85,57 +92,101 @@ struct JobRow {
 /// The total cap is read once and may be overshot by one slice per process; everything else is exact.
 pub async fn enqueue(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Vec<Enqueued>, sqlx::Error> {
     let mut tx = conn.begin().await?;
-    let jobs = lock_jobs(&mut tx, requests).await?;
-    let settings = setting::read(&mut tx).await?;
-    let mut room = settings.max_pending - count_pending(&mut tx, settings.max_pending).await?;
-    let mut pending = pending_by_job(&mut tx, &jobs).await?;
-    let mut active = active_by_job(&mut tx, &jobs).await?;
-    let mut stored = stored_keys(&mut tx, requests, &jobs).await?;
+    let mut desk = Desk::open(&mut tx, requests).await?;
+    let outcomes = requests.iter().map(|request| desk.decide(request)).collect();
+    desk.inserts.run(&mut tx).await?;
+    tx.commit().await?;
+    Ok(outcomes)
+}
 
-    let mut outcomes = Vec::with_capacity(requests.len());
-    let mut inserts = Inserts::default();
-    for request in requests {
-        let Some(job) = jobs
-            .iter()
-            .find(|job| Some(job.id.0) == request.job.id() || job.slug == request.job.slug())
-            .filter(|job| request.only.as_ref().is_none_or(|only| only.contains(&job.id)))
-        else {
-            outcomes.push(Enqueued::JobNotFound);
-            continue;
+/// What the decisions of a slice are made from. The jobs are locked, so nobody else decides about them meanwhile.
+pub(super) struct Desk {
+    jobs: Vec<JobRow>,
+    settings: Settings,
+    room: i64,
+    pending: HashMap<JobId, i64>,
+    active: HashMap<JobId, ExecutionId>,
+    stored: StoredKeys,
+    reusable: HashMap<JobId, Reusable>,
+    pub(super) inserts: Inserts,
+}
+
+/// What a trigger with `maxAgeSeconds` may be answered with.
+#[derive(Default)]
+struct Reusable {
+    pending: Option<ExecutionId>,
+    /// The newest success, and the age of its data.
+    success: Option<(ExecutionId, f64)>,
+}
+
+impl Desk {
+    pub(super) async fn open(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Self, sqlx::Error> {
+        let jobs = lock_jobs(conn, requests).await?;
+        let settings = setting::read(conn).await?;
+        Ok(Self {
+            room: settings.max_pending - count_pending(conn, settings.max_pending).await?,
+            pending: pending_by_job(conn, &jobs).await?,
+            active: active_by_job(conn, &jobs).await?,
+            stored: stored_keys(conn, requests, &jobs).await?,
+            reusable: match requests.iter().any(|r| r.max_age_seconds.is_some()) {
+                true => reusable_by_job(conn, &jobs).await?,
+                false => HashMap::new(),
+            },
+            inserts: Inserts::default(),
+            jobs,
+            settings,
+        })
+    }
+
+    pub(super) fn decide(&mut self, request: &TriggerRequest) -> Enqueued {
+        let found = self.jobs.iter().find(|job| Some(job.id.0) == request.job.id() || job.slug == request.job.slug());
+        let Some(job) = found.filter(|job| request.only.as_ref().is_none_or(|only| only.contains(&job.id))) else {
+            return Enqueued::JobNotFound;
         };
         // A stored key wins over caps and overlap: the client asks for an answer that it already had.
         let slot = request.idempotency.as_ref().map(|i| (i.api_key, job.id, i.key.clone()));
         if let (Some(slot), Some(idempotency)) = (&slot, &request.idempotency)
-            && let Some((body_hash, execution)) = stored.get(slot)
+            && let Some((body_hash, execution)) = self.stored.get(slot)
         {
             let same = *body_hash == idempotency.body_hash;
-            outcomes.push(if same { Enqueued::Replayed(*execution) } else { Enqueued::KeyReused });
-            continue;
+            return if same { Enqueued::Replayed(*execution) } else { Enqueued::KeyReused };
         }
-        let waiting = pending.entry(job.id).or_default();
-        if job.overlap == Overlap::Reject
-            && let Some(running) = active.get(&job.id)
-        {
-            outcomes.push(Enqueued::Active(*running));
-        } else if *waiting >= settings.max_pending_per_job {
-            outcomes.push(Enqueued::JobQueueFull(settings.max_pending_per_job));
-        } else if room <= 0 {
-            outcomes.push(Enqueued::QueueFull(settings.max_pending));
+        let reused = request.max_age_seconds.and_then(|age| self.reusable.get(&job.id)?.within(age));
+        let waiting = self.pending.entry(job.id).or_default();
+        let (id, outcome) = if let Some(id) = reused {
+            (id, Enqueued::Reused(id))
+        } else if let Some(running) = self.active.get(&job.id).filter(|_| job.overlap == Overlap::Reject) {
+            return Enqueued::Active(*running);
+        } else if *waiting >= self.settings.max_pending_per_job {
+            return Enqueued::JobQueueFull(self.settings.max_pending_per_job);
+        } else if self.room <= 0 {
+            return Enqueued::QueueFull(self.settings.max_pending);
         } else {
             let id = ExecutionId::new();
             *waiting += 1;
-            room -= 1;
-            active.insert(job.id, id);
-            if let (Some(slot), Some(idempotency)) = (slot, &request.idempotency) {
-                stored.insert(slot, (idempotency.body_hash.clone(), id));
-            }
-            inserts.push(id, job, request);
-            outcomes.push(Enqueued::Queued(id));
+            self.room -= 1;
+            self.active.insert(job.id, id);
+            self.reusable.entry(job.id).or_default().pending.get_or_insert(id);
+            self.inserts.push(id, job, request);
+            (id, Enqueued::Queued(id))
+        };
+        if let (Some(slot), Some(idempotency)) = (slot, &request.idempotency) {
+            self.stored.insert(slot, (idempotency.body_hash.clone(), id));
+            self.inserts.keys.push((idempotency.clone(), job.id, id));
         }
+        let action = if reused.is_some() { "execution.reuse" } else { "execution.trigger" };
+        let event = Event::new(action, id, &job.name).with(serde_json::json!({ "jobId": job.id }));
+        self.inserts.events.push((request.actor.clone(), event));
+        outcome
     }
-    inserts.run(&mut tx).await?;
-    tx.commit().await?;
-    Ok(outcomes)
+}
+
+impl Reusable {
+    /// A run whose data will be, or is, young enough. Never one that runs: its snapshot may be older than the request.
+    fn within(&self, max_age_seconds: i32) -> Option<ExecutionId> {
+        let young = self.success.filter(|(_, age)| *age <= f64::from(max_age_seconds)).map(|(id, _)| id);
+        young.or(self.pending)
+    }
 }
 
 /// The jobs of a slice, locked in the order of their ids so that two processes never wait for each other in
@@ -194,6 +245,25 @@ async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashM
     Ok(rows.into_iter().map(|r| (r.job_id, r.id)).collect())
 }
 
+async fn reusable_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashMap<JobId, Reusable>, sqlx::Error> {
+    let ids: Vec<JobId> = jobs.iter().map(|j| j.id).collect();
+    let rows = sqlx::query!(
+        r#"select j.id as "job!: JobId", s.id as "success?: ExecutionId",
+                  extract(epoch from clock_timestamp() - s.snapshot_at)::float8 as age,
+                  (select p.id from executions p where p.status = 'Pending' and p.job_id = j.id order by p.seq limit 1)
+                      as "pending?: ExecutionId"
+             from unnest($1::uuid[]) as j (id)
+             left join lateral (select e.id, e.snapshot_at from executions e where e.job_id = j.id and e.status = 'Success'
+                                 order by e.seq desc limit 1) s on true"#,
+        &ids[..] as _
+    )
+    .fetch_all(conn)
+    .await?;
+    let reusable =
+        |success: Option<ExecutionId>, age: Option<f64>, pending| Reusable { pending, success: success.zip(age) };
+    Ok(rows.into_iter().map(|r| (r.job, reusable(r.success, r.age, r.pending))).collect())
+}
+
 type StoredKeys = HashMap<(ApiKeyId, JobId, String), (Vec<u8>, ExecutionId)>;
 
 async fn stored_keys(
@@ -220,7 +290,7 @@ async fn stored_keys(
 
 /// Columns of the rows to insert, for `unnest`.
 #[derive(Default)]
-struct Inserts {
+pub(super) struct Inserts {
     id: Vec<ExecutionId>,
     job_id: Vec<JobId>,
     job_name: Vec<String>,
@@ -237,6 +307,8 @@ struct Inserts {
     lock_days: Vec<Option<i32>>,
     traceparent: Vec<Option<String>>,
     tracestate: Vec<Option<String>>,
+    start_within: Vec<Option<i32>>,
+    events: Vec<(Actor, Event)>,
     keys: Vec<(Idempotency, JobId, ExecutionId)>,
 }
 
@@ -252,49 +324,67 @@ impl Inserts {
         self.priority.push(request.priority);
         self.max_attempts.push(job.max_attempts);
         self.kind.push(request.kind.to_owned());
-        self.label.push(request.label.clone());
+        self.label.push(Some(request.actor.name.clone()));
         self.labels.push(serde_json::json!(request.labels));
         self.locked.push(request.locked);
         self.lock_days.push(request.lock_days);
         self.traceparent.push(request.trace.traceparent.clone());
         self.tracestate.push(request.trace.tracestate.clone());
-        if let Some(idempotency) = &request.idempotency {
-            self.keys.push((idempotency.clone(), job.id, id));
-        }
+        self.start_within.push(request.start_within_seconds);
     }
 
-    async fn run(self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-        if self.id.is_empty() {
-            return Ok(());
+    pub(super) async fn run(self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        if !self.id.is_empty() {
+            self.insert_executions(conn).await?;
         }
+        for (idempotency, job, execution) in &self.keys {
+            store_key(conn, idempotency, *job, *execution).await?;
+        }
+        let events: Vec<(&Actor, &Event)> = self.events.iter().map(|(actor, event)| (actor, event)).collect();
+        audit::record_all(conn, &events).await
+    }
+
+    async fn insert_executions(&self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
             "insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts,
-                                     trigger_kind, trigger_label, labels, locked, lock_days, traceparent, tracestate)
-             select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::text[], $7::bool[], $8::smallint[],
-                                  $9::int[], $10::text[], $11::text[], $12::jsonb[], $13::bool[], $14::int[], $15::text[], $16::text[])",
+                                     trigger_kind, trigger_label, labels, locked, lock_days, traceparent, tracestate, start_by)
+             select id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked, lock_days,
+                    traceparent, tracestate, clock_timestamp() + start_within * interval '1 second'
+               from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::text[], $7::bool[], $8::smallint[],
+                                  $9::int[], $10::text[], $11::text[], $12::jsonb[], $13::bool[], $14::int[], $15::text[], $16::text[], $17::int[])
+                    as n (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked,
+                          lock_days, traceparent, tracestate, start_within)",
             &self.id[..] as _, &self.job_id[..] as _, &self.job_name, &self.job_slug, &self.source_id, &self.pool, &self.serial,
             &self.priority, &self.max_attempts, &self.kind, &self.label as &[Option<String>], &self.labels, &self.locked,
             &self.lock_days as &[Option<i32>], &self.traceparent as &[Option<String>], &self.tracestate as &[Option<String>],
+            &self.start_within as &[Option<i32>],
         )
         .execute(&mut *conn)
         .await?;
-        for (idempotency, job, execution) in self.keys {
-            // A key past its 24 hours that is still in the table gives way.
-            sqlx::query!(
-                "insert into idempotency_keys (api_key_id, job_id, key, body_hash, execution_id) values ($1, $2, $3, $4, $5)
-                 on conflict (api_key_id, job_id, key)
-                 do update set body_hash = excluded.body_hash, execution_id = excluded.execution_id, created_at = clock_timestamp()",
-                idempotency.api_key as _,
-                job as _,
-                idempotency.key,
-                idempotency.body_hash,
-                execution as _,
-            )
-            .execute(&mut *conn)
-            .await?;
-        }
         Ok(())
     }
+}
+
+/// A key past its 24 hours that is still in the table gives way.
+pub(super) async fn store_key(
+    conn: &mut PgConnection,
+    idempotency: &Idempotency,
+    job: JobId,
+    execution: ExecutionId,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "insert into idempotency_keys (api_key_id, job_id, key, body_hash, execution_id) values ($1, $2, $3, $4, $5)
+         on conflict (api_key_id, job_id, key)
+         do update set body_hash = excluded.body_hash, execution_id = excluded.execution_id, created_at = clock_timestamp()",
+        idempotency.api_key as _,
+        job as _,
+        idempotency.key,
+        idempotency.body_hash,
+        execution as _,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
 }
 
 /// Removes idempotency keys past their 24 hours, a batch at a time; gives how many.

@@ -115,3 +115,47 @@ pub async fn read(
     .fetch_all(conn)
     .await
 }
+
+/// What a reader of a log has seen of it.
+#[derive(Clone, Copy, Debug)]
+pub struct LogCursor {
+    /// Whose log.
+    pub execution: ExecutionId,
+    /// The last line seen; 0 for none.
+    pub after: i64,
+}
+
+/// New lines of many logs in one statement, at most [`MOST_NEW_LINES`] of each.
+pub async fn read_new(conn: &mut PgConnection, cursors: &[LogCursor]) -> Result<Vec<(ExecutionId, Line)>, sqlx::Error> {
+    let ids: Vec<ExecutionId> = cursors.iter().map(|c| c.execution).collect();
+    let after: Vec<i64> = cursors.iter().map(|c| c.after).collect();
+    let rows = sqlx::query!(
+        r#"select c.id as "id!: ExecutionId", l.at, l.level, l.stage, l.message, l.details, l.seq
+             from unnest($1::uuid[], $2::bigint[]) as c (id, after)
+            cross join lateral (select * from execution_logs l where l.execution_id = c.id and l.seq > c.after
+                                 order by l.seq limit $3) l
+            order by l.seq"#,
+        &ids[..] as _,
+        &after,
+        MOST_NEW_LINES,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|r| {
+            let line = Line {
+                timestamp: r.at,
+                level: r.level,
+                stage: r.stage,
+                message: r.message,
+                details: r.details,
+                seq: r.seq,
+            };
+            (r.id, line)
+        })
+        .collect())
+}
+
+/// Lines of one log that a look brings.
+pub const MOST_NEW_LINES: i64 = 500;

@@ -12,7 +12,9 @@
 pub mod cancel;
 pub mod claim;
 pub mod enqueue;
+pub mod expire;
 pub mod finish;
+pub mod group;
 pub mod lease;
 pub mod log;
 pub mod ticker;
@@ -183,6 +185,9 @@ pub struct Execution {
     pub labels: Labels,
     /// Trace of the request that triggered it.
     pub trace_id: Option<String>,
+    /// The runs of a group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub members: Option<Vec<group::Member>>,
     /// Order of arrival; the cursor of lists.
     #[serde(skip)]
     pub seq: i64,
@@ -254,26 +259,39 @@ impl From<Row> for Execution {
             trace_id: crate::telemetry::TraceContext { traceparent: row.traceparent, tracestate: None }
                 .trace_id()
                 .map(str::to_owned),
+            members: None,
             seq: row.seq,
         }
     }
 }
 
-/// One execution.
+/// One execution, or a group.
 pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Execution>, sqlx::Error> {
-    let row = sqlx::query_as!(
+    if let Some(execution) = find_all(conn, &[id]).await?.pop() {
+        return Ok(Some(execution));
+    }
+    Ok(group::find_groups(conn, &[id]).await?.pop())
+}
+
+/// Those of `ids` that are executions, in one statement. (The driver reads from the plan which columns may be null, and
+/// the plan of an array differs from that of one id: hence the marks.)
+pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
+    let rows = sqlx::query_as!(
         Row,
-        r#"select e.id as "id: ExecutionId", e.seq, e.job_id as "job_id: JobId", e.job_name, e.type as kind, e.status as "status: Status",
-                  e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at, e.started_at,
-                  e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt, e.trigger_kind,
-                  e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent
+        r#"select e.id as "id!: ExecutionId", e.seq as "seq!", e.job_id as "job_id!: JobId", e.job_name as "job_name!", e.type as "kind!",
+                  e.status as "status!: Status",
+                  e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at as "queued_at!",
+                  e.started_at,
+                  e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt as "attempt!",
+                  e.trigger_kind as "trigger_kind!", e.trigger_label, e.priority as "priority!", e.labels as "labels!: Json<Labels>",
+                  e.traceparent
              from executions e left join execution_leases l on l.execution_id = e.id
-            where e.id = $1"#,
-        id as _
+            where e.id = any ($1)"#,
+        ids as _
     )
-    .fetch_optional(conn)
+    .fetch_all(conn)
     .await?;
-    Ok(row.map(Execution::from))
+    Ok(rows.into_iter().map(Execution::from).collect())
 }
 
 /// Which executions a list shows.
@@ -327,4 +345,30 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
     .fetch_all(conn)
     .await?;
     Ok(Page::cut(rows.into_iter().map(Execution::from).collect(), filter.limit, |e| e.seq.to_string()))
+}
+
+/// Executions that are waiting or running, and those that ended a moment ago: what a live list shows.
+pub async fn recent(conn: &mut PgConnection, limit: i64) -> Result<Vec<Execution>, sqlx::Error> {
+    let ids = sqlx::query_scalar!(
+        r#"select id as "id!: ExecutionId" from (
+               (select id from executions where status in ('Pending', 'Running') order by seq desc limit $1)
+               union all
+               (select id from executions where ended_at > clock_timestamp() - interval '10 seconds' and status in ('Success', 'Failed')
+                 order by ended_at desc limit $1)
+           ) as of_late"#,
+        limit
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    find_all(conn, &ids).await
+}
+
+/// The first executions that wait, in the order in which they are claimed when nothing holds them back.
+pub async fn queue(conn: &mut PgConnection, limit: i64) -> Result<Vec<ExecutionId>, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"select id as "id: ExecutionId" from executions where status = 'Pending' order by priority desc, seq limit $1"#,
+        limit
+    )
+    .fetch_all(conn)
+    .await
 }

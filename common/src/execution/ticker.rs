@@ -8,7 +8,10 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::lease::{Rescue, rescue};
+use super::{
+    expire::expire,
+    lease::{Rescue, rescue},
+};
 use crate::{
     config::Timing,
     db::{Db, DbError},
@@ -43,6 +46,10 @@ impl Rescuer {
                 true => self.rescue().await.map(|_| ()),
                 false => self.db.ping(self.timing.heartbeat_timeout).await,
             };
+            let result = match result {
+                Ok(()) => self.expire().await,
+                error => error,
+            };
             match result {
                 Ok(()) => self.contact().kept(asked),
                 Err(error) => {
@@ -75,6 +82,15 @@ impl Rescuer {
         // A gap is an outage too: this process may have been stopped, and does not know what happened meanwhile.
         contact.expect_within(now, self.timing.ticker * 2 + self.timing.heartbeat_timeout);
         contact.unbroken_for(now) >= self.timing.lease
+    }
+
+    async fn expire(&self) -> Result<(), DbError> {
+        let expired = self.db.within(self.timing.heartbeat_timeout, async |conn| expire(conn).await).await?;
+        if !expired.is_empty() {
+            tracing::info!(count = expired.len(), "ended runs that were not started in time");
+            self.wakeups.tell(Notice::Changed(expired));
+        }
+        Ok(())
     }
 
     async fn rescue(&self) -> Result<usize, DbError> {

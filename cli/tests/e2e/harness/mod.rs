@@ -116,9 +116,22 @@ pub struct Builder {
     workers: usize,
     env: BTreeMap<String, String>,
     limit: i32,
+    contract_limits: bool,
 }
 
 impl Builder {
+    /// The rate limits of the contract instead of none to speak of.
+    pub fn contract_limits(mut self) -> Self {
+        self.contract_limits = true;
+        self
+    }
+
+    /// So many API processes.
+    pub fn apis(mut self, n: usize) -> Self {
+        self.apis = n;
+        self
+    }
+
     /// So many workers.
     pub fn workers(mut self, n: usize) -> Self {
         self.workers = n;
@@ -161,6 +174,8 @@ impl Builder {
             ("DBACKUP_LOCAL_PATHS", scratch.display().to_string()),
             ("DBACKUP_RETRY_PAUSE_MS", "200".to_owned()),
             ("DBACKUP_LOG_FORMAT", "json".to_owned()),
+            // A busy test machine is not a Redis that is away.
+            ("DBACKUP_REDIS_TIMEOUT_MS", "2000".to_owned()),
         ] {
             env.entry(name.to_owned()).or_insert(value);
         }
@@ -169,6 +184,13 @@ impl Builder {
             .execute(&pool)
             .await
             .expect("sets the limit");
+        if !self.contract_limits {
+            sqlx::query("insert into settings values ('rateLimit', $1)")
+                .bind(json!({ "read": { "limit": 1_000_000 }, "write": { "limit": 1_000_000 }, "signIn": { "limit": 1_000_000 } }))
+                .execute(&pool)
+                .await
+                .expect("raises the limits");
+        }
         let mut cluster = Cluster {
             apis: Vec::new(),
             workers: Vec::new(),
@@ -220,7 +242,7 @@ impl Cluster {
         ] {
             env.insert(name.to_owned(), value);
         }
-        Builder { apis: 2, workers: 2, env, limit: 4 }
+        Builder { apis: 2, workers: 2, env, limit: 4, contract_limits: false }
     }
 
     /// The default.
@@ -262,7 +284,7 @@ impl Cluster {
     pub async fn scoped_key(&self, permissions: &[&str], jobs: Option<Vec<common::id::JobId>>) -> String {
         let mut conn = self.pool.acquire().await.expect("a connection");
         let permissions = PermissionSet::parse(permissions).expect("permissions");
-        let new = NewApiKey { name: "test".to_owned(), permissions, jobs, expires_at: None };
+        let new = NewApiKey { name: "test".to_owned(), permissions, jobs, ..NewApiKey::default() };
         api_key::create(&mut conn, &new).await.expect("a key").1.expose().to_owned()
     }
 

@@ -1,7 +1,12 @@
 //! API keys: `dbm_`, 40 random base62 characters, and 6 base62 characters of CRC-32 over what stands before
 //! them, so that a typo or a secret scanner needs no database. Only the SHA-256 is stored.
 
+mod manage;
+
+use std::{net::IpAddr, time::Duration};
+
 use chrono::{DateTime, Utc};
+use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
@@ -9,6 +14,10 @@ use sqlx::PgConnection;
 use crate::{
     id::{ApiKeyId, JobId},
     permission::PermissionSet,
+};
+
+pub use manage::{
+    Filter, KeyChange, KeyInfo, KeyLimits, NewApiKey, Use, create, delete, find, list, record_uses, rotate, update,
 };
 
 const PREFIX: &str = "dbm_";
@@ -21,7 +30,7 @@ const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop
 pub struct PlainKey(SecretString);
 
 /// What the database knows of a key.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HashedKey([u8; 32]);
 
 impl PlainKey {
@@ -46,6 +55,11 @@ impl PlainKey {
     /// The text, to be shown to its owner once.
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
+    }
+
+    /// Its first characters, which tell keys apart for people: 24 of its 238 bits.
+    pub fn hint(&self) -> String {
+        self.expose().chars().take(PREFIX.len() + 4).collect()
     }
 
     /// What is stored and looked up.
@@ -75,12 +89,18 @@ pub struct ApiKey {
     pub permissions: PermissionSet,
     /// The only jobs it sees, when it is scoped.
     pub jobs: Option<Vec<JobId>>,
+    /// The only networks it may be used from, when it is scoped.
+    pub networks: Option<Vec<IpNet>>,
+    /// Limits of its own, in place of those per address.
+    pub limits: KeyLimits,
+    /// Refused from this moment on.
+    pub expires_at: Option<DateTime<Utc>>,
 }
 
 impl ApiKey {
-    /// Whether this key may see and trigger a job.
-    pub fn sees(&self, job: JobId) -> bool {
-        self.jobs.as_ref().is_none_or(|jobs| jobs.contains(&job))
+    /// Whether it may be used from an address.
+    pub fn allows_address(&self, address: IpAddr) -> bool {
+        self.networks.as_ref().is_none_or(|networks| networks.iter().any(|network| network.contains(&address)))
     }
 }
 
@@ -88,71 +108,71 @@ impl ApiKey {
 #[derive(Clone, Debug)]
 pub enum Lookup {
     /// It may be used.
-    Valid(ApiKey),
+    Valid(Box<ApiKey>),
     /// No such key.
     Unknown,
     /// Switched off by an administrator.
     Disabled,
     /// Past its expiry.
     Expired,
+    /// A secret from before the last rotation, past its grace.
+    Rotated,
 }
 
-/// A key about to be made.
+/// A look-up, and for how long its answer holds.
 #[derive(Clone, Debug)]
-pub struct NewApiKey {
-    /// Name for people.
-    pub name: String,
-    /// What it may do.
-    pub permissions: PermissionSet,
-    /// The only jobs it sees; `None` for all.
-    pub jobs: Option<Vec<JobId>>,
-    /// Refused from this moment on.
-    pub expires_at: Option<DateTime<Utc>>,
-}
-
-/// Stores a new key and returns it with the plain text, which is not stored.
-pub async fn create(conn: &mut PgConnection, new: &NewApiKey) -> Result<(ApiKeyId, PlainKey), sqlx::Error> {
-    let (id, plain) = (ApiKeyId::new(), PlainKey::generate());
-    sqlx::query!(
-        "insert into api_keys (id, name, secret_hash, permissions, job_ids, expires_at) values ($1, $2, $3, $4, $5, $6)",
-        id as _,
-        new.name,
-        &plain.hash().0[..],
-        &new.permissions.names(),
-        new.jobs.as_deref() as _,
-        new.expires_at,
-    )
-    .execute(conn)
-    .await?;
-    Ok((id, plain))
+pub struct LookedUp {
+    /// What was found.
+    pub lookup: Lookup,
+    /// The epoch of that moment: an answer of another epoch must be asked for again.
+    pub epoch: i64,
+    /// Until its expiry, or the end of its grace, by the database's clock.
+    pub good_for: Option<Duration>,
 }
 
 /// Looks a key up by its hash. The comparison happens in an index over SHA-256 values, which an attacker cannot
-/// steer, so its timing tells nothing of a stored key.
-pub async fn look_up(conn: &mut PgConnection, key: &HashedKey) -> Result<Lookup, sqlx::Error> {
+/// steer, so its timing tells nothing of a stored key. One statement, so that key and epoch are of one snapshot.
+pub async fn look_up(conn: &mut PgConnection, key: &HashedKey) -> Result<LookedUp, sqlx::Error> {
     let row = sqlx::query!(
-        r#"select id as "id: ApiKeyId", name, permissions, job_ids as "job_ids: Vec<JobId>", enabled,
-                  coalesce(expires_at <= clock_timestamp(), false) as "expired!"
-             from api_keys where secret_hash = $1"#,
+        r#"select e.epoch, k.id as "id?: ApiKeyId", k.name as "name?", k.permissions as "permissions?",
+                  k.job_ids as "job_ids?: Vec<JobId>", k.networks as "networks?", k.read_limit as "read_limit?",
+                  k.write_limit as "write_limit?", k.expires_at as "expires_at?", coalesce(k.enabled, false) as "enabled!",
+                  coalesce(k.expires_at <= clock_timestamp(), false) as "expired!",
+                  coalesce(k.secret_hash <> $1 and k.previous_until <= clock_timestamp(), false) as "rotated!",
+                  extract(epoch from least(k.expires_at, case when k.secret_hash <> $1 then k.previous_until end)
+                                     - clock_timestamp())::float8 as good_for_seconds
+             from auth_epoch e left join api_keys k on k.secret_hash = $1 or k.previous_hash = $1"#,
         &key.0[..]
     )
-    .fetch_optional(conn)
+    .fetch_one(conn)
     .await?;
-    Ok(match row {
-        None => Lookup::Unknown,
-        Some(row) if !row.enabled => Lookup::Disabled,
-        Some(row) if row.expired => Lookup::Expired,
-        Some(row) => Lookup::Valid(ApiKey {
-            id: row.id,
-            name: row.name,
-            // A name that this version does not know grants nothing.
-            permissions: PermissionSet::parse(
-                &row.permissions.into_iter().filter(|p| PermissionSet::parse(&[p]).is_ok()).collect::<Vec<_>>(),
-            )
-            .unwrap_or_default(),
+    let good_for = row.good_for_seconds.map(|s| Duration::from_secs_f64(s.clamp(0.0, 1e9)));
+    let lookup = match (row.id, row.name) {
+        (Some(_), Some(_)) if row.rotated => Lookup::Rotated,
+        (Some(_), Some(_)) if !row.enabled => Lookup::Disabled,
+        (Some(_), Some(_)) if row.expired => Lookup::Expired,
+        (Some(id), Some(name)) => Lookup::Valid(Box::new(ApiKey {
+            id,
+            name,
+            permissions: PermissionSet::of_stored(row.permissions.unwrap_or_default()),
             jobs: row.job_ids,
-        }),
-    })
+            networks: row.networks.map(|networks| networks_of_stored(&networks)),
+            limits: KeyLimits { read: row.read_limit, write: row.write_limit },
+            expires_at: row.expires_at,
+        })),
+        _ => Lookup::Unknown,
+    };
+    Ok(LookedUp { lookup, epoch: row.epoch, good_for })
+}
+
+/// The epoch in force: see the table `auth_epoch`.
+pub async fn auth_epoch(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar!("select epoch from auth_epoch").fetch_one(conn).await
+}
+
+/// What this version does not understand allows nothing.
+fn networks_of_stored(networks: &[String]) -> Vec<IpNet> {
+    networks.iter().filter_map(|network| network.parse().ok()).collect()
 }
 
 #[cfg(test)]

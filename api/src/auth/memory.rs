@@ -1,0 +1,163 @@
+//! What a process remembers of keys and settings, and for how long it may.
+//!
+//! A memory counts only while the database's `auth_epoch` was seen unchanged within the last half second; otherwise
+//! the process asks. So a key that is disabled, rotated or deleted is refused by every process within that time, also
+//! where a notification would be lost, and a busy process asks twice a second instead of once a request.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use common::{
+    api_key::{self, HashedKey, Lookup, Use},
+    db::{Db, DbError},
+    id::ApiKeyId,
+    setting::{self, Settings},
+};
+
+/// How long a confirmation of the epoch counts, from when it was asked for.
+const TRUST: Duration = Duration::from_millis(500);
+/// Longest time of a question.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time that a request waits to hear of changed settings.
+const SETTINGS_TIMEOUT: Duration = Duration::from_millis(100);
+/// Keys remembered at once.
+const MOST_KEYS: usize = 10_000;
+/// Shortest time between two records of a key's last use.
+const USE_EVERY: Duration = Duration::from_secs(60);
+
+/// See the module.
+pub struct Memory {
+    db: Db,
+    state: Mutex<State>,
+    /// One question about the epoch at a time; the others wait for its answer.
+    asking: tokio::sync::Mutex<()>,
+    uses: Mutex<HashMap<ApiKeyId, LastUse>>,
+}
+
+#[derive(Default)]
+struct State {
+    epoch: i64,
+    confirmed: Option<Instant>,
+    settings: Arc<Settings>,
+    keys: HashMap<HashedKey, Remembered>,
+}
+
+struct Remembered {
+    lookup: Lookup,
+    epoch: i64,
+    until: Option<Instant>,
+}
+
+struct LastUse {
+    address: IpAddr,
+    /// Used since it was last recorded.
+    fresh: bool,
+    recorded: Option<Instant>,
+}
+
+impl Memory {
+    /// Remembers nothing yet.
+    pub fn new(db: Db) -> Self {
+        Self { db, state: Mutex::default(), asking: tokio::sync::Mutex::new(()), uses: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn confirmed_epoch(&self) -> Option<i64> {
+        let state = self.state();
+        state.confirmed.filter(|at| at.elapsed() < TRUST).map(|_| state.epoch)
+    }
+
+    /// The epoch in force, asked for when the last answer is too old.
+    pub async fn epoch(&self) -> Result<i64, DbError> {
+        if let Some(epoch) = self.confirmed_epoch() {
+            return Ok(epoch);
+        }
+        let _turn = self.asking.lock().await;
+        if let Some(epoch) = self.confirmed_epoch() {
+            return Ok(epoch);
+        }
+        // Counted from before the question: what changed while it was under way may be missing in the answer.
+        let asked = Instant::now();
+        let known = {
+            let state = self.state();
+            state.confirmed.map(|_| state.epoch)
+        };
+        let ask = async |conn: &mut sqlx::PgConnection| {
+            let epoch = api_key::auth_epoch(conn).await?;
+            let settings = if known == Some(epoch) { None } else { Some(setting::read(conn).await?) };
+            Ok((epoch, settings))
+        };
+        let (epoch, settings) = self.db.within(TIMEOUT, ask).await?;
+        let mut state = self.state();
+        state.epoch = epoch;
+        state.confirmed = Some(asked);
+        if let Some(settings) = settings {
+            state.settings = Arc::new(settings);
+            state.keys.retain(|_, key| key.epoch == epoch);
+        }
+        Ok(epoch)
+    }
+
+    /// Looks a key up.
+    pub async fn look_up(&self, hash: &HashedKey) -> Result<Lookup, DbError> {
+        let epoch = self.epoch().await?;
+        if let Some(key) = self.state().keys.get(hash)
+            && key.epoch == epoch
+            && key.until.is_none_or(|until| Instant::now() < until)
+        {
+            return Ok(key.lookup.clone());
+        }
+        let asked = Instant::now();
+        let found = self.db.within(TIMEOUT, async |conn| api_key::look_up(conn, hash).await).await?;
+        let mut state = self.state();
+        if state.keys.len() >= MOST_KEYS {
+            state.keys.clear();
+        }
+        let until = found.good_for.map(|good_for| asked + good_for);
+        state.keys.insert(hash.clone(), Remembered { lookup: found.lookup.clone(), epoch: found.epoch, until });
+        Ok(found.lookup)
+    }
+
+    /// The settings, at most half a second old; the last known ones (or the defaults) when the database does not
+    /// answer at once.
+    pub async fn settings_or_last(&self) -> Arc<Settings> {
+        let _ = tokio::time::timeout(SETTINGS_TIMEOUT, self.epoch()).await;
+        self.state().settings.clone()
+    }
+
+    /// Notes a use of a key, to be recorded with others.
+    pub fn used(&self, key: ApiKeyId, address: IpAddr) {
+        let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = uses.entry(key).or_insert(LastUse { address, fresh: true, recorded: None });
+        (last.address, last.fresh) = (address, true);
+    }
+
+    /// Records the uses that are due. A failure costs a line of the list of keys, so it is only told.
+    pub async fn record_uses(&self) {
+        let due: Vec<Use> = {
+            let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
+            uses.retain(|_, last| last.fresh || last.recorded.is_some_and(|at| at.elapsed() < USE_EVERY));
+            let due = uses
+                .iter_mut()
+                .filter(|(_, last)| last.fresh && last.recorded.is_none_or(|at| at.elapsed() >= USE_EVERY));
+            due.map(|(key, last)| {
+                (last.fresh, last.recorded) = (false, Some(Instant::now()));
+                Use { key: *key, address: last.address }
+            })
+            .collect()
+        };
+        if due.is_empty() {
+            return;
+        }
+        if let Err(error) = self.db.within(TIMEOUT, async |conn| api_key::record_uses(conn, &due).await).await {
+            tracing::debug!(error = %common::error::Chain(&error), "the last uses of keys could not be recorded");
+        }
+    }
+}

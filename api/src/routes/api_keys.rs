@@ -1,0 +1,351 @@
+//! `/api/api-keys`. Nobody grants what they do not hold: not by a new key, nor by a change, a rotation or a switch of
+//! one that can do more.
+
+use std::time::Duration;
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    http::{StatusCode, Uri},
+    response::{IntoResponse, Response},
+};
+use chrono::{DateTime, Utc};
+use common::{
+    api_key::{self, Filter, KeyChange, KeyInfo, KeyLimits, NewApiKey},
+    audit::Event,
+    connection::FieldProblem,
+    id::{ApiKeyId, JobId, Reference},
+    job,
+    permission::PermissionSet,
+};
+use ipnet::IpNet;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Check, data, fields_of, page, present};
+use crate::{
+    auth::Caller,
+    error::ApiError,
+    extract::{Body, ListQuery, Query, RawBody, Segment, parse},
+    state::AppState,
+};
+
+/// A key as a client sends it; PUT takes any subset.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KeyBody {
+    name: Option<String>,
+    permissions: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "present")]
+    job_ids: Option<Option<Vec<String>>>,
+    #[serde(default, deserialize_with = "present")]
+    networks: Option<Option<Vec<String>>>,
+    #[serde(default, deserialize_with = "present")]
+    rate_limit: Option<Option<LimitsBody>>,
+    #[serde(default, deserialize_with = "present")]
+    expires_at: Option<Option<DateTime<Utc>>>,
+    enabled: Option<bool>,
+}
+
+/// Limits of a key's own.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LimitsBody {
+    read: Option<i32>,
+    write: Option<i32>,
+}
+
+impl KeyBody {
+    /// The key as it shall be, with what is left out taken from `old`.
+    async fn whole(self, state: &AppState, caller: &Caller, old: Option<&KeyInfo>) -> Result<KeyChange, ApiError> {
+        let mut check = Check::default();
+        let jobs = match self.job_ids {
+            None => old.and_then(|old| old.job_ids.clone()),
+            Some(None) => None,
+            Some(Some(names)) => Some(jobs_of(state, caller, &names, &mut check).await?),
+        };
+        let permissions = match (&self.permissions, old) {
+            (Some(names), _) => PermissionSet::parse(names).unwrap_or_else(|problem| {
+                check.refuse("permissions", &problem);
+                PermissionSet::default()
+            }),
+            (None, Some(old)) => old.permission_set(),
+            (None, None) => PermissionSet::default(),
+        };
+        let networks = match self.networks {
+            None => old.and_then(KeyInfo::parsed_networks),
+            Some(None) => None,
+            Some(Some(networks)) => Some(networks_of(&networks, &mut check)),
+        };
+        let limits = match self.rate_limit {
+            None => old.map(|old| old.rate_limit).unwrap_or_default(),
+            Some(limits) => limits.map(|l| KeyLimits { read: l.read, write: l.write }).unwrap_or_default(),
+        };
+        let whole = KeyChange {
+            name: self.name.or(old.map(|old| old.name.clone())).unwrap_or_default(),
+            permissions,
+            jobs,
+            networks,
+            limits,
+            expires_at: self.expires_at.unwrap_or(old.and_then(|old| old.expires_at)),
+            enabled: self.enabled.or(old.map(|old| old.enabled)).unwrap_or(true),
+        };
+        check_whole(&whole, &mut check);
+        check.done()?;
+        Ok(whole)
+    }
+}
+
+fn check_whole(key: &KeyChange, check: &mut Check) {
+    check.name(&key.name);
+    if key.name.chars().any(char::is_control) {
+        check.refuse("name", "must have no control character");
+    }
+    if key.permissions.is_empty() && check.0.iter().all(|problem| problem.field != "permissions") {
+        check.refuse(
+            "permissions",
+            "is required: a list such as [\"jobs:execute\", \"history:read\"], or [\"*\"] for all",
+        );
+    }
+    for (field, limit) in [("rateLimit.read", key.limits.read), ("rateLimit.write", key.limits.write)] {
+        if limit.is_some_and(|n| !(1..=1_000_000).contains(&n)) {
+            check.refuse(field, "must be between 1 and 1000000, or null for the limit per address");
+        }
+    }
+}
+
+async fn jobs_of(
+    state: &AppState,
+    caller: &Caller,
+    names: &[String],
+    check: &mut Check,
+) -> Result<Vec<JobId>, ApiError> {
+    let mut jobs = Vec::new();
+    if !(1..=1_000).contains(&names.len()) {
+        check.refuse("jobIds", "must name between 1 and 1000 jobs, or be null for all");
+        return Ok(jobs);
+    }
+    for (position, name) in names.iter().enumerate() {
+        let reference = Reference::new(name);
+        let found = state.ask(async |conn| job::find(conn, &reference).await).await?;
+        match found.filter(|job| caller.sees(job.id)) {
+            Some(job) => jobs.push(job.id),
+            None => check.refuse(&format!("jobIds.{position}"), "there is no such job"),
+        }
+    }
+    Ok(jobs)
+}
+
+fn networks_of(networks: &[String], check: &mut Check) -> Vec<IpNet> {
+    if !(1..=100).contains(&networks.len()) {
+        check.refuse("networks", "must name between 1 and 100 networks, or be null for all");
+    }
+    let parsed = networks.iter().enumerate().filter_map(|(position, text)| {
+        let network = text.parse().ok().or_else(|| text.parse().ok().map(|address: std::net::IpAddr| address.into()));
+        if network.is_none() {
+            check.refuse(&format!("networks.{position}"), "must be a network such as 10.0.0.0/8, or an address");
+        }
+        network
+    });
+    parsed.collect()
+}
+
+/// What would be granted.
+struct Grant<'a> {
+    permissions: &'a PermissionSet,
+    jobs: Option<&'a [JobId]>,
+    networks: Option<&'a [IpNet]>,
+    expires_at: Option<DateTime<Utc>>,
+}
+
+impl<'a> Grant<'a> {
+    fn of(key: &'a KeyChange) -> Self {
+        Self {
+            permissions: &key.permissions,
+            jobs: key.jobs.as_deref(),
+            networks: key.networks.as_deref(),
+            expires_at: key.expires_at,
+        }
+    }
+
+    /// Refuses what the caller does not hold itself, with the field that goes too far.
+    fn check(&self, caller: &Caller) -> Result<(), ApiError> {
+        let mut fields = Vec::new();
+        let lacking = caller.permissions().lacking(self.permissions);
+        if !lacking.is_empty() {
+            fields.push(FieldProblem::new("permissions", format!("you do not hold {} yourself", lacking.join(", "))));
+        }
+        if caller.only().is_some_and(|mine| self.jobs.is_none_or(|jobs| jobs.iter().any(|job| !mine.contains(job)))) {
+            fields.push(FieldProblem::new("jobIds", "must name only jobs that you see yourself"));
+        }
+        let inside = |network: &IpNet, mine: &[IpNet]| mine.iter().any(|own| own.contains(network));
+        if caller
+            .networks()
+            .is_some_and(|mine| self.networks.is_none_or(|n| n.iter().any(|network| !inside(network, mine))))
+        {
+            fields.push(FieldProblem::new("networks", "must lie inside the networks that you may call from"));
+        }
+        if caller.expires_at().is_some_and(|mine| self.expires_at.is_none_or(|theirs| theirs > mine)) {
+            fields.push(FieldProblem::new("expiresAt", "must not be later than your own"));
+        }
+        if fields.is_empty() {
+            return Ok(());
+        }
+        let text: Vec<String> = fields.iter().map(|f| format!("{}: {}", f.field, f.message)).collect();
+        let error = format!("nobody grants what they do not hold: {}", text.join("; "));
+        Err(ApiError::new(StatusCode::FORBIDDEN, "grant_exceeds", error).with_fields(fields))
+    }
+}
+
+fn may_grant(caller: &Caller, key: &KeyInfo) -> Result<(), ApiError> {
+    let (permissions, networks) = (key.permission_set(), key.parsed_networks());
+    let grant = Grant {
+        permissions: &permissions,
+        jobs: key.job_ids.as_deref(),
+        networks: networks.as_deref(),
+        expires_at: key.expires_at,
+    };
+    grant.check(caller)
+}
+
+fn not_found() -> ApiError {
+    ApiError::not_found("API key", "api_key_not_found")
+}
+
+async fn find(state: &AppState, id: &str) -> Result<KeyInfo, ApiError> {
+    let id: ApiKeyId = id.parse().map_err(|_| not_found())?;
+    state.ask(async |conn| api_key::find(conn, id).await).await?.ok_or_else(not_found)
+}
+
+/// A key with its secret, which is shown this once.
+fn with_secret(key: &KeyInfo, secret: &str) -> Value {
+    let mut value = json!(key);
+    value["key"] = secret.into();
+    value
+}
+
+/// A page of keys; never a secret.
+pub async fn list(
+    State(state): State<AppState>,
+    uri: Uri,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let filter = Filter { id: None, limit: query.limit()?, cursor: query.cursor()?, name: query.name };
+    let keys = state.ask(async |conn| api_key::list(conn, &filter).await).await?;
+    Ok(page(&keys, &uri, false))
+}
+
+/// Makes a key; its secret is in this answer and nowhere else.
+pub async fn create(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Body(body): Body<KeyBody>,
+) -> Result<Response, ApiError> {
+    let whole = body.whole(&state, &caller, None).await?;
+    Grant::of(&whole).check(&caller)?;
+    if !whole.enabled {
+        return Err(ApiError::invalid(vec![FieldProblem::new("enabled", "a new key is enabled: leave it out")]));
+    }
+    let new = NewApiKey {
+        name: whole.name,
+        permissions: whole.permissions,
+        jobs: whole.jobs,
+        networks: whole.networks,
+        limits: whole.limits,
+        expires_at: whole.expires_at,
+        created_by: Some(caller.name().to_owned()),
+    };
+    let (key, secret) = state
+        .change(&caller, async |conn| {
+            let (id, secret) = api_key::create(conn, &new).await?;
+            let key = api_key::find(conn, id).await?.ok_or(sqlx::Error::RowNotFound)?;
+            let event = Event::new("api-key.create", id, &new.name).with(json!({ "permissions": key.permissions }));
+            Ok(((key, secret), vec![event]))
+        })
+        .await?;
+    Ok((StatusCode::CREATED, data(&with_secret(&key, secret.expose()))).into_response())
+}
+
+/// One key.
+pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
+    Ok(data(&find(&state, &id).await?))
+}
+
+/// Changes some fields. Switching a key off or taking rights away needs no rights of its own.
+pub async fn update(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+    RawBody(raw): RawBody,
+) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, &id).await?;
+    let body: KeyBody = parse(&raw)?;
+    let only_off = body.enabled == Some(false) && fields_of(&raw)["fields"] == json!(["enabled"]);
+    let whole = body.whole(&state, &caller, Some(&old)).await?;
+    if !only_off {
+        Grant::of(&whole).check(&caller)?;
+    }
+    let key = state
+        .change(&caller, async |conn| {
+            let key = api_key::update(conn, old.id, &whole).await?;
+            let event = Event::new("api-key.update", old.id, &whole.name).with(fields_of(&raw));
+            let events = if key.is_some() { vec![event] } else { Vec::new() };
+            Ok((key, events))
+        })
+        .await?;
+    Ok(data(&key.ok_or_else(not_found)?))
+}
+
+/// Body of a rotation.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RotateBody {
+    #[serde(default)]
+    grace_seconds: u64,
+}
+
+/// Longest grace of an old secret: 30 days.
+const MOST_GRACE: u64 = 2_592_000;
+
+/// Gives a key a new secret; the old one counts for the grace period, or no more.
+pub async fn rotate(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+    Body(body): Body<RotateBody>,
+) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, &id).await?;
+    may_grant(&caller, &old)?;
+    if body.grace_seconds > MOST_GRACE {
+        return Err(ApiError::invalid(vec![FieldProblem::new("graceSeconds", "must be at most 2592000 (30 days)")]));
+    }
+    let rotated = state
+        .change(&caller, async |conn| {
+            let secret = api_key::rotate(conn, old.id, Duration::from_secs(body.grace_seconds)).await?;
+            let key = api_key::find(conn, old.id).await?;
+            let event =
+                Event::new("api-key.rotate", old.id, &old.name).with(json!({ "graceSeconds": body.grace_seconds }));
+            let events = if secret.is_some() { vec![event] } else { Vec::new() };
+            Ok((key.zip(secret), events))
+        })
+        .await?;
+    let (key, secret) = rotated.ok_or_else(not_found)?;
+    Ok(data(&with_secret(&key, secret.expose())))
+}
+
+/// Deletes a key.
+pub async fn delete(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+) -> Result<Json<Value>, ApiError> {
+    let old = find(&state, &id).await?;
+    let deleted = state
+        .change(&caller, async |conn| {
+            let deleted = api_key::delete(conn, old.id).await?;
+            let events = if deleted { vec![Event::new("api-key.delete", old.id, &old.name)] } else { Vec::new() };
+            Ok((deleted, events))
+        })
+        .await?;
+    if deleted { Ok(Json(json!({ "success": true }))) } else { Err(not_found()) }
+}

@@ -1,0 +1,97 @@
+//! `/api/runs`: many jobs by one request.
+
+use axum::{Extension, extract::State, http::HeaderMap, response::Response};
+use common::{
+    connection::FieldProblem,
+    execution::{
+        enqueue::Enqueued,
+        group::{self, GroupEnqueued, MAX_MEMBERS},
+    },
+    id::Reference,
+    job,
+    label::Labels,
+    queue::Notice,
+};
+use serde::Deserialize;
+
+use super::executions::{Accepted, How, RunBody, accepted_of, idempotency, key_reused};
+use crate::{
+    auth::Caller,
+    error::ApiError,
+    extract::{RawBody, parse},
+    state::AppState,
+};
+
+/// Which jobs to run; the other fields are those of one run.
+#[derive(Debug, Deserialize)]
+struct Which {
+    jobs: Option<Vec<String>>,
+    selector: Option<Labels>,
+}
+
+/// Triggers all of the jobs or none of them, in one transaction and one unit of the rate limit.
+pub async fn create(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    RawBody(raw): RawBody,
+) -> Result<Response, ApiError> {
+    let mut fields: serde_json::Map<String, serde_json::Value> = parse(&raw)?;
+    let which = ["jobs", "selector"].into_iter().filter_map(|name| Some((name.to_owned(), fields.remove(name)?)));
+    let which: Which = parse(&serde_json::to_vec(&which.collect::<serde_json::Map<_, _>>()).unwrap_or_default())?;
+    let body: RunBody = parse(&serde_json::to_vec(&fields).unwrap_or_default())?;
+    body.check()?;
+    let jobs = jobs_of(&state, &caller, which).await?;
+    let idempotency = idempotency(&headers, &caller, &raw)?;
+    let requests: Vec<_> = jobs.iter().map(|job| body.request(job.clone(), &caller, None)).collect();
+    let made = state.ask(async |conn| group::enqueue(conn, &requests, idempotency.as_ref()).await).await?;
+    let accepted = match made {
+        GroupEnqueued::Made(id) => {
+            tracing::info!(group = %id, members = jobs.len(), caller = caller.name(), "triggered");
+            state.wakeups.tell(Notice::Work);
+            Accepted { id, how: How::New }
+        }
+        GroupEnqueued::Replayed(id) => Accepted { id, how: How::Replayed },
+        GroupEnqueued::KeyReused => return Err(key_reused()),
+        GroupEnqueued::Refused(refused) => return Err(refusal(refused)),
+    };
+    accepted.answer(&state, &caller, body.wait_until()).await
+}
+
+async fn jobs_of(state: &AppState, caller: &Caller, which: Which) -> Result<Vec<Reference>, ApiError> {
+    let jobs = match (which.jobs, which.selector) {
+        (Some(jobs), None) => jobs.into_iter().map(Reference::new).collect::<Vec<_>>(),
+        (None, Some(labels)) if !labels.is_empty() => {
+            let most = i64::try_from(MAX_MEMBERS).unwrap_or(i64::MAX) + 1;
+            let filter = job::Filter { labels, only: caller.only(), limit: Some(most), ..Default::default() };
+            let found = state.ask(async |conn| job::list(conn, &filter).await).await?;
+            found.rows.into_iter().map(|job| Reference::new(job.id.to_string())).collect()
+        }
+        _ => {
+            let text = "give either 'jobs' (ids or slugs) or 'selector' (labels, at least one)";
+            return Err(ApiError::invalid(vec![FieldProblem::new("jobs", text)]));
+        }
+    };
+    match jobs.len() {
+        0 => Err(ApiError::invalid(vec![FieldProblem::new("jobs", "no job is meant: nothing would run")])),
+        n if n > MAX_MEMBERS => Err(ApiError::invalid(vec![FieldProblem::new(
+            "jobs",
+            format!("{n} jobs are meant, but at most {MAX_MEMBERS} may be"),
+        )])),
+        _ => Ok(jobs),
+    }
+}
+
+/// The whole request is refused as its first member would be, and each refused member is named.
+fn refusal(refused: Vec<(usize, Enqueued)>) -> ApiError {
+    let mut fields = Vec::new();
+    let mut first = None;
+    for (position, outcome) in refused {
+        if let Err(error) = accepted_of(outcome) {
+            fields.push(FieldProblem::new(format!("jobs.{position}"), error.text()));
+            first.get_or_insert(error);
+        }
+    }
+    let first = first.unwrap_or_else(|| ApiError::not_found("Job", "job_not_found"));
+    first.with_fields(fields)
+}

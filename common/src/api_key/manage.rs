@@ -1,0 +1,293 @@
+//! Keys as their administrators see them: made, listed, changed, rotated, deleted.
+
+use std::{net::IpAddr, time::Duration};
+
+use chrono::{DateTime, Utc};
+use ipnet::IpNet;
+use serde::Serialize;
+use sqlx::PgConnection;
+
+use super::{PlainKey, networks_of_stored};
+use crate::{
+    id::{ApiKeyId, JobId},
+    page::{Page, fetch_limit},
+    permission::PermissionSet,
+};
+
+/// Requests in a window, in place of the limits per address; `None` leaves those in force.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct KeyLimits {
+    /// GET and HEAD.
+    pub read: Option<i32>,
+    /// POST, PUT, PATCH and DELETE.
+    pub write: Option<i32>,
+}
+
+/// A key as it is shown; its secret is not in the database.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyInfo {
+    /// Its id.
+    pub id: ApiKeyId,
+    /// Its name for people.
+    pub name: String,
+    /// The first characters of its secret.
+    pub hint: String,
+    /// What it may do, by name.
+    pub permissions: Vec<String>,
+    /// The only jobs it sees; null for all.
+    pub job_ids: Option<Vec<JobId>>,
+    /// The only networks (CIDR) it may be used from; null for all.
+    pub networks: Option<Vec<String>>,
+    /// Limits of its own.
+    pub rate_limit: KeyLimits,
+    /// Switched off without being deleted when false.
+    pub enabled: bool,
+    /// Refused from this moment on.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    pub expires_at: Option<DateTime<Utc>>,
+    /// Until when the secret before the last rotation is taken too; null when there is none.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    pub previous_secret_until: Option<DateTime<Utc>>,
+    /// When it was made.
+    #[serde(serialize_with = "crate::time::millis")]
+    pub created_at: DateTime<Utc>,
+    /// Name of the caller who made it; null for the command line.
+    pub created_by: Option<String>,
+    /// Last use, to the minute.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    pub last_used_at: Option<DateTime<Utc>>,
+    /// Address of the client then.
+    pub last_used_address: Option<String>,
+}
+
+impl KeyInfo {
+    /// Its permissions as a set.
+    pub fn permission_set(&self) -> PermissionSet {
+        PermissionSet::of_stored(self.permissions.clone())
+    }
+
+    /// Its networks, parsed.
+    pub fn parsed_networks(&self) -> Option<Vec<IpNet>> {
+        self.networks.as_deref().map(networks_of_stored)
+    }
+}
+
+/// A key about to be made.
+#[derive(Clone, Debug, Default)]
+pub struct NewApiKey {
+    /// Name for people.
+    pub name: String,
+    /// What it may do.
+    pub permissions: PermissionSet,
+    /// The only jobs it sees; `None` for all.
+    pub jobs: Option<Vec<JobId>>,
+    /// The only networks it may be used from; `None` for all.
+    pub networks: Option<Vec<IpNet>>,
+    /// Limits of its own.
+    pub limits: KeyLimits,
+    /// Refused from this moment on.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// Name of the caller who makes it.
+    pub created_by: Option<String>,
+}
+
+/// A key as it shall be; the secret stays.
+#[derive(Clone, Debug)]
+pub struct KeyChange {
+    /// See [`NewApiKey`], for this and what follows.
+    pub name: String,
+    /// What it may do.
+    pub permissions: PermissionSet,
+    /// The only jobs it sees.
+    pub jobs: Option<Vec<JobId>>,
+    /// The only networks.
+    pub networks: Option<Vec<IpNet>>,
+    /// Limits of its own.
+    pub limits: KeyLimits,
+    /// Refused from this moment on.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// Whether it may be used.
+    pub enabled: bool,
+}
+
+fn text_of(networks: Option<&[IpNet]>) -> Option<Vec<String>> {
+    networks.map(|networks| networks.iter().map(IpNet::to_string).collect())
+}
+
+/// Stores a new key and returns it with the plain text, which is not stored.
+pub async fn create(conn: &mut PgConnection, new: &NewApiKey) -> Result<(ApiKeyId, PlainKey), sqlx::Error> {
+    let (id, plain) = (ApiKeyId::new(), PlainKey::generate());
+    let networks = text_of(new.networks.as_deref());
+    sqlx::query!(
+        "insert into api_keys (id, name, secret_hash, hint, permissions, job_ids, networks, read_limit, write_limit, expires_at, created_by)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        id as _,
+        new.name,
+        &plain.hash().0[..],
+        plain.hint(),
+        &new.permissions.names(),
+        new.jobs.as_deref() as _,
+        networks.as_deref(),
+        new.limits.read,
+        new.limits.write,
+        new.expires_at,
+        new.created_by,
+    )
+    .execute(conn)
+    .await?;
+    Ok((id, plain))
+}
+
+struct Row {
+    id: ApiKeyId,
+    name: String,
+    hint: String,
+    permissions: Vec<String>,
+    job_ids: Option<Vec<JobId>>,
+    networks: Option<Vec<String>>,
+    read_limit: Option<i32>,
+    write_limit: Option<i32>,
+    enabled: bool,
+    expires_at: Option<DateTime<Utc>>,
+    previous_until: Option<DateTime<Utc>>,
+    created_at: DateTime<Utc>,
+    created_by: Option<String>,
+    last_used_at: Option<DateTime<Utc>>,
+    last_used_address: Option<String>,
+}
+
+impl From<Row> for KeyInfo {
+    fn from(row: Row) -> Self {
+        Self {
+            id: row.id,
+            name: row.name,
+            hint: row.hint,
+            permissions: row.permissions,
+            job_ids: row.job_ids,
+            networks: row.networks,
+            rate_limit: KeyLimits { read: row.read_limit, write: row.write_limit },
+            enabled: row.enabled,
+            expires_at: row.expires_at,
+            previous_secret_until: row.previous_until,
+            created_at: row.created_at,
+            created_by: row.created_by,
+            last_used_at: row.last_used_at,
+            last_used_address: row.last_used_address,
+        }
+    }
+}
+
+/// Which keys a list shows.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Only this one.
+    pub id: Option<ApiKeyId>,
+    /// Part of the name, in any case.
+    pub name: Option<String>,
+    /// Rows on a page; `None` for all.
+    pub limit: Option<i64>,
+    /// The last id of the page before.
+    pub cursor: Option<uuid::Uuid>,
+}
+
+/// A page of keys, oldest first.
+pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<KeyInfo>, sqlx::Error> {
+    let rows = sqlx::query_as!(
+        Row,
+        r#"select id as "id: ApiKeyId", name, hint, permissions, job_ids as "job_ids: Vec<JobId>", networks, read_limit, write_limit,
+                  enabled, expires_at, case when previous_until > clock_timestamp() then previous_until end as previous_until,
+                  created_at, created_by, last_used_at, last_used_address
+             from api_keys
+            where ($1::uuid is null or id = $1)
+              and ($2::text is null or position(lower($2) in lower(name)) > 0)
+              and ($3::uuid is null or id > $3)
+            order by id
+            limit $4"#,
+        filter.id as _,
+        filter.name,
+        filter.cursor,
+        fetch_limit(filter.limit),
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(Page::cut(rows.into_iter().map(KeyInfo::from).collect(), filter.limit, |k| k.id.to_string()))
+}
+
+/// One key.
+pub async fn find(conn: &mut PgConnection, id: ApiKeyId) -> Result<Option<KeyInfo>, sqlx::Error> {
+    let mut page = list(conn, &Filter { id: Some(id), ..Filter::default() }).await?;
+    Ok(page.rows.pop())
+}
+
+/// Changes a key; `None` when it is gone.
+pub async fn update(conn: &mut PgConnection, id: ApiKeyId, change: &KeyChange) -> Result<Option<KeyInfo>, sqlx::Error> {
+    let networks = text_of(change.networks.as_deref());
+    let done = sqlx::query!(
+        "update api_keys
+            set name = $2, permissions = $3, job_ids = $4, networks = $5, read_limit = $6, write_limit = $7, expires_at = $8, enabled = $9
+          where id = $1",
+        id as _,
+        change.name,
+        &change.permissions.names(),
+        change.jobs.as_deref() as _,
+        networks.as_deref(),
+        change.limits.read,
+        change.limits.write,
+        change.expires_at,
+        change.enabled,
+    )
+    .execute(&mut *conn)
+    .await?;
+    if done.rows_affected() == 0 { Ok(None) } else { find(conn, id).await }
+}
+
+/// Gives a key a new secret; the old one is taken for `grace` more, and one from before it no longer. `None` when
+/// the key is gone.
+pub async fn rotate(conn: &mut PgConnection, id: ApiKeyId, grace: Duration) -> Result<Option<PlainKey>, sqlx::Error> {
+    let plain = PlainKey::generate();
+    let done = sqlx::query!(
+        "update api_keys
+            set previous_hash = secret_hash, previous_until = clock_timestamp() + $4::bigint * interval '1 millisecond',
+                secret_hash = $2, hint = $3
+          where id = $1",
+        id as _,
+        &plain.hash().0[..],
+        plain.hint(),
+        i64::try_from(grace.as_millis()).unwrap_or(i64::MAX),
+    )
+    .execute(conn)
+    .await?;
+    Ok((done.rows_affected() == 1).then_some(plain))
+}
+
+/// Deletes a key; `false` when there was none.
+pub async fn delete(conn: &mut PgConnection, id: ApiKeyId) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query!("delete from api_keys where id = $1", id as _).execute(conn).await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A use of a key, gathered by an API process.
+#[derive(Clone, Copy, Debug)]
+pub struct Use {
+    /// Which key.
+    pub key: ApiKeyId,
+    /// Address of the client.
+    pub address: IpAddr,
+}
+
+/// Records last uses, one statement for many keys: the row of a busy key is written once a minute by each process,
+/// not once a request.
+pub async fn record_uses(conn: &mut PgConnection, uses: &[Use]) -> Result<(), sqlx::Error> {
+    let keys: Vec<ApiKeyId> = uses.iter().map(|u| u.key).collect();
+    let addresses: Vec<String> = uses.iter().map(|u| u.address.to_string()).collect();
+    sqlx::query!(
+        "update api_keys k set last_used_at = clock_timestamp(), last_used_address = u.address
+           from unnest($1::uuid[], $2::text[]) as u (id, address) where k.id = u.id",
+        &keys[..] as _,
+        &addresses,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
