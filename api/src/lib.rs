@@ -43,6 +43,7 @@ pub async fn serve(
     wakeups: Wakeups,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
+    raise_open_files();
     Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
     let instance = db.within(ANSWER_TIMEOUT, async |conn| seal::instance_name(conn).await).await;
     let instance = instance.map_err(std::io::Error::other)?;
@@ -55,5 +56,15 @@ pub async fn serve(
             tracing::warn!("some requests were still open after {} s and were cut", DRAIN.as_secs());
             Ok(())
         }
+    }
+}
+
+/// Every waiting client is a connection: as many as the system lets this process have.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files could not be raised: fewer clients can wait at once");
     }
 }

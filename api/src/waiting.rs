@@ -36,10 +36,10 @@ const QUEUE_AGE: Duration = Duration::from_secs(1);
 /// How long the answer to a poll is kept back (unless the execution ends before), the longer the nearer its client is to
 /// its limit. Thirty scripts that poll every five seconds from one address would otherwise use up the minute in a
 /// third of it and then be refused, which ends them. Nothing up to a tenth of the limit, so that one client sees
-/// every answer at once; the longest hold at four fifths.
+/// every answer at once; the longest hold, a third of the window, at four fifths.
 pub fn pace(decision: &Decision) -> Duration {
     let used = 1.0 - f64::from(decision.remaining) / f64::from(decision.limit.max(1));
-    HOLD.mul_f64(((used - 0.1) / 0.7).clamp(0.0, 1.0))
+    HOLD.min(decision.window / 3).mul_f64(((used - 0.1) / 0.7).clamp(0.0, 1.0))
 }
 
 fn not_found() -> ApiError {

@@ -3,6 +3,7 @@
 mod commands;
 mod embedded;
 mod instance;
+mod keys;
 mod up;
 
 use std::path::PathBuf;
@@ -29,7 +30,7 @@ enum Command {
     Migrate,
     /// API keys
     #[command(subcommand)]
-    Key(commands::KeyCommand),
+    Key(keys::KeyCommand),
     /// Ask whether the instance's database answers and the encryption key fits
     Health,
 }
@@ -40,7 +41,7 @@ async fn main() {
     let done = match program.command {
         Command::Up(args) => up::run(program.data, *args).await,
         Command::Migrate => commands::migrate(program.data).await,
-        Command::Key(command) => commands::key(program.data, command).await,
+        Command::Key(command) => keys::run(program.data, command).await,
         Command::Health => commands::health(program.data).await,
     };
     std::process::exit(done.map_or_else(|error| error.report(), |()| 0));

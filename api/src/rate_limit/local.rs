@@ -38,18 +38,20 @@ impl LocalLimiter {
     /// Counts one request.
     pub fn check(&self, class: LimitClass, subject: Subject, rule: RateLimit) -> Decision {
         let buckets = self.buckets(rule);
-        let spacing = spacing(rule);
+        let (window, spacing) = (Duration::from_secs(rule.window_seconds.into()), spacing(rule));
         match buckets.check_key(&(class.name(), subject)) {
             Ok(state) => Decision {
                 allowed: true,
                 limit: rule.limit,
                 remaining: state.remaining_burst_capacity(),
+                window,
                 reset: spacing,
             },
             Err(until) => Decision {
                 allowed: false,
                 limit: rule.limit,
                 remaining: 0,
+                window,
                 reset: until.wait_time_from(self.clock.now()),
             },
         }

@@ -106,6 +106,8 @@ pub struct Decision {
     pub limit: u32,
     /// Requests that would still pass now.
     pub remaining: u32,
+    /// Length of the window.
+    pub window: Duration,
     /// Until one more would pass; of a request that passed, until its oldest companion leaves the window.
     pub reset: Duration,
 }

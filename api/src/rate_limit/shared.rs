@@ -86,7 +86,8 @@ impl SharedLimiter {
             Ok(Ok((allowed, remaining, reset))) => {
                 self.0.failures.store(0, Ordering::Relaxed);
                 let reset = Duration::from_micros(reset);
-                Some(Decision { allowed: allowed == 1, limit: rule.limit, remaining, reset })
+                let window = Duration::from_secs(rule.window_seconds.into());
+                Some(Decision { allowed: allowed == 1, limit: rule.limit, remaining, window, reset })
             }
             Ok(Err(error)) => {
                 self.0.failed(&error.to_string());

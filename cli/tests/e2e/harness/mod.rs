@@ -5,6 +5,7 @@ pub mod audit;
 pub mod otlp;
 pub mod process;
 pub mod proxy;
+pub mod redis;
 pub mod s3;
 pub mod source;
 
@@ -387,6 +388,14 @@ impl Cluster {
 
     /// One number from the cluster's database.
     pub async fn count(&self, query: &str) -> i64 {
+        sqlx::query_scalar(AssertSqlSafe(query.to_owned()))
+            .fetch_one(&self.pool)
+            .await
+            .unwrap_or_else(|e| panic!("{query}: {e}"))
+    }
+
+    /// One text from the cluster's database.
+    pub async fn text(&self, query: &str) -> String {
         sqlx::query_scalar(AssertSqlSafe(query.to_owned()))
             .fetch_one(&self.pool)
             .await

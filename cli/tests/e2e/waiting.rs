@@ -1,0 +1,292 @@
+//! Clients that wait: for an end, for events, for what is new in a log.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::Signal,
+};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::harness::{Cluster, SOON, id, source::PostgresSource, until};
+
+/// A cluster where nothing runs yet, and a job.
+async fn paused() -> (Cluster, String) {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    (cluster, job)
+}
+
+async fn let_run(cluster: &Cluster) {
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 4 }))).await;
+}
+
+fn get(cluster: &Cluster, api: usize, path: &str) -> reqwest::RequestBuilder {
+    cluster.http.get(format!("{}{path}", cluster.url(api))).bearer_auth(&cluster.admin_key)
+}
+
+async fn answer(request: reqwest::RequestBuilder) -> (u16, Value) {
+    let response = request.timeout(Duration::from_secs(90)).send().await.expect("answers");
+    (response.status().as_u16(), response.json().await.expect("JSON"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_ends_with_the_run_on_every_process_and_otherwise_after_its_time() {
+    let (cluster, job) = paused().await;
+    let execution = cluster.trigger(&job).await;
+    let began = Instant::now();
+    let (status, pending) = answer(get(&cluster, 0, &format!("/api/executions/{execution}?wait=2"))).await;
+    assert_eq!((status, pending["data"]["status"].as_str()), (200, Some("Pending")), "{pending}");
+    assert!((2..6).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    assert_eq!(pending["data"]["queuePosition"], 1, "{pending}");
+
+    let waits =
+        (0..2).map(|api| tokio::spawn(answer(get(&cluster, api, &format!("/api/executions/{execution}?wait=60")))));
+    let waits: Vec<_> = waits.collect();
+    let_run(&cluster).await;
+    for wait in waits {
+        let (_, ended) = wait.await.expect("joins");
+        assert_eq!(ended["data"]["status"], "Success", "{ended}");
+        assert_eq!(ended["data"]["artifacts"].as_array().map(Vec::len), Some(2), "{ended}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(40), "the waits did not end with the run");
+
+    let run = cluster.http.post(format!("{}/api/jobs/{job}/run", cluster.url(1))).bearer_auth(&cluster.admin_key);
+    let (status, ran) = answer(run.json(&json!({ "wait": 60 }))).await;
+    assert_eq!((status, ran["data"]["status"].as_str()), (200, Some("Success")), "{ran}");
+    assert_eq!(ran["data"]["id"], ran["executionId"]);
+    for (path, field) in
+        [("?wait=61", "wait"), ("?wait=x", "wait"), ("?logsAfter=x", "logsAfter"), ("?includeLogs=x", "includeLogs")]
+    {
+        let (status, refused) = answer(get(&cluster, 0, &format!("/api/executions/{execution}{path}"))).await;
+        assert_eq!((status, refused["fields"][0]["field"].as_str()), (400, Some(field)), "{path}: {refused}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_is_read_piece_by_piece_without_a_line_lost_or_twice() {
+    let (cluster, job) = paused().await;
+    let execution = cluster.trigger(&job).await;
+    let_run(&cluster).await;
+    let (mut pieces, mut cursor) = (Vec::new(), "0".to_owned());
+    loop {
+        let path = format!("/api/executions/{execution}?logsAfter={cursor}");
+        let (_, piece) = answer(get(&cluster, pieces.len() % 2, &path)).await;
+        let over = piece["data"]["status"] == "Success";
+        pieces.extend(piece["data"]["logs"].as_array().expect("lines").iter().cloned());
+        cursor = piece["data"]["logsCursor"].as_str().expect("a cursor").to_owned();
+        assert_ne!(piece["data"]["status"], "Failed", "{piece}");
+        if over {
+            break;
+        }
+    }
+    let whole = cluster.execution(&execution).await;
+    assert_eq!(json!(pieces), whole["logs"]);
+    assert!(pieces.len() >= 3, "{pieces:?}");
+}
+
+/// Server-sent events as they come.
+struct Events {
+    response: reqwest::Response,
+    buffer: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Event {
+    name: String,
+    id: String,
+    data: Value,
+}
+
+impl Events {
+    async fn open(cluster: &Cluster, api: usize, key: &str, path: &str, last: Option<&str>) -> Self {
+        let mut request = cluster.http.get(format!("{}{path}", cluster.url(api))).bearer_auth(key);
+        if let Some(last) = last {
+            request = request.header("last-event-id", last);
+        }
+        let response = request.timeout(Duration::from_secs(90)).send().await.expect("answers");
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Self { response, buffer: String::new() }
+    }
+
+    /// The next event; `None` at the end of the stream.
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            if let Some((block, rest)) = self.buffer.split_once("\n\n") {
+                let field = |name: &str| {
+                    let line = block.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+                    line.unwrap_or_default().to_owned()
+                };
+                let event = Event {
+                    name: field("event"),
+                    id: field("id"),
+                    data: serde_json::from_str(&field("data")).unwrap_or_default(),
+                };
+                self.buffer = rest.to_owned();
+                if event.name.is_empty() {
+                    continue;
+                }
+                return Some(event);
+            }
+            let chunk = tokio::time::timeout(SOON, self.response.chunk()).await.expect("an event in time").ok()??;
+            self.buffer.push_str(&String::from_utf8_lossy(&chunk));
+        }
+    }
+
+    async fn all(mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        while let Some(event) = self.next().await {
+            events.push(event);
+        }
+        events
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_tell_a_run_to_its_end_and_resume_where_they_broke_off() {
+    let (cluster, job) = paused().await;
+    let execution = cluster.trigger(&job).await;
+    let path = format!("/api/executions/{execution}/events");
+    let streams: Vec<_> = [0, 1].map(|api| (api, cluster.admin_key.clone())).into();
+    let mut opened = Vec::new();
+    for (api, key) in &streams {
+        let mut events = Events::open(&cluster, *api, key, &path, None).await;
+        let first = events.next().await.expect("the state at once");
+        assert_eq!((first.name.as_str(), first.data["status"].as_str()), ("status", Some("Pending")), "{first:?}");
+        opened.push(events);
+    }
+    let_run(&cluster).await;
+    let mut told = Vec::new();
+    for events in opened {
+        told.push(events.all().await);
+    }
+    let whole = cluster.execution(&execution).await;
+    for events in &told {
+        let lines: Vec<&Value> = events.iter().filter(|e| e.name == "log").map(|e| &e.data).collect();
+        assert_eq!(json!(lines), whole["logs"], "every line once, in order");
+        let statuses: Vec<&str> =
+            events.iter().filter(|e| e.name == "status").filter_map(|e| e.data["status"].as_str()).collect();
+        assert_eq!(statuses.last(), Some(&"Success"), "{statuses:?}");
+        assert_eq!(events.last().map(|e| e.name.as_str()), Some("end"));
+        let ids: Vec<i64> = events.iter().map(|e| e.id.parse().expect("a number")).collect();
+        assert!(ids.is_sorted(), "{ids:?}");
+    }
+    let lines: Vec<&Event> = told[0].iter().filter(|e| e.name == "log").collect();
+    let again = Events::open(&cluster, 1, &cluster.admin_key, &path, Some(&lines[1].id)).await.all().await;
+    let rest: Vec<&Event> = again.iter().filter(|e| e.name == "log").collect();
+    assert_eq!(rest, lines[2..], "only what came after");
+    assert_eq!(again.last().map(|e| e.name.as_str()), Some("end"));
+    let request = get(&cluster, 0, &path).header("last-event-id", "x");
+    assert_eq!(request.send().await.expect("answers").status(), 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_live_list_shows_each_change_of_the_executions_that_its_key_may_see_and_no_other() {
+    let (cluster, mine) = paused().await;
+    let source = cluster.ok("GET", "/api/sources", None).await[0]["slug"].as_str().expect("a slug").to_owned();
+    let (destination, _) = cluster.local_destination().await;
+    let other = cluster.job(&source, &[&destination], json!({})).await;
+    let key = cluster.scoped_key(&["history:read"], Some(vec![mine.parse().expect("an id")])).await;
+    let waiting = cluster.trigger(&mine).await;
+    cluster.trigger(&other).await;
+    let mut events = Events::open(&cluster, 1, &key, "/api/events", None).await;
+    let first = events.next().await.expect("what waits already");
+    assert_eq!((id(&first.data), first.data["status"].as_str()), (waiting.clone(), Some("Pending")));
+    let_run(&cluster).await;
+    let later = cluster.trigger(&mine).await;
+    let mut ended = BTreeSet::new();
+    while ended.len() < 2 {
+        let event = events.next().await.expect("goes on");
+        assert_eq!(event.data["jobId"].as_str(), Some(mine.as_str()), "not for this key: {event:?}");
+        if event.data["status"] == "Success" {
+            ended.insert(id(&event.data));
+        }
+    }
+    assert_eq!(ended, [waiting, later].into());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_and_streams_end_within_a_second_when_their_key_is_disabled() {
+    let (cluster, job) = paused().await;
+    let execution = cluster.trigger(&job).await;
+    let made = json!({ "name": "x", "permissions": ["history:read"] });
+    let made = cluster.ok("POST", "/api/api-keys", Some(made)).await;
+    let (key, path) = (made["key"].as_str().expect("a key").to_owned(), format!("/api/executions/{execution}"));
+    let mut streams = Vec::new();
+    for (api, path) in [(0, format!("{path}/events")), (1, "/api/events".to_owned())] {
+        let mut events = Events::open(&cluster, api, &key, &path, None).await;
+        events.next().await.expect("the state at once");
+        streams.push(events);
+    }
+    let wait = cluster.http.get(format!("{}{path}?wait=60", cluster.url(0))).bearer_auth(&key);
+    let wait = tokio::spawn(answer(wait));
+    until("the wait is registered", SOON, || async { (!wait.is_finished()).then_some(()) }).await;
+    cluster.ok("PUT", &format!("/api/api-keys/{}", id(&made)), Some(json!({ "enabled": false }))).await;
+    let disabled = Instant::now();
+    for mut events in streams {
+        while events.next().await.is_some() {}
+    }
+    let (status, refused) = wait.await.expect("joins");
+    assert_eq!(status, 401, "{refused}");
+    // What the process may remember, and one look.
+    assert!(disabled.elapsed() < Duration::from_millis(1_500), "{:?}", disabled.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_stops_answers_those_who_wait_with_the_state_then() {
+    let (mut cluster, job) = paused().await;
+    let execution = cluster.trigger(&job).await;
+    let wait = tokio::spawn(answer(get(&cluster, 0, &format!("/api/executions/{execution}?wait=60"))));
+    let mut events =
+        Events::open(&cluster, 0, &cluster.admin_key, &format!("/api/executions/{execution}/events"), None).await;
+    events.next().await.expect("the state at once");
+    cluster.apis[0].0.signal(Signal::SIGTERM);
+    let (status, state) = wait.await.expect("joins");
+    assert_eq!((status, state["data"]["status"].as_str()), (200, Some("Pending")), "{state}");
+    assert_eq!(events.next().await, None, "the stream ends too");
+    assert_eq!(cluster.apis[0].0.end(SOON).await.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_thousand_waits_on_one_process_share_its_looks_and_end_within_two_seconds_of_the_run() {
+    let most = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit").1;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("raises the limit");
+    let (cluster, job) = paused().await;
+    let execution = cluster.trigger(&job).await;
+    let path = format!("/api/executions/{execution}?wait=60");
+    let waits: Vec<_> = (0..2_000)
+        .map(|_| {
+            let request = get(&cluster, 0, &path);
+            tokio::spawn(async move { (answer(request).await, Instant::now()) })
+        })
+        .collect();
+    // All are there when as many connections are.
+    let api = cluster.apis[0].0.pid();
+    until("every client is connected", SOON, || async {
+        let files = std::fs::read_dir(format!("/proc/{api}/fd")).expect("its files").count();
+        (files > 2_000).then_some(())
+    })
+    .await;
+    // The first look is each client's own; after it, a second in which each asked by itself would be 2,000 and more.
+    let asked = "select sum(xact_commit)::bigint from pg_stat_database where datname = current_database()";
+    until("the waiting clients share a look", SOON, || async {
+        let before = cluster.count(asked).await;
+        let begin = Instant::now();
+        until("a second passes", SOON, || async { (begin.elapsed() > Duration::from_secs(1)).then_some(()) }).await;
+        (cluster.count(asked).await - before < 300).then_some(())
+    })
+    .await;
+
+    cluster.ok("POST", &format!("/api/executions/{execution}/cancel"), None).await;
+    let ended = Instant::now();
+    for wait in waits {
+        let ((status, body), at) = wait.await.expect("joins");
+        assert_eq!((status, body["data"]["outcome"].as_str()), (200, Some("Cancelled")), "{body}");
+        let late = at.saturating_duration_since(ended);
+        assert!(late < Duration::from_secs(2), "an answer came after {late:?}");
+    }
+}
