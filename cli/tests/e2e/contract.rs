@@ -2,33 +2,23 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::Output,
 };
 
 use serde_json::json;
 
-use crate::harness::{
-    Cluster, files,
-    source::{MariadbSource, PostgresSource, shell},
+use crate::{
+    harness::{
+        Cluster, files,
+        source::{MariadbSource, PostgresSource, shell},
+    },
+    samples,
 };
-
-/// The contract's Bash script with nothing changed but its three variables.
-fn script(url: &str, key: &str, job: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/samples/trigger-and-wait.sh");
-    let mut text = std::fs::read_to_string(path).expect("the sample");
-    for (placeholder, value) in [("dbm_your_api_key", key), ("https://your-instance.com", url), ("your-job-id", job)] {
-        assert_eq!(text.matches(placeholder).count(), 1, "{placeholder}");
-        text = text.replace(placeholder, value);
-    }
-    text
-}
 
 async fn run_script(cluster: &Cluster, job: &str) -> Output {
     let key = cluster.key(&["jobs:execute", "history:read"]).await;
-    let text = script(cluster.url(0), &key, job);
-    tokio::task::spawn_blocking(move || Command::new("bash").args(["-c", &text]).output().expect("bash runs"))
-        .await
-        .expect("joins")
+    let script = samples::bash(cluster.url(0), &key, job);
+    samples::run(script).await
 }
 
 fn stored(root: &Path, execution: &serde_json::Value) -> PathBuf {
@@ -82,19 +72,6 @@ async fn the_contracts_script_backs_up_mariadb_and_the_public_tools_restore_ever
     assert!(output.status.success(), "{output:?}");
     let list = cluster.ok("GET", "/api/executions", None).await;
     source.assert_same(&source.restore(&stored(&root, &list[0])));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_contracts_script_shows_the_error_of_a_failed_run_and_exits_1() {
-    let cluster = Cluster::start().await;
-    let mut config = PostgresSource::empty().await.config();
-    config["databases"] = json!(["no_such_database"]);
-    let (destination, _) = cluster.local_destination().await;
-    let job = cluster.job(&cluster.source("postgres", config).await, &[&destination], json!({})).await;
-    let output = run_script(&cluster, &job).await;
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("Backup failed: ") && said.contains("no_such_database"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@
 mod harness;
 
 mod api;
+mod audit;
 mod bad_dumps;
 mod configuration;
 mod contract;
@@ -15,6 +16,7 @@ mod limits;
 mod protocol;
 mod queue;
 mod rate_limits;
+mod samples;
 mod sources;
 mod trace;
 mod up;

@@ -317,8 +317,7 @@ async fn a_poll_over_the_limit_is_held_until_it_fits_and_refused_only_after_twen
     assert_eq!(call(&cluster, 0, "GET", "/api/jobs", "192.0.2.1").await.status(), 429, "other reads are not held");
 
     set_limits(&cluster, json!({ "read": { "limit": 1, "windowSeconds": 3600 } })).await;
-    let first = tokio::time::timeout(SOON, call(&cluster, 0, "GET", &poll, "192.0.2.2")).await.expect("in time");
-    assert_eq!(first.status(), 200);
+    assert_eq!(call(&cluster, 0, "GET", "/api/jobs", "192.0.2.2").await.status(), 200);
     let began = Instant::now();
     let refused = call(&cluster, 1, "GET", &poll, "192.0.2.2").await;
     assert_eq!(refused.status(), 429);

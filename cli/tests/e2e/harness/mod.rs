@@ -3,6 +3,7 @@
 
 pub mod audit;
 pub mod otlp;
+pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod redis;
@@ -97,18 +98,19 @@ async fn fresh_database() -> String {
     if !exists {
         sql("postgres", &format!("drop database if exists {template}")).await;
         sql("postgres", &format!("create database {template}")).await;
-        let status = Command::new(binary("dbackup"))
-            .arg("migrate")
-            .env("DATABASE_URL", postgres_url(&template))
-            .status()
-            .expect("dbackup runs");
-        assert!(status.success(), "dbackup migrate");
+        migrate(&postgres_url(&template));
         sql("postgres", &format!("alter database {template} is_template true")).await;
     }
     let name = unique("cluster");
     sql("postgres", &format!("create database {name} template {template}")).await;
     sqlx::query("select pg_advisory_unlock(4711)").execute(&mut conn).await.expect("unlocks");
     name
+}
+
+fn migrate(url: &str) {
+    let status =
+        Command::new(binary("dbackup")).arg("migrate").env("DATABASE_URL", url).status().expect("dbackup runs");
+    assert!(status.success(), "dbackup migrate");
 }
 
 /// How a cluster is to be.
@@ -118,18 +120,19 @@ pub struct Builder {
     env: BTreeMap<String, String>,
     limit: i32,
     contract_limits: bool,
+    database_url: Option<String>,
 }
 
 impl Builder {
-    /// The rate limits of the contract instead of none to speak of.
-    pub fn contract_limits(mut self) -> Self {
-        self.contract_limits = true;
+    /// On a database of a server of the test's own.
+    pub fn on(mut self, url: String) -> Self {
+        self.database_url = Some(url);
         self
     }
 
-    /// So many API processes.
-    pub fn apis(mut self, n: usize) -> Self {
-        self.apis = n;
+    /// The rate limits of the contract instead of none to speak of.
+    pub fn contract_limits(mut self) -> Self {
+        self.contract_limits = true;
         self
     }
 
@@ -161,15 +164,25 @@ impl Builder {
 
     /// Starts it.
     pub async fn start(self) -> Cluster {
-        let database = fresh_database().await;
+        let (database, database_url) = match self.database_url {
+            Some(url) => {
+                migrate(&url);
+                (String::new(), url)
+            }
+            None => {
+                let database = fresh_database().await;
+                let url = postgres_url(&database);
+                (database, url)
+            }
+        };
         let scratch = std::env::temp_dir().join(unique("dbackup-test"));
         std::fs::create_dir(&scratch).expect("a scratch folder");
         std::fs::create_dir(scratch.join("backups")).expect("a folder");
-        let pool = PgPoolOptions::new().max_connections(4).connect(&postgres_url(&database)).await.expect("connects");
+        let pool = PgPoolOptions::new().max_connections(4).connect(&database_url).await.expect("connects");
         let key_text = SealKey::generate();
         let mut env = self.env;
         for (name, value) in [
-            ("DATABASE_URL", postgres_url(&database)),
+            ("DATABASE_URL", database_url),
             ("DBACKUP_ENCRYPTION_KEY", key_text),
             ("REDIS_URL", variable("REDIS_URL")),
             ("DBACKUP_LOCAL_PATHS", scratch.display().to_string()),
@@ -223,7 +236,7 @@ pub struct Cluster {
     pub admin_key: String,
     /// For requests.
     pub http: reqwest::Client,
-    /// Name of its database on the test server.
+    /// Name of its database on the test server; empty on a server of the test's own.
     pub database: String,
     /// Its database, for what the API does not tell.
     pub pool: PgPool,
@@ -243,7 +256,7 @@ impl Cluster {
         ] {
             env.insert(name.to_owned(), value);
         }
-        Builder { apis: 2, workers: 2, env, limit: 4, contract_limits: false }
+        Builder { apis: 2, workers: 2, env, limit: 4, contract_limits: false, database_url: None }
     }
 
     /// The default.
