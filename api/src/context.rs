@@ -39,6 +39,10 @@ pub struct RequestId(pub String);
 #[derive(Clone, Copy, Debug)]
 pub struct ClientAddress(pub IpAddr);
 
+/// Whether the client speaks TLS: a trusted proxy says so.
+#[derive(Clone, Copy, Debug)]
+pub struct ClientTls(pub bool);
+
 fn request_id(headers: &HeaderMap) -> RequestId {
     let sane = |id: &&str| {
         (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b))
@@ -70,6 +74,9 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
     trace_context(request.headers()).adopt(&span);
     request.extensions_mut().insert(id.clone());
     request.extensions_mut().insert(ClientAddress(address));
+    let https = request.headers().get("x-forwarded-proto").is_some_and(|proto| proto == "https");
+    let trusted = state.trusted_proxies.iter().any(|network| network.contains(&peer.to_canonical()));
+    request.extensions_mut().insert(ClientTls(https && trusted));
     let mut response = next.run(request).instrument(span.clone()).await;
 
     let status = response.status();

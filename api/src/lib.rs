@@ -24,7 +24,9 @@ use common::{
     execution::ticker::Rescuer,
     queue::Wakeups,
     seal::{self, SealKey},
+    user,
 };
+use secrecy::ExposeSecret;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -47,6 +49,15 @@ pub async fn serve(
     Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
     let instance = db.within(ANSWER_TIMEOUT, async |conn| seal::instance_name(conn).await).await;
     let instance = instance.map_err(std::io::Error::other)?;
+    let ask = async |conn: &mut sqlx::PgConnection| user::setup_token(conn, &key).await;
+    if let Some(token) = db.within(ANSWER_TIMEOUT, ask).await.map_err(std::io::Error::other)? {
+        // The one secret that is meant for the log: it is good once, and only until somebody has used it.
+        let token = token.expose_secret();
+        tracing::info!(
+            token,
+            "there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create"
+        );
+    }
     let state = AppState::start(&config, instance, db, key, wakeups, stop.clone());
     let serving = axum::serve(listener, router::router(state).into_make_service_with_connect_info::<SocketAddr>())
         .with_graceful_shutdown(stop.clone().cancelled_owned());

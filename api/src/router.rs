@@ -14,11 +14,14 @@ use common::permission::Permission;
 use tower_http::{catch_panic::CatchPanicLayer, limit::RequestBodyLimitLayer, timeout::TimeoutLayer};
 
 use crate::{
-    auth::{self, Gate, HOLD},
+    auth::{self, Access, Gate, HOLD},
     context::{self, ClientAddress},
     error::ApiError,
     rate_limit::LimitClass,
-    routes::{api_keys, audit, destinations, events, executions, health, jobs, runs, settings, sources},
+    routes::{
+        api_keys, audit, destinations, events, executions, health, jobs, runs, sessions, settings, setup, sources,
+        users,
+    },
     state::AppState,
 };
 
@@ -54,8 +57,8 @@ pub struct Route {
     pub method: Method,
     /// Its path, as axum writes it.
     pub path: &'static str,
-    /// What its caller must hold; `None` is open to everybody.
-    pub permission: Option<Permission>,
+    /// Who may use it.
+    pub access: Access,
     /// What it counts against.
     pub limit: LimitClass,
     patience: Patience,
@@ -75,47 +78,62 @@ impl Route {
 /// All routes.
 #[rustfmt::skip]
 pub fn table() -> Vec<Route> {
-    use LimitClass::{Free, Poll, Read, Write};
-    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsExecute, JobsRead, JobsWrite, SettingsRead, SettingsWrite, SourcesRead, SourcesWrite};
-    let row = |method, path, permission, limit, handler| Route { method, path, permission, limit, patience: Patience::Short, handler };
+    use Access::{Identified, Needs, Open};
+    use LimitClass::{Free, Poll, Read, SignIn, Write};
+    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsExecute, JobsRead, JobsWrite, SettingsRead, SettingsWrite, SourcesRead, SourcesWrite, UsersRead, UsersWrite};
+    let row = |method, path, access, limit, handler| Route { method, path, access, limit, patience: Patience::Short, handler };
     vec![
-        row(Method::GET,    "/livez",                       None,                    Free,  get(health::livez)),
-        row(Method::GET,    "/readyz",                      None,                    Free,  get(health::readyz)),
-        row(Method::GET,    "/api/health",                  None,                    Read,  get(health::health)),
-        row(Method::GET,    "/api/jobs",                    Some(JobsRead),          Read,  get(jobs::list)),
-        row(Method::POST,   "/api/jobs",                    Some(JobsWrite),         Write, post(jobs::create)),
-        row(Method::GET,    "/api/jobs/{id}",               Some(JobsRead),          Read,  get(jobs::get)),
-        row(Method::PUT,    "/api/jobs/{id}",               Some(JobsWrite),         Write, put(jobs::update)),
-        row(Method::DELETE, "/api/jobs/{id}",               Some(JobsWrite),         Write, delete(jobs::delete)),
-        row(Method::POST,   "/api/jobs/{id}/run",           Some(JobsExecute),       Write, post(executions::trigger)).waits(),
-        row(Method::POST,   "/api/runs",                    Some(JobsExecute),       Write, post(runs::create)).waits(),
-        row(Method::GET,    "/api/executions",              Some(HistoryRead),       Read,  get(executions::list)),
-        row(Method::GET,    "/api/executions/{id}",         Some(HistoryRead),       Poll,  get(executions::get)).waits(),
-        row(Method::GET,    "/api/executions/{id}/events",  Some(HistoryRead),       Read,  get(events::one)).streams(),
-        row(Method::GET,    "/api/events",                  Some(HistoryRead),       Read,  get(events::all)).streams(),
-        row(Method::POST,   "/api/executions/{id}/cancel",  Some(JobsExecute),       Write, post(executions::cancel)),
-        row(Method::POST,   "/api/executions/{id}/retry",   Some(JobsExecute),       Write, post(executions::retry)),
-        row(Method::GET,    "/api/sources",                 Some(SourcesRead),       Read,  get(sources::list)),
-        row(Method::POST,   "/api/sources",                 Some(SourcesWrite),      Write, post(sources::create)),
-        row(Method::GET,    "/api/sources/{id}",            Some(SourcesRead),       Read,  get(sources::get)),
-        row(Method::PUT,    "/api/sources/{id}",            Some(SourcesWrite),      Write, put(sources::update)),
-        row(Method::DELETE, "/api/sources/{id}",            Some(SourcesWrite),      Write, delete(sources::delete)),
-        row(Method::POST,   "/api/sources/{id}/test",       Some(SourcesWrite),      Write, post(sources::test)),
-        row(Method::GET,    "/api/destinations",            Some(DestinationsRead),  Read,  get(destinations::list)),
-        row(Method::POST,   "/api/destinations",            Some(DestinationsWrite), Write, post(destinations::create)),
-        row(Method::GET,    "/api/destinations/{id}",       Some(DestinationsRead),  Read,  get(destinations::get)),
-        row(Method::PUT,    "/api/destinations/{id}",       Some(DestinationsWrite), Write, put(destinations::update)),
-        row(Method::DELETE, "/api/destinations/{id}",       Some(DestinationsWrite), Write, delete(destinations::delete)),
-        row(Method::POST,   "/api/destinations/{id}/test",  Some(DestinationsWrite), Write, post(destinations::test)),
-        row(Method::GET,    "/api/settings",                Some(SettingsRead),      Read,  get(settings::get)),
-        row(Method::PATCH,  "/api/settings",                Some(SettingsWrite),     Write, patch(settings::change)),
-        row(Method::GET,    "/api/api-keys",                Some(ApiKeysRead),       Read,  get(api_keys::list)),
-        row(Method::POST,   "/api/api-keys",                Some(ApiKeysWrite),      Write, post(api_keys::create)),
-        row(Method::GET,    "/api/api-keys/{id}",           Some(ApiKeysRead),       Read,  get(api_keys::get)),
-        row(Method::PUT,    "/api/api-keys/{id}",           Some(ApiKeysWrite),      Write, put(api_keys::update)),
-        row(Method::DELETE, "/api/api-keys/{id}",           Some(ApiKeysWrite),      Write, delete(api_keys::delete)),
-        row(Method::POST,   "/api/api-keys/{id}/rotate",    Some(ApiKeysWrite),      Write, post(api_keys::rotate)),
-        row(Method::GET,    "/api/audit",                   Some(AuditRead),         Read,  get(audit::list)),
+        row(Method::GET,    "/livez",                          Open,                      Free,   get(health::livez)),
+        row(Method::GET,    "/readyz",                         Open,                      Free,   get(health::readyz)),
+        row(Method::GET,    "/api/health",                     Open,                      Read,   get(health::health)),
+        row(Method::GET,    "/api/jobs",                       Needs(JobsRead),           Read,   get(jobs::list)),
+        row(Method::POST,   "/api/jobs",                       Needs(JobsWrite),          Write,  post(jobs::create)),
+        row(Method::GET,    "/api/jobs/{id}",                  Needs(JobsRead),           Read,   get(jobs::get)),
+        row(Method::PUT,    "/api/jobs/{id}",                  Needs(JobsWrite),          Write,  put(jobs::update)),
+        row(Method::DELETE, "/api/jobs/{id}",                  Needs(JobsWrite),          Write,  delete(jobs::delete)),
+        row(Method::POST,   "/api/jobs/{id}/run",              Needs(JobsExecute),        Write,  post(executions::trigger)).waits(),
+        row(Method::POST,   "/api/runs",                       Needs(JobsExecute),        Write,  post(runs::create)).waits(),
+        row(Method::GET,    "/api/executions",                 Needs(HistoryRead),        Read,   get(executions::list)),
+        row(Method::GET,    "/api/executions/{id}",            Needs(HistoryRead),        Poll,   get(executions::get)).waits(),
+        row(Method::GET,    "/api/executions/{id}/events",     Needs(HistoryRead),        Read,   get(events::one)).streams(),
+        row(Method::GET,    "/api/events",                     Needs(HistoryRead),        Read,   get(events::all)).streams(),
+        row(Method::POST,   "/api/executions/{id}/cancel",     Needs(JobsExecute),        Write,  post(executions::cancel)),
+        row(Method::POST,   "/api/executions/{id}/retry",      Needs(JobsExecute),        Write,  post(executions::retry)),
+        row(Method::GET,    "/api/sources",                    Needs(SourcesRead),        Read,   get(sources::list)),
+        row(Method::POST,   "/api/sources",                    Needs(SourcesWrite),       Write,  post(sources::create)),
+        row(Method::GET,    "/api/sources/{id}",               Needs(SourcesRead),        Read,   get(sources::get)),
+        row(Method::PUT,    "/api/sources/{id}",               Needs(SourcesWrite),       Write,  put(sources::update)),
+        row(Method::DELETE, "/api/sources/{id}",               Needs(SourcesWrite),       Write,  delete(sources::delete)),
+        row(Method::POST,   "/api/sources/{id}/test",          Needs(SourcesWrite),       Write,  post(sources::test)),
+        row(Method::GET,    "/api/destinations",               Needs(DestinationsRead),   Read,   get(destinations::list)),
+        row(Method::POST,   "/api/destinations",               Needs(DestinationsWrite),  Write,  post(destinations::create)),
+        row(Method::GET,    "/api/destinations/{id}",          Needs(DestinationsRead),   Read,   get(destinations::get)),
+        row(Method::PUT,    "/api/destinations/{id}",          Needs(DestinationsWrite),  Write,  put(destinations::update)),
+        row(Method::DELETE, "/api/destinations/{id}",          Needs(DestinationsWrite),  Write,  delete(destinations::delete)),
+        row(Method::POST,   "/api/destinations/{id}/test",     Needs(DestinationsWrite),  Write,  post(destinations::test)),
+        row(Method::GET,    "/api/settings",                   Needs(SettingsRead),       Read,   get(settings::get)),
+        row(Method::PATCH,  "/api/settings",                   Needs(SettingsWrite),      Write,  patch(settings::change)),
+        row(Method::GET,    "/api/api-keys",                   Needs(ApiKeysRead),        Read,   get(api_keys::list)),
+        row(Method::POST,   "/api/api-keys",                   Needs(ApiKeysWrite),       Write,  post(api_keys::create)),
+        row(Method::GET,    "/api/api-keys/{id}",              Needs(ApiKeysRead),        Read,   get(api_keys::get)),
+        row(Method::PUT,    "/api/api-keys/{id}",              Needs(ApiKeysWrite),       Write,  put(api_keys::update)),
+        row(Method::DELETE, "/api/api-keys/{id}",              Needs(ApiKeysWrite),       Write,  delete(api_keys::delete)),
+        row(Method::POST,   "/api/api-keys/{id}/rotate",       Needs(ApiKeysWrite),       Write,  post(api_keys::rotate)),
+        row(Method::GET,    "/api/setup",                      Open,                      Read,   get(setup::needed)),
+        row(Method::POST,   "/api/setup",                      Open,                      SignIn, post(setup::set_up)),
+        row(Method::GET,    "/api/session",                    Identified,                Read,   get(sessions::get)),
+        row(Method::POST,   "/api/session",                    Open,                      SignIn, post(sessions::sign_in)),
+        row(Method::DELETE, "/api/session",                    Identified,                Write,  delete(sessions::sign_out)),
+        row(Method::POST,   "/api/session/refresh",            Open,                      Write,  post(sessions::refresh)),
+        row(Method::POST,   "/api/session/password",           Identified,                SignIn, post(sessions::change_password)),
+        row(Method::GET,    "/api/sessions",                   Identified,                Read,   get(sessions::list)),
+        row(Method::DELETE, "/api/sessions/{id}",              Identified,                Write,  delete(sessions::revoke)),
+        row(Method::GET,    "/api/users",                      Needs(UsersRead),          Read,   get(users::list)),
+        row(Method::POST,   "/api/users",                      Needs(UsersWrite),         Write,  post(users::create)),
+        row(Method::GET,    "/api/users/{id}",                 Needs(UsersRead),          Read,   get(users::get)),
+        row(Method::PUT,    "/api/users/{id}",                 Needs(UsersWrite),         Write,  put(users::update)),
+        row(Method::DELETE, "/api/users/{id}",                 Needs(UsersWrite),         Write,  delete(users::delete)),
+        row(Method::GET,    "/api/audit",                      Needs(AuditRead),          Read,   get(audit::list)),
     ]
 }
 
@@ -123,7 +141,7 @@ pub fn table() -> Vec<Route> {
 pub fn router(state: AppState) -> Router {
     let mut router = Router::new();
     for route in table() {
-        let gate = Gate { state: state.clone(), permission: route.permission, limit: route.limit };
+        let gate = Gate { state: state.clone(), access: route.access, limit: route.limit };
         let handler = route.handler.layer(from_fn_with_state(gate, auth::admit));
         let handler = match route.patience.limit() {
             Some(limit) => handler.layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, limit)),

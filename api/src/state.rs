@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use common::{
-    audit::{self, Event},
+    audit::{self, Actor, Event},
     db::{ANSWER_TIMEOUT, Db, DbError},
     queue::Wakeups,
     seal::SealKey,
@@ -28,6 +28,10 @@ use crate::{
 pub struct AppState {
     /// The database.
     pub db: Db,
+    /// Name of the instance: see [`common::seal::instance_name`].
+    pub instance: Arc<str>,
+    /// Passwords that are hashed at once, at most: each takes 19 MiB and a core.
+    pub hashing: Arc<Semaphore>,
     /// Seals and opens secrets.
     pub key: Arc<SealKey>,
     /// Tells the workers.
@@ -54,6 +58,8 @@ pub struct AppState {
 
 /// Polls that a process holds at once.
 const MOST_HELD: usize = 1_000;
+/// Passwords that a process hashes at once.
+const MOST_HASHING: usize = 2;
 /// Time between two records of keys' last uses.
 const RECORD_USES: Duration = Duration::from_secs(5);
 
@@ -71,6 +77,8 @@ impl AppState {
         tokio::spawn(stop.clone().run_until_cancelled_owned(record_uses(memory.clone())));
         Self {
             enqueuer: Enqueuer::start(db.clone(), wakeups.clone()),
+            instance: instance.clone().into(),
+            hashing: Arc::new(Semaphore::new(MOST_HASHING)),
             rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), stop.clone())),
             trusted_proxies: config.trusted_proxies.clone().into(),
             held: Arc::new(Semaphore::new(MOST_HELD)),
@@ -109,12 +117,20 @@ impl AppState {
         caller: &Caller,
         change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Vec<Event>), sqlx::Error>,
     ) -> Result<T, DbError> {
-        let actor = caller.actor();
+        self.change_by(&caller.actor(), change).await
+    }
+
+    /// As [`AppState::try_change`], by somebody who is no caller yet.
+    pub async fn change_by<T>(
+        &self,
+        actor: &Actor,
+        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Vec<Event>), sqlx::Error>,
+    ) -> Result<T, DbError> {
         let ask = async |conn: &mut PgConnection| {
             let mut tx = conn.begin().await?;
             let (done, events) = change(&mut tx).await?;
             if !events.is_empty() {
-                audit::record(&mut tx, &actor, &events).await?;
+                audit::record(&mut tx, actor, &events).await?;
                 tx.commit().await?;
             }
             Ok(done)

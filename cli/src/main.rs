@@ -5,6 +5,7 @@ mod embedded;
 mod instance;
 mod keys;
 mod up;
+mod users;
 
 use std::path::PathBuf;
 
@@ -31,6 +32,9 @@ enum Command {
     /// API keys
     #[command(subcommand)]
     Key(keys::KeyCommand),
+    /// People who sign in
+    #[command(subcommand)]
+    User(users::UserCommand),
     /// Ask whether the instance's database answers and the encryption key fits
     Health,
 }
@@ -42,6 +46,7 @@ async fn main() {
         Command::Up(args) => up::run(program.data, *args).await,
         Command::Migrate => commands::migrate(program.data).await,
         Command::Key(command) => keys::run(program.data, command).await,
+        Command::User(command) => users::run(program.data, command).await,
         Command::Health => commands::health(program.data).await,
     };
     std::process::exit(done.map_or_else(|error| error.report(), |()| 0));

@@ -52,6 +52,15 @@ id!(
     ApiKeyId
 );
 
+id!(
+    /// A person.
+    UserId
+);
+id!(
+    /// A person who is signed in somewhere.
+    SessionId
+);
+
 /// How a client names a source, destination or job: by id or by slug.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reference(String);

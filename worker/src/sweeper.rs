@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use common::{destination, execution::enqueue::forget_old_keys, id::Reference, staged_object};
+use common::{destination, execution::enqueue::forget_old_keys, id::Reference, session, staged_object};
 
 use crate::{pipeline::open_store, service::Shared};
 
@@ -20,6 +20,10 @@ pub async fn run(shared: Shared) {
         let Ok(due) = due else { continue };
         if let Err(error) = shared.db.within(Duration::from_secs(5), async |conn| forget_old_keys(conn).await).await {
             tracing::debug!(error = %common::error::Chain(&error), "old idempotency keys stay until the next look");
+        }
+        if let Err(error) = shared.db.within(Duration::from_secs(5), async |conn| session::forget_old(conn).await).await
+        {
+            tracing::debug!(error = %common::error::Chain(&error), "sessions that are over stay until the next look");
         }
         for litter in due {
             if let Err(error) = sweep(&shared, &litter).await {

@@ -1,4 +1,4 @@
-//! The caller of a request, as handlers see it.
+//! The caller of a request, as handlers see it: the holder of a key, or a person who is signed in.
 
 use std::net::IpAddr;
 
@@ -8,41 +8,94 @@ use common::{
     audit::Actor,
     db::DbError,
     execution::Execution,
-    id::{ApiKeyId, JobId},
+    id::{ApiKeyId, JobId, SessionId, UserId},
     permission::PermissionSet,
+    session::SignedIn,
 };
 use ipnet::IpNet;
 
 use super::memory::Memory;
 
+/// What a request identified itself with.
+#[derive(Clone, Debug)]
+pub enum Identity {
+    /// A key, and the hash by which it is looked up again.
+    Key(Box<ApiKey>, HashedKey),
+    /// A session.
+    Person(SignedIn, SessionId),
+}
+
+impl Identity {
+    /// What it may do.
+    pub fn permissions(&self) -> &PermissionSet {
+        match self {
+            Identity::Key(key, _) => &key.permissions,
+            Identity::Person(person, _) => &person.permissions,
+        }
+    }
+
+    /// As an error names it.
+    pub fn noun(&self) -> &'static str {
+        match self {
+            Identity::Key(..) => "this API key",
+            Identity::Person(..) => "your user",
+        }
+    }
+}
+
 /// Who calls. Handlers take it from the request's extensions.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    key: ApiKey,
-    hash: HashedKey,
+    identity: Identity,
     address: IpAddr,
     request_id: String,
 }
 
 impl Caller {
-    /// The holder of a key.
-    pub fn of_key(key: ApiKey, hash: HashedKey, address: IpAddr, request_id: &str) -> Self {
-        Self { key, hash, address, request_id: request_id.to_owned() }
+    /// Whoever was identified, from where, by which request.
+    pub fn new(identity: Identity, address: IpAddr, request_id: &str) -> Self {
+        Self { identity, address, request_id: request_id.to_owned() }
+    }
+
+    fn key(&self) -> Option<&ApiKey> {
+        match &self.identity {
+            Identity::Key(key, _) => Some(key),
+            Identity::Person(..) => None,
+        }
     }
 
     /// The name for labels and logs.
     pub fn name(&self) -> &str {
-        &self.key.name
+        match &self.identity {
+            Identity::Key(key, _) => &key.name,
+            Identity::Person(person, _) => &person.name,
+        }
     }
 
-    /// Whose idempotency keys are used.
+    /// Whose idempotency keys are used: the key's, or the person's own.
     pub fn id(&self) -> ApiKeyId {
-        self.key.id
+        match &self.identity {
+            Identity::Key(key, _) => key.id,
+            Identity::Person(person, _) => ApiKeyId(person.user.0),
+        }
+    }
+
+    /// The person and the session, when it is one.
+    pub fn person(&self) -> Option<(UserId, SessionId)> {
+        match &self.identity {
+            Identity::Key(..) => None,
+            Identity::Person(person, session) => Some((person.user, *session)),
+        }
+    }
+
+    /// What an execution says of what triggered it.
+    pub fn trigger_kind(&self) -> &'static str {
+        if self.key().is_some() { "Api" } else { "Manual" }
     }
 
     /// Whether this caller may see a job.
     pub fn sees(&self, job: JobId) -> bool {
-        self.key.jobs.as_ref().is_none_or(|jobs| jobs.contains(&job))
+        self.key().and_then(|key| key.jobs.as_ref()).is_none_or(|jobs| jobs.contains(&job))
     }
 
     /// Whether this caller may see an execution; a group only when it sees every member.
@@ -55,30 +108,30 @@ impl Caller {
 
     /// The only jobs this caller sees, when it is scoped.
     pub fn only(&self) -> Option<Vec<JobId>> {
-        self.key.jobs.clone()
+        self.key().and_then(|key| key.jobs.clone())
     }
 
     /// What it may do.
     pub fn permissions(&self) -> &PermissionSet {
-        &self.key.permissions
+        self.identity.permissions()
     }
 
     /// The only networks it may call from.
     pub fn networks(&self) -> Option<&[IpNet]> {
-        self.key.networks.as_deref()
+        self.key().and_then(|key| key.networks.as_deref())
     }
 
     /// When it ends.
     pub fn expires_at(&self) -> Option<DateTime<Utc>> {
-        self.key.expires_at
+        self.key().and_then(|key| key.expires_at)
     }
 
     /// As the audit log names it.
     pub fn actor(&self) -> Actor {
         Actor {
-            kind: "ApiKey",
-            id: Some(self.key.id.0),
-            name: self.key.name.clone(),
+            kind: if self.key().is_some() { "ApiKey" } else { "User" },
+            id: Some(self.id().0),
+            name: self.name().to_owned(),
             address: Some(self.address),
             request_id: Some(self.request_id.clone()),
         }
@@ -86,6 +139,9 @@ impl Caller {
 
     /// Whether its credential still counts; asked again and again by whoever streams to it.
     pub async fn still_counts(&self, memory: &Memory) -> Result<bool, DbError> {
-        Ok(matches!(memory.look_up(&self.hash).await?, Lookup::Valid(_)))
+        match &self.identity {
+            Identity::Key(_, hash) => Ok(matches!(memory.look_up(hash).await?, Lookup::Valid(_))),
+            Identity::Person(_, session) => Ok(memory.session(*session).await?.is_some()),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What a process remembers of keys and settings, and for how long it may.
+//! What a process remembers of keys, sessions and settings, and for how long it may.
 //!
 //! A memory counts only while the database's `auth_epoch` was seen unchanged within the last half second; otherwise
 //! the process asks. So a key that is disabled, rotated or deleted is refused by every process within that time, also
@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -14,7 +15,9 @@ use std::{
 use common::{
     api_key::{self, HashedKey, Lookup, Use},
     db::{Db, DbError},
-    id::ApiKeyId,
+    id::{ApiKeyId, SessionId},
+    seal::SealKey,
+    session::{self, SignedIn, SigningKey},
     setting::{self, Settings},
 };
 
@@ -24,8 +27,12 @@ const TRUST: Duration = Duration::from_millis(500);
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest time that a request waits to hear of changed settings.
 const SETTINGS_TIMEOUT: Duration = Duration::from_millis(100);
-/// Keys remembered at once.
-const MOST_KEYS: usize = 10_000;
+/// Keys, and sessions, remembered at once.
+const MOST_NOTES: usize = 10_000;
+/// Time between two looks whether a new signing key is due.
+const SIGNING_KEYS: Duration = Duration::from_secs(3_600);
+/// Shortest time between two looks for a key that a token names and this process does not know.
+const NEWER_KEYS: Duration = Duration::from_millis(50);
 /// Shortest time between two records of a key's last use.
 const USE_EVERY: Duration = Duration::from_secs(60);
 
@@ -43,13 +50,32 @@ struct State {
     epoch: i64,
     confirmed: Option<Instant>,
     settings: Arc<Settings>,
-    keys: HashMap<HashedKey, Remembered>,
+    keys: Notes<HashedKey, Lookup>,
+    sessions: Notes<SessionId, Option<SignedIn>>,
+    signing_keys: Option<(i64, Instant, Arc<Vec<SigningKey>>)>,
 }
 
-struct Remembered {
-    lookup: Lookup,
-    epoch: i64,
-    until: Option<Instant>,
+/// Answers of the database, each with the epoch of its moment and its end.
+struct Notes<K, V>(HashMap<K, (V, i64, Option<Instant>)>);
+
+impl<K, V> Default for Notes<K, V> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<K: Eq + Hash, V: Clone> Notes<K, V> {
+    fn recall(&self, key: &K, epoch: i64) -> Option<V> {
+        let (value, of, until) = self.0.get(key)?;
+        (*of == epoch && until.is_none_or(|until| Instant::now() < until)).then(|| value.clone())
+    }
+
+    fn note(&mut self, key: K, value: V, epoch: i64, until: Option<Instant>) {
+        if self.0.len() >= MOST_NOTES {
+            self.0.clear();
+        }
+        self.0.insert(key, (value, epoch, until));
+    }
 }
 
 struct LastUse {
@@ -100,7 +126,8 @@ impl Memory {
         state.confirmed = Some(asked);
         if let Some(settings) = settings {
             state.settings = Arc::new(settings);
-            state.keys.retain(|_, key| key.epoch == epoch);
+            state.keys.0.clear();
+            state.sessions.0.clear();
         }
         Ok(epoch)
     }
@@ -108,21 +135,57 @@ impl Memory {
     /// Looks a key up.
     pub async fn look_up(&self, hash: &HashedKey) -> Result<Lookup, DbError> {
         let epoch = self.epoch().await?;
-        if let Some(key) = self.state().keys.get(hash)
-            && key.epoch == epoch
-            && key.until.is_none_or(|until| Instant::now() < until)
-        {
-            return Ok(key.lookup.clone());
+        if let Some(lookup) = self.state().keys.recall(hash, epoch) {
+            return Ok(lookup);
         }
         let asked = Instant::now();
         let found = self.db.within(TIMEOUT, async |conn| api_key::look_up(conn, hash).await).await?;
-        let mut state = self.state();
-        if state.keys.len() >= MOST_KEYS {
-            state.keys.clear();
-        }
         let until = found.good_for.map(|good_for| asked + good_for);
-        state.keys.insert(hash.clone(), Remembered { lookup: found.lookup.clone(), epoch: found.epoch, until });
+        self.state().keys.note(hash.clone(), found.lookup.clone(), found.epoch, until);
         Ok(found.lookup)
+    }
+
+    /// Looks a session up; `None` when it is over.
+    pub async fn session(&self, id: SessionId) -> Result<Option<SignedIn>, DbError> {
+        let epoch = self.epoch().await?;
+        if let Some(signed_in) = self.state().sessions.recall(&id, epoch) {
+            return Ok(signed_in);
+        }
+        let asked = Instant::now();
+        let found = self.db.within(TIMEOUT, async |conn| session::look_up(conn, id).await).await?;
+        let until = found.good_for.map(|good_for| asked + good_for);
+        self.state().sessions.note(id, found.signed_in.clone(), found.epoch, until);
+        Ok(found.signed_in)
+    }
+
+    /// The keys that sign and verify the tokens of sessions.
+    pub async fn signing_keys(&self, key: &SealKey) -> Result<Arc<Vec<SigningKey>>, DbError> {
+        let epoch = self.epoch().await?;
+        if let Some((of, at, keys)) = &self.state().signing_keys
+            && *of == epoch
+            && at.elapsed() < SIGNING_KEYS
+        {
+            return Ok(keys.clone());
+        }
+        self.read_signing_keys(key, epoch).await
+    }
+
+    /// The same, read again; but not more often than a stranger with made-up tokens may make it.
+    pub async fn newer_signing_keys(&self, key: &SealKey) -> Result<Arc<Vec<SigningKey>>, DbError> {
+        if let Some((_, at, keys)) = &self.state().signing_keys
+            && at.elapsed() < NEWER_KEYS
+        {
+            return Ok(keys.clone());
+        }
+        let epoch = self.epoch().await?;
+        self.read_signing_keys(key, epoch).await
+    }
+
+    async fn read_signing_keys(&self, key: &SealKey, epoch: i64) -> Result<Arc<Vec<SigningKey>>, DbError> {
+        let ask = async |conn: &mut sqlx::PgConnection| session::signing_keys(conn, key, false).await;
+        let keys = Arc::new(self.db.within(TIMEOUT, ask).await?);
+        self.state().signing_keys = Some((epoch, Instant::now(), keys.clone()));
+        Ok(keys)
     }
 
     /// The settings, at most half a second old; the last known ones (or the defaults) when the database does not

@@ -2,12 +2,13 @@
 
 pub mod caller;
 pub mod memory;
+pub mod token;
 
 use std::{net::IpAddr, time::Duration};
 
 use axum::{
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -17,7 +18,7 @@ use common::{
 };
 use tokio::time::Instant;
 
-pub use caller::Caller;
+pub use caller::{Caller, Identity};
 
 use crate::{
     context::{ClientAddress, RequestId},
@@ -36,13 +37,24 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Clone, Copy, Debug)]
 pub struct HoldUntil(pub Instant);
 
+/// Who may use a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody.
+    Open,
+    /// Whoever is identified.
+    Identified,
+    /// Whoever holds this permission.
+    Needs(Permission),
+}
+
 /// What a route asks of its caller.
 #[derive(Clone)]
 pub struct Gate {
     /// The process.
     pub state: AppState,
-    /// What the caller must hold; `None` is open to everybody.
-    pub permission: Option<Permission>,
+    /// Who may use it.
+    pub access: Access,
     /// What the request counts against.
     pub limit: LimitClass,
 }
@@ -52,17 +64,21 @@ pub async fn admit(State(gate): State<Gate>, mut request: Request, next: Next) -
     let hold_until = Instant::now() + HOLD;
     let address = request.extensions().get::<ClientAddress>().map_or(IpAddr::from([0, 0, 0, 0]), |a| a.0);
     let request_id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
-    let identified = match gate.permission {
-        Some(_) => gate.identify(request.headers(), address, hold_until).await,
-        None => Ok(None),
+    let identified = match gate.access {
+        Access::Open => Ok(None),
+        Access::Identified | Access::Needs(_) => gate.identify(request.headers(), address, hold_until).await.map(Some),
     };
     // A failed sign-in counts too, by its address.
-    let key = identified.as_ref().ok().and_then(Option::as_ref);
-    let decision = match gate.limited(key, address, hold_until).await {
+    let identity = identified.as_ref().ok().and_then(Option::as_ref);
+    let decision = match gate.limited(identity, address, hold_until).await {
         Ok(decision) => decision,
         Err((error, decision)) => return with_limit_headers(error.into_response(), Some(decision)),
     };
-    let permitted = identified.and_then(|key| gate.permit(key, address, &request_id));
+    let permitted = identified.and_then(|identity| {
+        let Some(identity) = identity else { return Ok(None) };
+        gate.permit(&identity, request.method(), request.headers())?;
+        Ok(Some(Caller::new(identity, address, &request_id)))
+    });
     let response = match permitted {
         Ok(caller) => {
             let extensions = request.extensions_mut();
@@ -84,10 +100,7 @@ fn unauthorized(code: &'static str, error: &str) -> ApiError {
     ApiError::new(StatusCode::UNAUTHORIZED, code, error)
 }
 
-fn presented(headers: &HeaderMap) -> Result<PlainKey, ApiError> {
-    let value = headers
-        .get(header::AUTHORIZATION)
-        .ok_or_else(|| unauthorized("key_missing", "no API key: send the header 'Authorization: Bearer dbm_…'"))?;
+fn presented_key(value: &HeaderValue) -> Result<PlainKey, ApiError> {
     let text = value.to_str().ok().and_then(|v| {
         let (scheme, token) = v.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
@@ -97,28 +110,46 @@ fn presented(headers: &HeaderMap) -> Result<PlainKey, ApiError> {
 }
 
 impl Gate {
-    /// The key that the request presents, with the hash by which it is looked up again.
-    async fn identify(
-        &self,
-        headers: &HeaderMap,
-        address: IpAddr,
-        hold_until: Instant,
-    ) -> Result<Option<(ApiKey, common::api_key::HashedKey)>, ApiError> {
-        let hash = presented(headers)?.hash();
-        let lookup = loop {
-            match self.state.memory.look_up(&hash).await {
-                Ok(lookup) => break lookup,
-                // The contract's scripts die of a single 503, so a poll waits for the database.
-                Err(error) if self.limit == LimitClass::Poll && error.is_passing() => {
-                    self.hold(Duration::from_millis(250), hold_until, error.into()).await?;
+    /// Who the request says it is. For a poll the database is asked until it answers, since the contract's scripts die
+    /// of a single 503.
+    async fn identify(&self, headers: &HeaderMap, address: IpAddr, hold_until: Instant) -> Result<Identity, ApiError> {
+        loop {
+            match self.identify_once(headers, address).await {
+                Err(error) if self.limit == LimitClass::Poll && error.is_away() => {
+                    self.hold(Duration::from_millis(250), hold_until, error).await?;
                 }
-                Err(error) => return Err(error.into()),
+                identity => return identity,
             }
+        }
+    }
+
+    /// By its key, else by its cookie.
+    async fn identify_once(&self, headers: &HeaderMap, address: IpAddr) -> Result<Identity, ApiError> {
+        if let Some(value) = headers.get(header::AUTHORIZATION) {
+            let hash = presented_key(value)?.hash();
+            let key = self.usable(self.state.memory.look_up(&hash).await?, address)?;
+            return Ok(Identity::Key(key, hash));
+        }
+        let Some(token) = token::cookie(headers, token::SESSION_COOKIE).filter(|token| !token.is_empty()) else {
+            return Err(unauthorized("key_missing", "no API key: send the header 'Authorization: Bearer dbm_…'"));
         };
+        let over =
+            || unauthorized("session_over", "the session is over: renew it at POST /api/session/refresh, or sign in");
+        let mut keys = self.state.memory.signing_keys(&self.state.key).await?;
+        if token::names_another_key(&keys, token) {
+            // Another process has begun to sign with a new key, which this one does not remember yet.
+            keys = self.state.memory.newer_signing_keys(&self.state.key).await?;
+        }
+        let session = token::verify(&keys, &self.state.instance, token).ok_or_else(over)?;
+        let person = self.state.memory.session(session).await?;
+        person.map(|person| Identity::Person(person, session)).ok_or_else(over)
+    }
+
+    fn usable(&self, lookup: Lookup, address: IpAddr) -> Result<Box<ApiKey>, ApiError> {
         match lookup {
             Lookup::Valid(key) if key.allows_address(address) => {
                 self.state.memory.used(key.id, address);
-                Ok(Some((*key, hash)))
+                Ok(key)
             }
             Lookup::Valid(_) => Err(ApiError::new(
                 StatusCode::FORBIDDEN,
@@ -134,27 +165,26 @@ impl Gate {
         }
     }
 
-    fn permit(
-        &self,
-        key: Option<(ApiKey, common::api_key::HashedKey)>,
-        address: IpAddr,
-        request_id: &str,
-    ) -> Result<Option<Caller>, ApiError> {
-        let (Some((key, hash)), Some(permission)) = (key, self.permission) else { return Ok(None) };
-        if !key.permissions.allows(permission) {
-            return Err(ApiError::new(
+    fn permit(&self, identity: &Identity, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
+        // A browser sends the cookie whoever asks it to.
+        let changes = !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+        if changes && matches!(identity, Identity::Person(..)) && !token::is_same_origin(headers) {
+            return Err(other_origin());
+        }
+        match self.access {
+            Access::Needs(permission) if !identity.permissions().allows(permission) => Err(ApiError::new(
                 StatusCode::FORBIDDEN,
                 "permission_missing",
-                format!("this API key lacks the permission {}", permission.as_str()),
-            ));
+                format!("{} lacks the permission {}", identity.noun(), permission.as_str()),
+            )),
+            _ => Ok(()),
         }
-        Ok(Some(Caller::of_key(key, hash, address, request_id)))
     }
 
     /// Counts the request. A poll over the limit is held until it fits, at most [`HOLD`], before it is refused.
     async fn limited(
         &self,
-        key: Option<&(ApiKey, common::api_key::HashedKey)>,
+        identity: Option<&Identity>,
         address: IpAddr,
         hold_until: Instant,
     ) -> Result<Option<Decision>, (ApiError, Decision)> {
@@ -162,7 +192,7 @@ impl Gate {
             let settings = self.state.memory.settings_or_last().await;
             let Some(mut rule) = self.limit.rule(&settings.rate_limit) else { return Ok(None) };
             let mut subject = Subject::of(address);
-            if let Some((key, _)) = key
+            if let Some(Identity::Key(key, _)) = identity
                 && let Some(own) = self.limit.own(&key.limits)
             {
                 (subject, rule.limit) = (Subject::Key(key.id), own);
@@ -193,6 +223,15 @@ impl Gate {
             () = self.state.stop.cancelled() => Err(refusal),
         }
     }
+}
+
+/// 403 of a change that a page of another origin asked for.
+pub fn other_origin() -> ApiError {
+    ApiError::new(
+        StatusCode::FORBIDDEN,
+        "other_origin",
+        "a change with a session must come from a page of this service: send Origin or Sec-Fetch-Site, or use an API key",
+    )
 }
 
 fn seconds(duration: Duration) -> u32 {

@@ -85,7 +85,7 @@ impl RunBody {
         TriggerRequest {
             job,
             only: caller.only(),
-            kind: "Api",
+            kind: caller.trigger_kind(),
             actor: caller.actor(),
             priority: self.priority.unwrap_or(0),
             labels: self.labels.clone(),

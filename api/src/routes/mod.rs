@@ -8,8 +8,11 @@ pub mod executions;
 pub mod health;
 pub mod jobs;
 pub mod runs;
+pub mod sessions;
 pub mod settings;
+pub mod setup;
 pub mod sources;
+pub mod users;
 
 use axum::{
     Json,

@@ -13,6 +13,7 @@ mod destinations;
 mod failover;
 mod keys;
 mod limits;
+mod people;
 mod protocol;
 mod queue;
 mod rate_limits;

@@ -1,0 +1,283 @@
+//! `/api/session` and `/api/sessions`: people sign in and out.
+
+use std::net::IpAddr;
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    http::{HeaderMap, StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+};
+use common::{
+    audit::{Actor, Event},
+    connection::FieldProblem,
+    id::{SessionId, UserId},
+    password,
+    permission::Permission,
+    session::{self, Fresh, Renewed},
+    user::{self, Changed, UserDraft},
+};
+use secrecy::SecretString;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{
+    Check, data, page,
+    users::{check_password, hashed},
+};
+use crate::{
+    auth::{
+        Caller, other_origin,
+        token::{self, REFRESH_COOKIE, TOKEN_SECONDS},
+    },
+    context::{ClientAddress, ClientTls, RequestId},
+    error::ApiError,
+    extract::{Body, ListQuery, Query, Segment},
+    state::AppState,
+};
+
+/// A sign-in.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignInBody {
+    name: String,
+    password: SecretString,
+}
+
+/// Where a request comes from.
+pub struct From {
+    address: IpAddr,
+    request_id: String,
+    tls: bool,
+}
+
+impl<S: Send + Sync> axum::extract::FromRequestParts<S> for From {
+    type Rejection = std::convert::Infallible;
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, _: &S) -> Result<Self, Self::Rejection> {
+        let extensions = &parts.extensions;
+        Ok(Self {
+            address: extensions.get::<ClientAddress>().map_or(IpAddr::from([0, 0, 0, 0]), |a| a.0),
+            request_id: extensions.get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default(),
+            tls: extensions.get::<ClientTls>().is_some_and(|tls| tls.0),
+        })
+    }
+}
+
+impl From {
+    fn actor(&self, kind: &'static str, id: Option<UserId>, name: &str) -> Actor {
+        Actor {
+            kind,
+            id: id.map(|id| id.0),
+            name: name.to_owned(),
+            address: Some(self.address),
+            request_id: Some(self.request_id.clone()),
+        }
+    }
+}
+
+fn refused() -> ApiError {
+    ApiError::new(StatusCode::UNAUTHORIZED, "sign_in_refused", "wrong name or password")
+}
+
+/// Whether a password is somebody's. Takes as long when there is nobody of that name.
+async fn is_right(state: &AppState, stored: Option<user::Credentials>, password: SecretString) -> Option<UserId> {
+    let _turn = state.hashing.acquire().await;
+    let check = move || {
+        let right = password::verify(&password, stored.as_ref().map(|s| &s.password));
+        stored.filter(|stored| right && stored.enabled).map(|stored| stored.id)
+    };
+    tokio::task::spawn_blocking(check).await.ok().flatten()
+}
+
+/// Signs in: the session is in two cookies that no script of a page can read.
+pub async fn sign_in(
+    State(state): State<AppState>,
+    from: From,
+    headers: HeaderMap,
+    Body(body): Body<SignInBody>,
+) -> Result<Response, ApiError> {
+    // A page elsewhere could otherwise sign its reader in as somebody else.
+    if (headers.contains_key(header::ORIGIN) || headers.contains_key("sec-fetch-site"))
+        && !token::is_same_origin(&headers)
+    {
+        return Err(other_origin());
+    }
+    let name = body.name.trim().to_lowercase();
+    let stored = match user::is_valid_name(&name) {
+        true => state.ask(async |conn| user::credentials(conn, &name).await).await?,
+        false => None,
+    };
+    let known = stored.as_ref().map(|stored| stored.id);
+    let Some(id) = is_right(&state, stored, body.password).await else {
+        // What was typed may be a password in the wrong field: only the name of somebody who exists is written down.
+        let actor = from.actor("Anonymous", known, if known.is_some() { &name } else { "unknown name" });
+        let event = Event { action: "session.refuse", target_id: None, target_name: None, details: json!({}) };
+        state.change_by(&actor, async |_| Ok(((), vec![event]))).await?;
+        return Err(refused());
+    };
+    let agent = headers.get(header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let begin = async |conn: &mut sqlx::PgConnection| {
+        let fresh = session::begin(conn, id, from.address, agent).await?;
+        let event = Event::new("session.create", fresh.id, &name);
+        Ok((fresh, vec![event]))
+    };
+    let fresh = state.change_by(&from.actor("User", Some(id), &name), begin).await?;
+    signed_in(&state, fresh, from.tls).await
+}
+
+async fn signed_in(state: &AppState, fresh: Fresh, tls: bool) -> Result<Response, ApiError> {
+    let keys = state.memory.signing_keys(&state.key).await?;
+    let token = token::issue(&keys, &state.instance, fresh.user, fresh.id).ok_or_else(|| {
+        tracing::error!("no signing key opens with this encryption key");
+        ApiError::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal_error",
+            "internal error; the log has it under this requestId",
+        )
+    })?;
+    let user = state.ask(async |conn| user::find(conn, fresh.user).await).await?.ok_or_else(refused)?;
+    let mut response =
+        data(&json!({ "user": user, "sessionId": fresh.id, "expiresInSeconds": TOKEN_SECONDS })).into_response();
+    token::set_cookies(response.headers_mut(), &token, fresh.refresh.as_ref(), tls);
+    Ok(response)
+}
+
+/// Renews a session by its refresh cookie, which is replaced.
+pub async fn refresh(State(state): State<AppState>, from: From, headers: HeaderMap) -> Result<Response, ApiError> {
+    if !token::is_same_origin(&headers) {
+        return Err(other_origin());
+    }
+    let over = || ApiError::new(StatusCode::UNAUTHORIZED, "session_over", "the session is over: sign in");
+    let presented = token::cookie(&headers, REFRESH_COOKIE).filter(|t| !t.is_empty()).ok_or_else(over)?;
+    let presented = SecretString::from(presented);
+    let actor = from.actor("Anonymous", None, "a refresh token");
+    let renew = async |conn: &mut sqlx::PgConnection| {
+        let renewed = session::renew(conn, &presented, from.address).await?;
+        let event = match &renewed {
+            Renewed::Fresh(fresh) => Event::new("session.renew", fresh.id, ""),
+            Renewed::Stolen(user) => Event::new("session.stolen", user, ""),
+            Renewed::Unknown => return Ok((renewed, Vec::new())),
+        };
+        Ok((renewed, vec![event]))
+    };
+    match state.change_by(&actor, renew).await? {
+        Renewed::Fresh(fresh) => signed_in(&state, fresh, from.tls).await,
+        Renewed::Stolen(user) => {
+            tracing::warn!(%user, address = %from.address, "a refresh token was used twice: its session is ended");
+            Err(over())
+        }
+        Renewed::Unknown => Err(over()),
+    }
+}
+
+/// Who the caller is, and what they may do.
+pub async fn get(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Result<Json<Value>, ApiError> {
+    let permissions = caller.permissions().names();
+    let Some((id, session)) = caller.person() else {
+        return Ok(data(&json!({ "apiKeyId": caller.id(), "name": caller.name(), "permissions": permissions })));
+    };
+    let user = state.ask(async |conn| user::find(conn, id).await).await?;
+    Ok(data(&json!({ "user": user, "sessionId": session, "name": caller.name(), "permissions": permissions })))
+}
+
+fn person(caller: &Caller) -> Result<(UserId, SessionId), ApiError> {
+    let error = "this is for people who are signed in; an API key has no session";
+    caller.person().ok_or_else(|| ApiError::new(StatusCode::FORBIDDEN, "not_a_person", error))
+}
+
+async fn end(state: &AppState, caller: &Caller, id: SessionId, of: Option<UserId>) -> Result<bool, ApiError> {
+    let end = async |conn: &mut sqlx::PgConnection| {
+        let ended = session::end(conn, id, of).await?;
+        Ok((ended, if ended { vec![Event::new("session.delete", id, caller.name())] } else { Vec::new() }))
+    };
+    state.change(caller, end).await
+}
+
+/// Signs out.
+pub async fn sign_out(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    from: From,
+) -> Result<Response, ApiError> {
+    let (user, session) = person(&caller)?;
+    end(&state, &caller, session, Some(user)).await?;
+    let mut response = Json(json!({ "success": true })).into_response();
+    token::clear_cookies(response.headers_mut(), from.tls);
+    Ok(response)
+}
+
+/// The caller's own sessions; of everybody for whoever may read users.
+pub async fn list(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    uri: Uri,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let of = match caller.permissions().allows(Permission::UsersRead) {
+        true => None,
+        false => Some(person(&caller)?.0),
+    };
+    let (limit, cursor) = (query.limit()?, query.cursor()?);
+    let sessions = state.ask(async |conn| session::list(conn, of, limit, cursor).await).await?;
+    Ok(page(&sessions, &uri, false))
+}
+
+/// Ends a session: one's own, or anybody's for whoever may write users.
+pub async fn revoke(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+) -> Result<Json<Value>, ApiError> {
+    let not_found = || ApiError::not_found("Session", "session_not_found");
+    let id: SessionId = id.parse().map_err(|_| not_found())?;
+    let of = match caller.permissions().allows(Permission::UsersWrite) {
+        true => None,
+        false => Some(person(&caller)?.0),
+    };
+    if end(&state, &caller, id, of).await? { Ok(Json(json!({ "success": true }))) } else { Err(not_found()) }
+}
+
+/// A new password for oneself.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PasswordBody {
+    current: SecretString,
+    password: SecretString,
+}
+
+/// Changes one's own password, and ends one's sessions everywhere.
+pub async fn change_password(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    from: From,
+    Body(body): Body<PasswordBody>,
+) -> Result<Response, ApiError> {
+    let (id, _) = person(&caller)?;
+    let mut check = Check::default();
+    check_password(&body.password, &mut check);
+    check.done()?;
+    let stored = state.ask(async |conn| user::credentials(conn, caller.name()).await).await?;
+    if is_right(&state, stored, body.current).await != Some(id) {
+        return Err(ApiError::invalid(vec![FieldProblem::new("current", "is not your password")]));
+    }
+    let password = hashed(&state, body.password).await?;
+    let change = async |conn: &mut sqlx::PgConnection| {
+        let Some(old) = user::find(conn, id).await? else { return Ok((false, Vec::new())) };
+        let draft = UserDraft {
+            permissions: old.permission_set(),
+            name: old.name,
+            display_name: old.display_name,
+            password: Some(password),
+            enabled: old.enabled,
+        };
+        let changed = matches!(user::update(conn, id, &draft).await?, Changed::Done(_));
+        let event = Event::new("user.update", id, &draft.name).with(json!({ "fields": ["password"] }));
+        Ok((changed, if changed { vec![event] } else { Vec::new() }))
+    };
+    if !state.change(&caller, change).await? {
+        return Err(refused());
+    }
+    let mut response = Json(json!({ "success": true, "message": "sign in with the new password" })).into_response();
+    token::clear_cookies(response.headers_mut(), from.tls);
+    Ok(response)
+}

@@ -1,0 +1,434 @@
+//! People: the first administrator, sign-in, sessions, users.
+
+use std::{
+    io::Write,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Cluster, binary, id, unique, until};
+
+const PASSWORD: &str = "correct horse battery";
+/// What a process may remember of a session is half a second old; the promise is one.
+const REVOKED: Duration = Duration::from_secs(1);
+
+/// A browser: it keeps cookies, and says where its page is from.
+struct Browser {
+    http: reqwest::Client,
+    cookies: std::collections::BTreeMap<String, String>,
+    set: Vec<String>,
+}
+
+impl Browser {
+    fn new() -> Self {
+        Self { http: reqwest::Client::new(), cookies: Default::default(), set: Vec::new() }
+    }
+
+    async fn call(&mut self, method: &str, url: &str, body: Option<Value>, headers: &[(&str, &str)]) -> (u16, Value) {
+        let mut request = self.http.request(method.parse().expect("a method"), url);
+        let cookies: Vec<String> = self.cookies.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        if !cookies.is_empty() {
+            request = request.header("cookie", cookies.join("; "));
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let response = request.send().await.expect("answers");
+        let status = response.status().as_u16();
+        self.set =
+            response.headers().get_all("set-cookie").iter().map(|v| v.to_str().expect("text").to_owned()).collect();
+        for cookie in &self.set {
+            let (name, value) = cookie.split(';').next().and_then(|pair| pair.split_once('=')).expect("a pair");
+            self.cookies.insert(name.to_owned(), value.to_owned());
+        }
+        (status, response.json().await.expect("JSON"))
+    }
+
+    /// From a page of the service.
+    async fn page(
+        &mut self,
+        cluster: &Cluster,
+        api: usize,
+        method: &str,
+        path: &str,
+        body: Option<Value>,
+    ) -> (u16, Value) {
+        let url = format!("{}{path}", cluster.url(api));
+        self.call(method, &url, body, &[("sec-fetch-site", "same-origin")]).await
+    }
+
+    async fn sign_in(&mut self, cluster: &Cluster, api: usize, name: &str, password: &str) -> (u16, Value) {
+        self.page(cluster, api, "POST", "/api/session", Some(json!({ "name": name, "password": password }))).await
+    }
+}
+
+async fn user(cluster: &Cluster, permissions: &[&str]) -> (String, String) {
+    let name = unique("user");
+    let body = json!({ "name": name, "password": PASSWORD, "permissions": permissions });
+    (id(&cluster.ok("POST", "/api/users", Some(body)).await), name)
+}
+
+/// Somebody who may administer users, so that a test may take that from another.
+async fn with_administrator() -> Cluster {
+    let cluster = Cluster::build().workers(0).start().await;
+    user(&cluster, &["*"]).await;
+    cluster
+}
+
+async fn over_everywhere(cluster: &Cluster, browser: &Browser) {
+    for api in 0..2 {
+        let mut again = Browser::new();
+        again.cookies = browser.cookies.clone();
+        until(&format!("process {api} refuses the session"), REVOKED, || {
+            let mut again = Browser { http: again.http.clone(), cookies: again.cookies.clone(), set: Vec::new() };
+            async move {
+                let (status, answer) = again.page(cluster, api, "GET", "/api/session", None).await;
+                (status == 401 && answer["code"] == "session_over").then_some(())
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_administrator_is_made_once_with_the_token_from_the_log_of_any_process() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    let token = cluster.apis[0].0.wait_for_field("there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create", "token").await;
+    let same = cluster.apis[1].0.wait_for_field("there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create", "token").await;
+    assert_eq!(token, same);
+    let mut browser = Browser::new();
+    let needed = browser.page(&cluster, 0, "GET", "/api/setup", None).await.1;
+    assert_eq!(needed["data"]["needed"], true, "{needed}");
+    let body = |token: &str, password: &str| json!({ "token": token, "name": "ada", "password": password });
+    let (status, answer) = browser.page(&cluster, 0, "POST", "/api/setup", Some(body("guess", PASSWORD))).await;
+    assert_eq!((status, answer["code"].as_str()), (403, Some("setup_token_wrong")), "{answer}");
+    let (status, answer) = browser.page(&cluster, 0, "POST", "/api/setup", Some(body(&token, "short"))).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("password")), "{answer}");
+    let both = (0..6).map(|n| {
+        let (url, body) = (format!("{}/api/setup", cluster.url(n % 2)), body(&token, PASSWORD));
+        async move { Browser::new().call("POST", &url, Some(body), &[]).await }
+    });
+    let answers = futures::future::join_all(both).await;
+    assert_eq!(answers.iter().filter(|(status, _)| *status == 201).count(), 1, "{answers:?}");
+    assert!(answers.iter().all(|(status, _)| [201, 409].contains(status)), "{answers:?}");
+    assert_eq!(cluster.count("select count(*) from users").await, 1);
+    let (status, signed_in) = browser.sign_in(&cluster, 1, "Ada", PASSWORD).await;
+    assert_eq!(status, 200, "{signed_in}");
+    let granted = signed_in["data"]["user"]["permissions"].as_array().map(Vec::len);
+    assert_eq!(granted, Some(common::permission::Permission::ALL.len()));
+    assert_eq!(browser.page(&cluster, 0, "GET", "/api/setup", None).await.1["data"]["needed"], false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_signs_in_works_on_every_process_and_signs_out() {
+    let cluster = with_administrator().await;
+    let (user_id, name) = user(&cluster, &["jobs:read", "settings:write", "settings:read"]).await;
+    let mut browser = Browser::new();
+    let (status, answer) = browser.sign_in(&cluster, 0, &name, PASSWORD).await;
+    assert_eq!((status, answer["data"]["user"]["id"].as_str()), (200, Some(user_id.as_str())), "{answer}");
+    assert!(!answer.to_string().contains("argon2"), "{answer}");
+    assert_eq!(browser.set.len(), 2, "{:?}", browser.set);
+    for cookie in &browser.set {
+        assert!(cookie.contains("; HttpOnly") && cookie.contains("; SameSite=Strict"), "{cookie}");
+    }
+    let first = browser.cookies.clone();
+    for api in 0..2 {
+        assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
+        let who = browser.page(&cluster, api, "GET", "/api/session", None).await.1;
+        assert_eq!(who["data"]["name"].as_str(), Some(name.as_str()), "{who}");
+    }
+    let (status, answer) = browser.page(&cluster, 1, "GET", "/api/sources", None).await;
+    assert_eq!((status, answer["code"].as_str()), (403, Some("permission_missing")), "{answer}");
+
+    // A change must come from a page of this service.
+    let (url, body) = (format!("{}/api/settings", cluster.url(0)), json!({ "maxPending": 77 }));
+    let host = cluster.url(0).trim_start_matches("http://").to_owned();
+    for (headers, status) in [
+        (vec![], 403),
+        (vec![("sec-fetch-site", "cross-site")], 403),
+        (vec![("sec-fetch-site", "same-site")], 403),
+        (vec![("origin", "https://evil.example")], 403),
+        (vec![("sec-fetch-site", "same-origin")], 200),
+        (vec![("origin", cluster.url(0)), ("host", host.as_str())], 200),
+    ] {
+        let (got, answer) = browser.call("PATCH", &url, Some(body.clone()), &headers).await;
+        assert_eq!(got, status, "{headers:?}: {answer}");
+    }
+
+    let sessions = browser.page(&cluster, 0, "GET", "/api/sessions", None).await.1;
+    assert_eq!(sessions["data"].as_array().map(Vec::len), Some(1), "{sessions}");
+    assert_eq!(browser.page(&cluster, 0, "DELETE", "/api/session", None).await.0, 200);
+    browser.cookies = first;
+    over_everywhere(&cluster, &browser).await;
+    let actions =
+        cluster.text("select string_agg(action, ' ' order by seq) from audit_log where actor_kind = 'User'").await;
+    assert_eq!(actions, "session.create settings.update settings.update session.delete");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cookies_are_secure_when_a_trusted_proxy_says_that_the_client_speaks_tls() {
+    for (trusted, secure) in [("127.0.0.1", true), ("192.0.2.1", false)] {
+        let cluster = Cluster::build().workers(0).env("DBACKUP_TRUSTED_PROXIES", trusted).start().await;
+        let (_, name) = user(&cluster, &["*"]).await;
+        let mut browser = Browser::new();
+        let url = format!("{}/api/session", cluster.url(0));
+        let body = json!({ "name": name, "password": PASSWORD });
+        let headers =
+            [("sec-fetch-site", "same-origin"), ("x-forwarded-proto", "https"), ("x-forwarded-for", "192.0.2.7")];
+        assert_eq!(browser.call("POST", &url, Some(body), &headers).await.0, 200);
+        assert!(browser.set.iter().all(|cookie| cookie.contains("; Secure") == secure), "{:?}", browser.set);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_over_on_every_process_within_a_second_when_it_is_revoked_or_its_person_is_switched_off() {
+    let cluster = with_administrator().await;
+    for end in ["revoke", "disable", "password", "delete"] {
+        let (user_id, name) = user(&cluster, &["jobs:read"]).await;
+        let mut browser = Browser::new();
+        let (_, answer) = browser.sign_in(&cluster, 0, &name, PASSWORD).await;
+        for api in 0..2 {
+            assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
+        }
+        let session = answer["data"]["sessionId"].as_str().expect("an id");
+        let path = format!("/api/users/{user_id}");
+        match end {
+            "revoke" => cluster.ok("DELETE", &format!("/api/sessions/{session}"), None).await,
+            "disable" => cluster.ok("PUT", &path, Some(json!({ "enabled": false }))).await,
+            "password" => cluster.ok("PUT", &path, Some(json!({ "password": "another password" }))).await,
+            _ => cluster.ok("DELETE", &path, None).await,
+        };
+        over_everywhere(&cluster, &browser).await;
+        let refresh = browser.page(&cluster, 1, "POST", "/api/session/refresh", None).await;
+        assert_eq!(refresh.0, 401, "{end}: {}", refresh.1);
+    }
+    // What is taken from a person is taken from their session.
+    let (user_id, name) = user(&cluster, &["jobs:read"]).await;
+    let mut browser = Browser::new();
+    browser.sign_in(&cluster, 0, &name, PASSWORD).await;
+    cluster.ok("PUT", &format!("/api/users/{user_id}"), Some(json!({ "permissions": ["settings:read"] }))).await;
+    let begin = Instant::now();
+    while browser.page(&cluster, 1, "GET", "/api/jobs", None).await.0 != 403 {
+        assert!(begin.elapsed() < REVOKED, "the permission still counts");
+    }
+    assert_eq!(browser.page(&cluster, 1, "GET", "/api/settings", None).await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_renewed_by_a_token_that_is_good_once_and_a_stolen_one_ends_it() {
+    let cluster = with_administrator().await;
+    let (_, name) = user(&cluster, &["jobs:read"]).await;
+    let mut browser = Browser::new();
+    browser.sign_in(&cluster, 0, &name, PASSWORD).await;
+    let stolen = browser.cookies.clone();
+    let other = browser
+        .call("POST", &format!("{}/api/session/refresh", cluster.url(1)), None, &[("sec-fetch-site", "cross-site")])
+        .await;
+    assert_eq!((other.0, other.1["code"].as_str()), (403, Some("other_origin")));
+    assert_eq!(browser.page(&cluster, 1, "POST", "/api/session/refresh", None).await.0, 200);
+    assert_ne!(browser.cookies["dbackup_refresh"], stolen["dbackup_refresh"]);
+    // Another window of the same browser, at the same moment.
+    let mut window = Browser::new();
+    window.cookies = stolen.clone();
+    assert_eq!(window.page(&cluster, 0, "POST", "/api/session/refresh", None).await.0, 200);
+    assert_eq!(window.cookies["dbackup_refresh"], stolen["dbackup_refresh"], "no second new token");
+    // Later it is theft: time is moved, not waited for.
+    sqlx::query("update sessions set renewed_at = renewed_at - interval '11 seconds'")
+        .execute(&cluster.pool)
+        .await
+        .expect("updates");
+    let mut thief = Browser::new();
+    thief.cookies = stolen;
+    assert_eq!(thief.page(&cluster, 0, "POST", "/api/session/refresh", None).await.0, 401);
+    over_everywhere(&cluster, &browser).await;
+    assert_eq!(cluster.count("select count(*) from audit_log where action = 'session.stolen'").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_name_gets_the_answer_and_the_time_of_a_wrong_password_and_no_name_is_written_down() {
+    let cluster = with_administrator().await;
+    let (off, disabled) = user(&cluster, &["jobs:read"]).await;
+    cluster.ok("PUT", &format!("/api/users/{off}"), Some(json!({ "enabled": false }))).await;
+    let (_, name) = user(&cluster, &["jobs:read"]).await;
+    let secret_in_the_wrong_field = "my-password-in-the-name";
+    let mut answers = Vec::new();
+    let mut times = Vec::new();
+    for (name, password) in [
+        (name.as_str(), "a wrong password"),
+        (secret_in_the_wrong_field, "a wrong password"),
+        (disabled.as_str(), PASSWORD),
+        ("No Such Name!", "a wrong password"),
+    ] {
+        let mut took = Vec::new();
+        for _ in 0..5 {
+            let mut browser = Browser::new();
+            let begin = Instant::now();
+            let (status, mut answer) = browser.sign_in(&cluster, 0, name, password).await;
+            took.push(begin.elapsed());
+            answer["requestId"] = Value::Null;
+            answers.push((status, answer, browser.set.len()));
+        }
+        took.sort();
+        times.push(took[2]);
+    }
+    assert!(answers.iter().all(|answer| *answer == answers[0]) && answers[0].0 == 401, "{answers:?}");
+    let (quickest, slowest) = (times.iter().min().expect("times"), times.iter().max().expect("times"));
+    assert!(*slowest < *quickest * 3, "the time tells who exists: {times:?}");
+    let log = cluster.ok("GET", "/api/audit?action=session.refuse", None).await.to_string();
+    assert!(log.contains(&name) && !log.contains(secret_in_the_wrong_field), "{log}");
+    assert!(!cluster.logs().contains(secret_in_the_wrong_field) && !cluster.logs().contains(PASSWORD));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_sign_ins_a_minute_from_one_address_are_enough() {
+    let cluster =
+        Cluster::build().workers(0).contract_limits().env("DBACKUP_TRUSTED_PROXIES", "127.0.0.1").start().await;
+    let (_, name) = user(&cluster, &["*"]).await;
+    let mut statuses = Vec::new();
+    for n in 0..7 {
+        let url = format!("{}/api/session", cluster.url(n % 2));
+        let body = json!({ "name": name, "password": "a wrong password" });
+        statuses.push(Browser::new().call("POST", &url, Some(body), &[("x-forwarded-for", "192.0.2.1")]).await.0);
+    }
+    assert_eq!(statuses, [401, 401, 401, 401, 401, 429, 429]);
+    let url = format!("{}/api/session", cluster.url(0));
+    let body = json!({ "name": name, "password": PASSWORD });
+    assert_eq!(Browser::new().call("POST", &url, Some(body), &[("x-forwarded-for", "192.0.2.2")]).await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_signed_by_the_key_before_counts_after_a_rotation() {
+    let cluster = with_administrator().await;
+    let (_, name) = user(&cluster, &["jobs:read"]).await;
+    let (mut before, mut after) = (Browser::new(), Browser::new());
+    before.sign_in(&cluster, 0, &name, PASSWORD).await;
+    assert_eq!(dbackup(&cluster, &["user", "rotate-signing-key"], "").0, Some(0));
+    // From the moment that every process signs with the new key.
+    let kid = |browser: &Browser| browser.cookies["dbackup_session"].split('.').next().expect("a header").to_owned();
+    until("the new key signs", REVOKED, || {
+        let (cluster, name) = (&cluster, name.clone());
+        let old = kid(&before);
+        async move {
+            let mut browser = Browser::new();
+            browser.sign_in(cluster, 1, &name, PASSWORD).await;
+            (kid(&browser) != old).then_some(())
+        }
+    })
+    .await;
+    after.sign_in(&cluster, 1, &name, PASSWORD).await;
+    for browser in [&mut before, &mut after] {
+        for api in 0..2 {
+            assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_are_made_changed_and_deleted_within_what_the_caller_holds_and_an_administrator_is_left() {
+    let cluster = with_administrator().await;
+    let keeper = cluster.key(&["users:read", "users:write", "jobs:read"]).await;
+    let create = async |key: &str, body: Value| cluster.request_as(key, "POST", "/api/users", Some(body)).await;
+    let (status, made) =
+        create(&keeper, json!({ "name": "bob", "password": PASSWORD, "permissions": ["jobs:read"] })).await;
+    assert_eq!(status, 201, "{made}");
+    let bob = id(&made["data"]);
+    for (body, status, field) in [
+        (json!({ "name": "eve", "password": PASSWORD, "permissions": ["*"] }), 403, "permissions"),
+        (json!({ "name": "Eve", "password": PASSWORD, "permissions": [] }), 422, "name"),
+        (json!({ "name": "eve", "password": "short", "permissions": [] }), 422, "password"),
+        (json!({ "name": "eve", "permissions": [] }), 422, "password"),
+        (json!({ "name": "eve", "password": PASSWORD, "permissions": ["jobs:fly"] }), 422, "permissions"),
+    ] {
+        let (got, answer) = create(&keeper, body.clone()).await;
+        assert_eq!((got, answer["fields"][0]["field"].as_str()), (status, Some(field)), "{body}: {answer}");
+    }
+    let (status, answer) = create(&keeper, json!({ "name": "bob", "password": PASSWORD, "permissions": [] })).await;
+    assert_eq!((status, answer["code"].as_str()), (409, Some("name_taken")), "{answer}");
+
+    // Somebody who may do more is not taken over, and can still be switched off; but not the last administrator.
+    let (strong, _) = user(&cluster, &["*"]).await;
+    for body in [json!({ "password": "taken over by me" }), json!({ "enabled": true }), json!({ "name": "mine" })] {
+        let (status, answer) = cluster.request_as(&keeper, "PUT", &format!("/api/users/{strong}"), Some(body)).await;
+        assert_eq!((status, answer["code"].as_str()), (403, Some("grant_exceeds")), "{answer}");
+    }
+    let off = Some(json!({ "enabled": false }));
+    assert_eq!(cluster.request_as(&keeper, "PUT", &format!("/api/users/{strong}"), off.clone()).await.0, 200);
+    let users = cluster.ok("GET", "/api/users", None).await;
+    let last = users
+        .as_array()
+        .expect("users")
+        .iter()
+        .find(|u| u["enabled"] == true && u["permissions"].as_array().is_some_and(|p| p.len() > 5));
+    let last = id(last.expect("an administrator"));
+    for (method, body) in [("DELETE", None), ("PUT", off), ("PUT", Some(json!({ "permissions": ["jobs:read"] })))] {
+        let (status, answer) = cluster.request(method, &format!("/api/users/{last}"), body).await;
+        assert_eq!((status, answer["code"].as_str()), (409, Some("last_administrator")), "{method}: {answer}");
+    }
+    let bound = json!({ "name": "bound", "permissions": ["users:write", "jobs:read"], "networks": ["127.0.0.1"] });
+    let bound = cluster.ok("POST", "/api/api-keys", Some(bound)).await["key"].as_str().expect("a key").to_owned();
+    let (status, answer) =
+        create(&bound, json!({ "name": "free", "password": PASSWORD, "permissions": ["jobs:read"] })).await;
+    assert_eq!((status, answer["code"].as_str()), (403, Some("grant_exceeds")), "{answer}");
+    cluster.ok("DELETE", &format!("/api/users/{bob}"), None).await;
+    assert_eq!(cluster.request("GET", &format!("/api/users/{bob}"), None).await.0, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_changes_their_own_password_and_nobody_elses() {
+    let cluster = with_administrator().await;
+    let (_, name) = user(&cluster, &["jobs:read"]).await;
+    let (mut here, mut there) = (Browser::new(), Browser::new());
+    here.sign_in(&cluster, 0, &name, PASSWORD).await;
+    there.sign_in(&cluster, 1, &name, PASSWORD).await;
+    let change = |current: &str| Some(json!({ "current": current, "password": "a newer password" }));
+    let (status, answer) = here.page(&cluster, 0, "POST", "/api/session/password", change("not this one")).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("current")), "{answer}");
+    assert_eq!(here.page(&cluster, 0, "POST", "/api/session/password", change(PASSWORD)).await.0, 200);
+    over_everywhere(&cluster, &there).await;
+    assert_eq!(there.sign_in(&cluster, 1, &name, PASSWORD).await.0, 401);
+    assert_eq!(there.sign_in(&cluster, 1, &name, "a newer password").await.0, 200);
+    let (status, answer) = cluster.request("POST", "/api/session/password", change(PASSWORD)).await;
+    assert_eq!((status, answer["code"].as_str()), (403, Some("not_a_person")), "{answer}");
+    // One's own sessions only, without the right to those of others.
+    let (_, other) = user(&cluster, &["jobs:read"]).await;
+    let mut stranger = Browser::new();
+    let (_, answer) = stranger.sign_in(&cluster, 0, &other, PASSWORD).await;
+    let path = format!("/api/sessions/{}", answer["data"]["sessionId"].as_str().expect("an id"));
+    assert_eq!(there.page(&cluster, 0, "DELETE", &path, None).await.0, 404);
+    assert_eq!(stranger.page(&cluster, 0, "DELETE", &path, None).await.0, 200);
+}
+
+fn dbackup(cluster: &Cluster, args: &[&str], input: &str) -> (Option<i32>, String, String) {
+    let mut command = Command::new(binary("dbackup"));
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).envs(cluster.env()).args(args);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("dbackup runs");
+    child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("writes");
+    let output = child.wait_with_output().expect("ends");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_makes_users_who_can_sign_in() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let (code, said, _) =
+        dbackup(&cluster, &["user", "create", "--name", "ada", "--permission", "*"], &format!("{PASSWORD}\n"));
+    assert_eq!((code, said.trim()), (Some(0), "ada: done"));
+    let mut browser = Browser::new();
+    assert_eq!(browser.sign_in(&cluster, 0, "ada", PASSWORD).await.0, 200);
+    let (code, _, said) = dbackup(&cluster, &["user", "create", "--name", "bob", "--permission", "*"], "short\n");
+    assert!(code == Some(2) && said.contains("between 10 and 500"), "{code:?} {said}");
+    let (code, _, said) = dbackup(&cluster, &["user", "delete", "ada"], "");
+    assert!(code == Some(1) && said.contains("another administrator"), "{code:?} {said}");
+    assert_eq!(dbackup(&cluster, &["user", "password", "ada"], "a newer password\n").0, Some(0));
+    over_everywhere(&cluster, &browser).await;
+    assert_eq!(browser.sign_in(&cluster, 1, "ada", "a newer password").await.0, 200);
+    let (code, list, _) = dbackup(&cluster, &["user", "list"], "");
+    assert!(code == Some(0) && list.contains("ada") && list.contains("users:write"), "{list}");
+}
