@@ -14,5 +14,6 @@ mod limits;
 mod protocol;
 mod queue;
 mod sources;
+mod tls;
 mod trace;
 mod up;

@@ -7,6 +7,7 @@ pub mod process;
 pub mod proxy;
 pub mod s3;
 pub mod source;
+pub mod tls;
 
 use std::{
     collections::BTreeMap,

@@ -6,7 +6,7 @@ use chrono::DateTime;
 use common::source::{Engine, SourceAccess, TlsMode};
 use secrecy::ExposeSecret;
 
-use super::{Database, Inspected, child::Program, find_tools, missing};
+use super::{Database, Inspected, TLS_HINT, child::Program, find_tools, missing};
 use crate::{failure::RunError, lease::ProcessGroups};
 
 /// Last line of a whole dump.
@@ -15,7 +15,8 @@ pub const LAST_LINE: &[u8] = b"-- Dump completed";
 const QUESTION: &str = "select 'server', version(), unix_timestamp(now(6)); \
      select 'database', s.schema_name, coalesce(sum(t.data_length + t.index_length), 0) \
        from information_schema.schemata s left join information_schema.tables t on t.table_schema = s.schema_name \
-      group by s.schema_name";
+      group by s.schema_name; \
+     show session status like 'Ssl_cipher'";
 
 /// MariaDB's tools serve both engines; MySQL's own come first for MySQL.
 fn names(engine: Engine) -> ([&'static str; 2], [&'static str; 2]) {
@@ -57,6 +58,7 @@ fn read_answer(
     tool_version: String,
 ) -> Result<Inspected, RunError> {
     let (mut server, mut sizes) = (None, std::collections::HashMap::new());
+    let mut encrypted = false;
     for line in answer.lines() {
         match line.split('\t').collect::<Vec<_>>()[..] {
             ["server", version, at] => {
@@ -67,12 +69,17 @@ fn read_answer(
             ["database", name, size] => {
                 sizes.insert(name.to_owned(), size.parse::<f64>().unwrap_or(0.0));
             }
+            ["Ssl_cipher", cipher] => encrypted = !cipher.is_empty(),
             _ => {}
         }
     }
     let Some((server_version, snapshot_at)) = server else {
         return Err(RunError::retry("source_failed", "the server's answer about its version was not understood"));
     };
+    // MariaDB's tools take `ssl` for a wish and go on in the clear where the server has none.
+    if access.config.tls.mode == TlsMode::Require && !encrypted {
+        return Err(RunError::give_up("source_tls", format!("the server offers no TLS\n{TLS_HINT}")));
+    }
     let mut databases = Vec::new();
     for name in &access.config.databases {
         let size = sizes.get(name).ok_or_else(|| {
@@ -149,11 +156,10 @@ fn connect(access: &SourceAccess, program: &mut Program, tool_version: &str) -> 
 fn tls_flags(mode: TlsMode, mariadb: bool) -> &'static [&'static str] {
     match (mode, mariadb) {
         (TlsMode::Disable, true) => &["skip-ssl"],
-        // MariaDB's tools know only on or off.
-        (TlsMode::Prefer, true) => &[],
-        (TlsMode::Require, true) => &["ssl", "disable-ssl-verify-server-cert"],
-        (TlsMode::VerifyCa, true) => &["ssl", "disable-ssl-verify-server-cert"],
-        (TlsMode::VerifyFull, true) => &["ssl", "ssl-verify-server-cert"],
+        // Newer tools would check the certificate unless told not to.
+        (TlsMode::Prefer | TlsMode::Require, true) => &["ssl", "disable-ssl-verify-server-cert"],
+        // MariaDB's tools check authority and name together or let a server without TLS pass: the stricter of both.
+        (TlsMode::VerifyCa | TlsMode::VerifyFull, true) => &["ssl", "ssl-verify-server-cert"],
         (TlsMode::Disable, false) => &["ssl-mode=DISABLED"],
         (TlsMode::Prefer, false) => &["ssl-mode=PREFERRED"],
         (TlsMode::Require, false) => &["ssl-mode=REQUIRED"],
@@ -195,7 +201,9 @@ pub fn classify(stderr: &str, doing: String) -> RunError {
                 "{doing}\nThe user of the source needs SELECT, SHOW VIEW, TRIGGER, EVENT and LOCK TABLES, and SELECT on mysql.proc (MariaDB) or SHOW_ROUTINE (MySQL) for routines."
             ),
         )
-    } else if has(&["2002", "2003", "2005", "2006", "2013", "1040", "1053"]) {
+    } else if has(&["2026"]) && ["certificate", "SSL is required"].iter().any(|word| stderr.contains(word)) {
+        RunError::give_up("source_tls", format!("{doing}\n{TLS_HINT}"))
+    } else if has(&["2026", "2002", "2003", "2005", "2006", "2013", "1040", "1053"]) {
         RunError::retry(
             "source_unreachable",
             format!("{doing}\nCheck host and port of the source, and that this worker's pool reaches it."),

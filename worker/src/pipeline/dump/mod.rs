@@ -23,6 +23,10 @@ use crate::{
 };
 use child::{Ended, Program, Running};
 
+/// What to do when a server's TLS is not what the source demands.
+const TLS_HINT: &str = "Check tls of the source: the server must offer TLS, caCertificate must be the authority that \
+     signed its certificate, and that certificate must name the host of the source.";
+
 /// A source and the tools to dump it.
 pub struct Dump {
     access: SourceAccess,

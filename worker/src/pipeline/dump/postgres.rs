@@ -6,7 +6,7 @@ use chrono::DateTime;
 use common::source::{Engine, SourceAccess, TlsMode};
 use secrecy::ExposeSecret;
 
-use super::{Database, Inspected, Tool, child::Program, find_tools, missing};
+use super::{Database, Inspected, TLS_HINT, Tool, child::Program, find_tools, missing};
 use crate::{failure::RunError, lease::ProcessGroups};
 
 /// First bytes of the custom format.
@@ -165,6 +165,14 @@ pub fn classify(stderr: &str, doing: String) -> RunError {
         )
     } else if stderr.contains("database \"") && stderr.contains("does not exist") {
         RunError::give_up("database_missing", format!("{doing}\nCheck the databases of the source."))
+    } else if says(&[
+        "certificate verify failed",
+        "server certificate for",
+        "root certificate file",
+        "server does not support SSL",
+    ]) {
+        // Before the words of the network: these come with "connection to server" too.
+        RunError::give_up("source_tls", format!("{doing}\n{TLS_HINT}"))
     } else if says(&["server version mismatch"]) {
         RunError::give_up(
             "client_too_old",
