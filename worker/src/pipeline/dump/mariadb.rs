@@ -187,9 +187,14 @@ fn quote(value: &str) -> String {
 
 /// Sorts what the tools say, by MySQL's error numbers.
 pub fn classify(stderr: &str, doing: String) -> RunError {
-    let has = |numbers: &[&str]| {
-        numbers.iter().any(|n| stderr.contains(&format!("ERROR {n} ")) || stderr.contains(&format!("error: {n}:")))
+    // The client, and three ways of the dump tool.
+    let told = |n: &str| {
+        stderr.contains(&format!("ERROR {n} "))
+            || stderr.contains(&format!("error: {n}:"))
+            || stderr.contains(&format!("Error {n}:"))
+            || stderr.lines().any(|line| line.ends_with(&format!("({n})")))
     };
+    let has = |numbers: &[&str]| numbers.iter().any(|n| told(n));
     if has(&["1045", "1698", "1251", "2059"]) {
         RunError::give_up("source_auth", format!("{doing}\nCheck username and password of the source."))
     } else if has(&["1049"]) {
@@ -199,6 +204,14 @@ pub fn classify(stderr: &str, doing: String) -> RunError {
             "source_denied",
             format!(
                 "{doing}\nThe user of the source needs SELECT, SHOW VIEW, TRIGGER, EVENT and LOCK TABLES, and SELECT on mysql.proc (MariaDB) or SHOW_ROUTINE (MySQL) for routines."
+            ),
+        )
+    } else if has(&["1205"]) {
+        // The server's own lock_wait_timeout, a day unless it was set: the tool has no option for it.
+        RunError::retry(
+            "source_locked",
+            format!(
+                "{doing}\nSomebody holds a table (show processlist shows who): end that session, or back up at another time."
             ),
         )
     } else if has(&["2026"]) && ["certificate", "SSL is required"].iter().any(|word| stderr.contains(word)) {
@@ -228,7 +241,9 @@ mod tests {
                 Class::GiveUp,
             ),
             ("ERROR 2003 (HY000): Can't connect to server", "source_unreachable", Class::Retry),
-            ("mysqldump: Error 2013: Lost connection", "dump_failed", Class::Retry),
+            ("mysqldump: Error 2013: Lost connection", "source_unreachable", Class::Retry),
+            ("mariadb-dump: Couldn't execute 'SHOW EVENTS': Access denied (1044)", "source_denied", Class::GiveUp),
+            ("mariadb-dump: Error 1969: Query execution was interrupted", "dump_failed", Class::Retry),
         ] {
             let error = classify(stderr, stderr.to_owned());
             assert_eq!((error.code, error.class), (code, class), "{stderr}");
