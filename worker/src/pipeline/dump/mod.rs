@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitStatus,
     sync::Arc,
+    time::Duration,
 };
 
 use chrono::{DateTime, Utc};
@@ -31,6 +32,7 @@ const TLS_HINT: &str = "Check tls of the source: the server must offer TLS, caCe
 pub struct Dump {
     access: SourceAccess,
     bins: Vec<PathBuf>,
+    lock_wait: Duration,
 }
 
 /// What a look at the source told.
@@ -79,7 +81,7 @@ impl Dump {
             Engine::Postgres => config.postgres_bin.clone(),
             Engine::Mysql | Engine::Mariadb => config.mariadb_bin.clone(),
         };
-        Self { access, bins }
+        Self { access, bins, lock_wait: config.lock_wait }
     }
 
     /// Signs in, finds the right tool and measures the databases.
@@ -110,7 +112,7 @@ impl Dump {
         log: &RunLog,
     ) -> Result<RunningDump, RunError> {
         let program = match self.access.engine {
-            Engine::Postgres => postgres::dump(&self.access, &inspected.tool, database)?,
+            Engine::Postgres => postgres::dump(&self.access, &inspected.tool, database, self.lock_wait)?,
             Engine::Mysql | Engine::Mariadb => {
                 mariadb::dump(&self.access, &inspected.tool, &inspected.tool_version, database)?
             }

@@ -1,6 +1,9 @@
 //! PostgreSQL by `pg_dump -Fc -Z0`: its custom format without its compression, which is ours.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use chrono::DateTime;
 use common::source::{Engine, SourceAccess, TlsMode};
@@ -76,11 +79,12 @@ async fn ask(access: &SourceAccess, psql: &Path, database: &str, groups: &Proces
     Err(classify(&output.stderr, format!("could not sign in to '{database}': {}", output.stderr.trim())))
 }
 
-/// The dump of one database.
-pub fn dump(access: &SourceAccess, tool: &Path, database: &str) -> Result<Program, RunError> {
+/// The dump of one database. It waits no longer than `lock_wait` for tables that others hold.
+pub fn dump(access: &SourceAccess, tool: &Path, database: &str, lock_wait: Duration) -> Result<Program, RunError> {
     let mut program = Program::new(tool);
     connect(access, &mut program, database)?;
     program.arg("--format=custom").arg("--compress=0").arg("--no-password");
+    program.arg(format!("--lock-wait-timeout={}", lock_wait.as_millis()));
     Ok(program)
 }
 
@@ -173,6 +177,14 @@ pub fn classify(stderr: &str, doing: String) -> RunError {
     ]) {
         // Before the words of the network: these come with "connection to server" too.
         RunError::give_up("source_tls", format!("{doing}\n{TLS_HINT}"))
+    } else if says(&["due to statement timeout"]) && says(&["LOCK TABLE"]) {
+        // What becomes of --lock-wait-timeout.
+        RunError::retry(
+            "source_locked",
+            format!(
+                "{doing}\nSomebody holds a table (pg_locks on the server shows who): end that session, back up at another time, or raise DBACKUP_LOCK_WAIT_SECONDS."
+            ),
+        )
     } else if says(&["server version mismatch"]) {
         RunError::give_up(
             "client_too_old",
