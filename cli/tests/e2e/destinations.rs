@@ -139,6 +139,29 @@ async fn a_wrong_s3_secret_fails_with_what_to_do_and_is_not_shown() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_secret_of_a_bucket_is_masked_and_sealed_and_not_sent_to_another_endpoint() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), None).await;
+    let path = format!("/api/destinations/{}", s3_destination(&cluster, server.config()).await);
+    let shown = cluster.ok("GET", &path, None).await;
+    assert_eq!(shown["config"]["secretAccessKey"], "********");
+    let list = cluster.ok("GET", "/api/destinations", None).await;
+    let changed = cluster.ok("PUT", &path, Some(json!({ "name": "again", "config": shown["config"] }))).await;
+    let stored: String = sqlx::query_scalar("select string_agg(d::text, ' ') from (select * from destinations) d")
+        .fetch_one(&cluster.pool)
+        .await
+        .expect("rows");
+    for text in [shown.to_string(), list.to_string(), changed.to_string(), stored, cluster.logs()] {
+        assert!(!text.contains(SECRET_KEY) && !text.contains(&hex::encode(SECRET_KEY)), "{text}");
+    }
+    let tested = cluster.ok("POST", &format!("{path}/test"), None).await;
+    assert_eq!(tested["ok"], true, "the secret was kept: {tested}");
+    let body = json!({ "config": { "endpoint": "http://127.0.0.1:1", "secretAccessKey": "********" } });
+    let (status, answer) = cluster.request("PUT", &path, Some(body)).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("config.secretAccessKey")), "{answer}");
+}
+
 /// A file system of its own; unmounted when dropped.
 struct Mount(PathBuf);
 
@@ -198,6 +221,8 @@ async fn a_read_only_destination_fails_with_what_to_do() {
     let ended =
         cluster.ended(&cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await, SOON).await;
     assert_eq!(ended["errorCode"], "read_only", "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("remount it writable")), "{ended:#}");
+    assert_eq!(files(&mount.0), Vec::<PathBuf>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

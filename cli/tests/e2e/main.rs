@@ -6,10 +6,12 @@ mod harness;
 
 mod api;
 mod bad_dumps;
+mod commands;
 mod configuration;
 mod contract;
 mod destinations;
 mod failover;
+mod lifecycle;
 mod limits;
 mod protocol;
 mod queue;

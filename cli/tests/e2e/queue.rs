@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
+use sqlx::postgres::PgListener;
 
-use crate::harness::{Cluster, source::PostgresSource};
+use crate::harness::{Cluster, postgres_url, source::PostgresSource};
 
 async fn paused_cluster_with_job(more: Value) -> (Cluster, String) {
     let cluster = Cluster::build().limit(0).start().await;
@@ -66,4 +67,62 @@ async fn a_full_queue_refuses_with_429_and_a_stored_key_still_wins() {
     assert_eq!(cluster.count("select count(*) from executions").await, 3);
     let (status, replayed, _) = trigger_with_key(&cluster, 1, &job, "first", json!({})).await;
     assert_eq!((status, replayed), (200, true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_jobs_together_may_have_only_so_many_waiting_until_one_of_them_ends() {
+    let (cluster, job) = paused_cluster_with_job(json!({})).await;
+    let same = cluster.ok("GET", &format!("/api/jobs/{job}"), None).await;
+    let (source, destination) = (same["sourceId"].as_str(), same["destinationIds"][0].as_str());
+    let other = cluster.job(source.expect("an id"), &[destination.expect("an id")], json!({})).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxPending": 3 }))).await;
+    let waiting = cluster.trigger(&job).await;
+    cluster.trigger(&job).await;
+    cluster.trigger(&other).await;
+    for job in [&job, &other] {
+        let (status, answer) = cluster.request("POST", &format!("/api/jobs/{job}/run"), None).await;
+        assert_eq!((status, answer["code"].as_str()), (429, Some("queue_full")), "{answer}");
+        assert!(answer["error"].as_str().is_some_and(|e| e.contains("3 runs wait already")), "{answer}");
+    }
+    cluster.ok("POST", &format!("/api/executions/{waiting}/cancel"), None).await;
+    cluster.trigger(&other).await;
+    assert_eq!(cluster.count("select count(*) from executions where status = 'Pending'").await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn triggers_that_arrive_together_share_transactions() {
+    let (cluster, job) = paused_cluster_with_job(json!({ "overlap": "allow" })).await;
+    let path = format!("{}/api/jobs/{job}/run", cluster.url(0));
+    let trigger = || cluster.http.post(&path).bearer_auth(&cluster.admin_key).send();
+    for answer in futures::future::join_all((0..80).map(|_| trigger())).await {
+        assert_eq!(answer.expect("answers").status(), 200);
+    }
+    assert_eq!(cluster.count("select count(*) from executions").await, 80);
+    let transactions = cluster.count("select count(distinct xmin::text) from executions").await;
+    assert!(transactions <= 40, "80 triggers took {transactions} transactions");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_sends_at_most_one_notice_of_work_in_20_ms() {
+    let (cluster, job) = paused_cluster_with_job(json!({ "overlap": "allow" })).await;
+    let mut listener = PgListener::connect(&postgres_url(&cluster.database)).await.expect("connects");
+    listener.listen("dbackup").await.expect("listens");
+    let path = format!("{}/api/jobs/{job}/run", cluster.url(0));
+    let began = std::time::Instant::now();
+    // One after the other: each has a transaction of its own, and none waits for a notice.
+    for _ in 0..100 {
+        let answer = cluster.http.post(&path).bearer_auth(&cluster.admin_key).send().await.expect("answers");
+        assert_eq!(answer.status(), 200);
+    }
+    let allowed = began.elapsed().as_millis() / 20 + 2;
+    sqlx::query("select pg_notify('dbackup', 'end')").execute(&cluster.pool).await.expect("notifies");
+    let mut notices = 0;
+    loop {
+        match listener.recv().await.expect("hears").payload() {
+            "end" => break,
+            "work" => notices += 1,
+            _ => {}
+        }
+    }
+    assert!((1..=allowed).contains(&notices), "{notices} notices, but {allowed} would do");
 }

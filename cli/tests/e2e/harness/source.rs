@@ -62,10 +62,15 @@ impl PostgresSource {
 
     /// Restores a stored dump into an empty database by the public tools; gives its name.
     pub async fn restore(&self, file: &Path) -> String {
+        self.restore_by("zstd -dc", file).await
+    }
+
+    /// As [`PostgresSource::restore`], for a dump that another command unpacks.
+    pub async fn restore_by(&self, unpack: &str, file: &Path) -> String {
         let target = unique("restored");
         sql("postgres", &format!("create database {target} owner {}", self.role)).await;
         let script =
-            format!("zstd -dc '{}' | pg_restore --exit-on-error -d '{}'", file.display(), postgres_url(&target));
+            format!("{unpack} '{}' | pg_restore --exit-on-error -d '{}'", file.display(), postgres_url(&target));
         shell(&script);
         target
     }
@@ -136,16 +141,9 @@ pub fn mariadb(database: &str, statements: &str) -> String {
 impl MariadbSource {
     /// Two tables, a view, a trigger and a routine.
     pub fn with_rows(rows: u32) -> Self {
-        let (database, user) = (unique("shop"), unique("reader"));
-        let password = PASSWORD.replace('\\', "\\\\").replace('\'', "\\'");
+        let source = Self::empty();
         mariadb(
-            "mysql",
-            &format!(
-                "create database {database}; create user {user}@'%' identified by '{password}'; grant all on {database}.* to {user}@'%'; grant select on mysql.proc to {user}@'%'"
-            ),
-        );
-        mariadb(
-            &database,
+            &source.database,
             &format!(
                 "create table item (id int primary key, text varchar(200)) engine=InnoDB;
                  insert into item select seq, concat(md5(seq), md5(seq * 7), md5(seq * 13)) from seq_1_to_{rows};
@@ -154,6 +152,19 @@ impl MariadbSource {
                  create view cheap as select id from item where id < 10;
                  create procedure answer() select 42;
                  create trigger keep before delete on odd for each row set @gone = old.id"
+            ),
+        );
+        source
+    }
+
+    /// A database without tables.
+    pub fn empty() -> Self {
+        let (database, user) = (unique("shop"), unique("reader"));
+        let password = PASSWORD.replace('\\', "\\\\").replace('\'', "\\'");
+        mariadb(
+            "mysql",
+            &format!(
+                "create database {database}; create user {user}@'%' identified by '{password}'; grant all on {database}.* to {user}@'%'; grant select on mysql.proc to {user}@'%'"
             ),
         );
         Self { database, user }
