@@ -324,6 +324,37 @@ async fn sources_destinations_and_jobs_are_listed_in_pages_and_whole_without_a_l
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn executions_are_listed_by_job_status_outcome_and_time() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let (one, two) = (
+        cluster.job(&source, &[&destination], json!({ "slug": "one" })).await,
+        cluster.job(&source, &[&destination], json!({})).await,
+    );
+    let (first, cancelled, last) =
+        (cluster.trigger(&one).await, cluster.trigger(&one).await, cluster.trigger(&two).await);
+    cluster.ok("POST", &format!("/api/executions/{cancelled}/cancel"), None).await;
+    let since = cluster.execution(&last).await["queuedAt"].as_str().expect("a time").to_owned();
+    for (query, wanted) in [
+        ("".to_owned(), vec![&last, &cancelled, &first]),
+        ("jobId=one".to_owned(), vec![&cancelled, &first]),
+        (format!("jobId={two}"), vec![&last]),
+        ("jobId=no-such-job".to_owned(), vec![]),
+        ("status=Pending".to_owned(), vec![&last, &first]),
+        ("outcome=Cancelled".to_owned(), vec![&cancelled]),
+        ("jobId=one&status=Pending".to_owned(), vec![&first]),
+        (format!("from={since}"), vec![&last]),
+        (format!("to={since}"), vec![&cancelled, &first]),
+    ] {
+        let rows = cluster.ok("GET", &format!("/api/executions?{query}"), None).await;
+        let ids: Vec<String> = rows.as_array().expect("rows").iter().map(id).collect();
+        assert_eq!(ids.iter().collect::<Vec<_>>(), wanted, "{query}");
+    }
+    assert_eq!(cluster.request("GET", "/api/executions?status=Done", None).await.0, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_setting_outside_its_range_changes_nothing_and_null_brings_the_default_back() {
     let cluster = Cluster::build().workers(0).start().await;
     let before = cluster.ok("GET", "/api/settings", None).await;

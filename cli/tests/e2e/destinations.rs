@@ -132,8 +132,12 @@ async fn a_wrong_s3_secret_fails_with_what_to_do_and_is_not_shown() {
     let tested = cluster.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
     assert!(tested["ok"] == false, "{tested}");
     assert!(tested["message"].as_str().is_some_and(|m| m.contains("check accessKeyId, secretAccessKey")), "{tested}");
-    let ended = cluster.ended(&cluster.trigger(&cluster.job(&source, &[&id], json!({})).await).await, SOON).await;
-    assert_eq!(ended["errorCode"], "store_denied", "{ended:#}");
+    let (local, root) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&local, &id], json!({ "maxAttempts": 3 })).await;
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!((ended["errorCode"].as_str(), ended["attempt"].as_i64()), (Some("store_denied"), Some(1)), "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("destination 'bad'")), "{ended:#}");
+    assert_eq!(files(&root), Vec::<PathBuf>::new(), "left in the destination that works");
     for text in [ended.to_string(), tested.to_string(), cluster.logs()] {
         assert!(!text.contains(SECRET_KEY) && !text.contains("wrong-secret"), "{text}");
     }

@@ -139,7 +139,7 @@ pub fn mariadb(database: &str, statements: &str) -> String {
 }
 
 impl MariadbSource {
-    /// Two tables, a view, a trigger and a routine.
+    /// Two tables, a view, a trigger, a routine and an event.
     pub fn with_rows(rows: u32) -> Self {
         let source = Self::empty();
         mariadb(
@@ -151,7 +151,8 @@ impl MariadbSource {
                  insert into odd values (1, 'quote '' back\\\\ tab\\t 🦀', x'00ff', '2025-01-15 10:30:00'), (2, null, null, null);
                  create view cheap as select id from item where id < 10;
                  create procedure answer() select 42;
-                 create trigger keep before delete on odd for each row set @gone = old.id"
+                 create trigger keep before delete on odd for each row set @gone = old.id;
+                 create event tidy on schedule every 1 day do delete from odd where id > 1000"
             ),
         );
         source
@@ -187,7 +188,7 @@ impl MariadbSource {
         target
     }
 
-    /// Demands that every table, view, trigger and routine of `other` is as ours.
+    /// Demands that every table, view, trigger, routine and event of `other` is as ours.
     pub fn assert_same(&self, other: &str) {
         let digest = |database: &str| {
             mariadb(database, "checksum table item, odd extended").replace(database, "")
@@ -197,10 +198,11 @@ impl MariadbSource {
                 )
                 + &mariadb(
                     database,
-                    "select trigger_name from information_schema.triggers where trigger_schema = database()",
+                    "select trigger_name from information_schema.triggers where trigger_schema = database();
+                     select event_name from information_schema.events where event_schema = database()",
                 )
         };
         let (ours, theirs) = (digest(&self.database), digest(other));
-        assert!(ours.contains("42") && ours == theirs, "{ours}\n{theirs}");
+        assert!(ours.contains("42") && ours.contains("tidy") && ours == theirs, "{ours}\n{theirs}");
     }
 }
