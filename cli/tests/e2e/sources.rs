@@ -61,6 +61,28 @@ async fn a_user_who_may_not_read_everything_is_told_which_rights_are_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_mariadb_user_may_not_see_is_not_left_out_without_a_word() {
+    let cluster = Cluster::start().await;
+    let source = MariadbSource::with_rows(1);
+    let (destination, _) = cluster.local_destination().await;
+    let source_id = cluster.source("mariadb", source.config()).await;
+    let job = cluster.job(&source_id, &[&destination], json!({})).await;
+    let log = cluster.backup(&job).await["logs"].to_string();
+    assert!(!log.contains("may lack"), "this user sees everything: {log}");
+
+    let (database, user) = (&source.database, &source.user);
+    let narrow = format!(
+        "revoke all on {database}.* from {user}@'%'; revoke select on mysql.proc from {user}@'%';
+         grant select, show view, event on {database}.* to {user}@'%'"
+    );
+    crate::harness::source::mariadb("mysql", &narrow);
+    let log = cluster.backup(&job).await["logs"].to_string();
+    assert!(log.contains("may lack triggers (right TRIGGER) and routines"), "{log}");
+    let tested = cluster.ok("POST", &format!("/api/sources/{source_id}/test"), None).await;
+    assert!(tested["message"].as_str().is_some_and(|m| m.contains("may lack triggers")), "{tested}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_somebody_holds_fails_the_attempt_in_time_and_is_tried_again() {
     let cluster = Cluster::build().env("DBACKUP_LOCK_WAIT_SECONDS", 1).start().await;
     let source = PostgresSource::with_rows(1).await;

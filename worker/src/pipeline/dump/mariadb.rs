@@ -16,7 +16,7 @@ const QUESTION: &str = "select 'server', version(), unix_timestamp(now(6)); \
      select 'database', s.schema_name, coalesce(sum(t.data_length + t.index_length), 0) \
        from information_schema.schemata s left join information_schema.tables t on t.table_schema = s.schema_name \
       group by s.schema_name; \
-     show session status like 'Ssl_cipher'";
+     show session status like 'Ssl_cipher'; show grants";
 
 /// MariaDB's tools serve both engines; MySQL's own come first for MySQL.
 fn names(engine: Engine) -> ([&'static str; 2], [&'static str; 2]) {
@@ -26,8 +26,13 @@ fn names(engine: Engine) -> ([&'static str; 2], [&'static str; 2]) {
     }
 }
 
-/// Asks the server for its version and the size of its databases, and finds the tool.
-pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGroups) -> Result<Inspected, RunError> {
+/// Asks the server for its version and the size of its databases, and finds the tool. Warns of what the user may not
+/// see.
+pub async fn inspect(
+    access: &SourceAccess,
+    bins: &[PathBuf],
+    groups: &ProcessGroups,
+) -> Result<(Inspected, Option<String>), RunError> {
     let (clients, dumpers) = names(access.engine);
     let mut tool = None;
     for name in dumpers {
@@ -48,7 +53,25 @@ pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGr
     if !output.status.success() {
         return Err(classify(&output.stderr, format!("could not sign in: {}", output.stderr.trim())));
     }
-    read_answer(access, &output.stdout, tool.path, tool.version)
+    let unseen = unseen(&output.stdout);
+    Ok((read_answer(access, &output.stdout, tool.path, tool.version)?, unseen))
+}
+
+/// What the tools leave out of a dump without a word, because the server does not show it to this user.
+fn unseen(answer: &str) -> Option<String> {
+    let grants: Vec<&str> = answer.lines().filter(|line| line.starts_with("GRANT ")).collect();
+    let holds = |right: &dyn Fn(&str) -> bool| grants.iter().any(|g| g.contains("ALL PRIVILEGES") || right(g));
+    let mut unseen = Vec::new();
+    if !holds(&|grant| grant.contains("TRIGGER")) {
+        unseen.push("triggers (right TRIGGER)");
+    }
+    let everywhere = |grant: &str| grant.contains("SELECT") && grant.contains("ON *.*");
+    if !holds(&|grant| grant.contains("`proc`") || grant.contains("SHOW_ROUTINE") || everywhere(grant)) {
+        unseen.push("routines (SELECT on mysql.proc, with MySQL SHOW_ROUTINE)");
+    }
+    (!unseen.is_empty()).then(|| {
+        format!("the user of the source may not see every object, so the backup may lack {}", unseen.join(" and "))
+    })
 }
 
 fn read_answer(

@@ -97,9 +97,7 @@ impl Dump {
     pub async fn look(&self, groups: &ProcessGroups) -> Result<(Inspected, Option<String>), RunError> {
         match self.access.engine {
             Engine::Postgres => postgres::inspect(&self.access, &self.bins, groups).await,
-            Engine::Mysql | Engine::Mariadb => {
-                mariadb::inspect(&self.access, &self.bins, groups).await.map(|i| (i, None))
-            }
+            Engine::Mysql | Engine::Mariadb => mariadb::inspect(&self.access, &self.bins, groups).await,
         }
     }
 
