@@ -59,7 +59,7 @@ pub enum TlsMode {
     Prefer,
     /// TLS or no connection; the server's certificate is not checked.
     Require,
-    /// TLS, and the certificate must be signed by `caCertificate`.
+    /// TLS, and the certificate must be signed by `caCertificate`. MariaDB's own tools also check the host.
     VerifyCa,
     /// As `verify-ca`, and the certificate must name the host.
     VerifyFull,

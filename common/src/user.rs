@@ -260,7 +260,7 @@ pub async fn set_up(
     let right = sealed.and_then(|sealed| key.open(SETUP_CONTEXT, &sealed).ok());
     let given = token.expose_secret().as_bytes();
     // The lengths are no secret; the bytes are compared in constant time.
-    if !right.is_some_and(|right| aws_lc_rs::constant_time::verify_slices_are_equal(&right, given).is_ok()) {
+    if right.is_none_or(|right| aws_lc_rs::constant_time::verify_slices_are_equal(&right, given).is_err()) {
         return Ok(SetUp::WrongToken);
     }
     sqlx::query!("delete from setup_token").execute(&mut *conn).await?;

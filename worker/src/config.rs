@@ -25,6 +25,9 @@ pub struct WorkerArgs {
     /// First pause before a failed run is tried again; doubles each time, in milliseconds
     #[arg(long, env = "DBACKUP_RETRY_PAUSE_MS", default_value_t = 10_000)]
     pub retry_pause_ms: u64,
+    /// How long a dump of PostgreSQL waits for a table that somebody has locked before it fails, in seconds
+    #[arg(long, env = "DBACKUP_LOCK_WAIT_SECONDS", default_value_t = 300)]
+    pub lock_wait_seconds: u32,
     /// Folders with pg_dump and psql, separated by colons [default: every /usr/lib/postgresql/*/bin, then PATH]
     #[arg(long, env = "DBACKUP_POSTGRES_BIN", value_delimiter = ':')]
     pub postgres_bin: Vec<PathBuf>,
@@ -51,6 +54,8 @@ pub struct WorkerConfig {
     pub drain: Duration,
     /// First pause before a retry.
     pub retry_pause: Duration,
+    /// Longest wait of a dump for a locked table.
+    pub lock_wait: Duration,
     /// Where PostgreSQL's tools are looked for.
     pub postgres_bin: Vec<PathBuf>,
     /// Where MariaDB's and MySQL's tools are looked for.
@@ -76,6 +81,13 @@ impl WorkerArgs {
         if self.drain_seconds > 86_400 {
             return fail(format!("DBACKUP_DRAIN_SECONDS is {} but must be at most 86400", self.drain_seconds));
         }
+        // PostgreSQL takes 0 for "wait for ever", and no more milliseconds than fit into an int.
+        if !(1..=86_400).contains(&self.lock_wait_seconds) {
+            return fail(format!(
+                "DBACKUP_LOCK_WAIT_SECONDS is {} but must be between 1 and 86400",
+                self.lock_wait_seconds
+            ));
+        }
         let name = self.worker_name.unwrap_or_else(|| {
             let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "worker".to_owned());
             format!("{}-{}", host.trim(), std::process::id())
@@ -87,6 +99,7 @@ impl WorkerArgs {
             local_paths: self.local_paths,
             drain: Duration::from_secs(self.drain_seconds),
             retry_pause: Duration::from_millis(self.retry_pause_ms),
+            lock_wait: Duration::from_secs(self.lock_wait_seconds.into()),
             postgres_bin: if self.postgres_bin.is_empty() { default_postgres_bin() } else { self.postgres_bin },
             mariadb_bin: if self.mariadb_bin.is_empty() { search_path() } else { self.mariadb_bin },
             timing,

@@ -311,3 +311,101 @@ async fn a_list_is_paged_by_cursor_and_an_insert_between_pages_shifts_nothing() 
     assert_eq!(cluster.request("GET", "/api/executions?cursor=x", None).await.0, 400);
     assert_eq!(cluster.request("GET", "/api/executions?limit=0", None).await.0, 400);
 }
+
+/// The ids on every page, from the first to the one without a next.
+async fn all_pages(cluster: &Cluster, first: &str) -> Vec<Vec<String>> {
+    let mut path = first.to_owned();
+    let mut pages = Vec::new();
+    loop {
+        let request = cluster.http.get(format!("{}{path}", cluster.url(0))).bearer_auth(&cluster.admin_key);
+        let response = request.send().await.expect("answers");
+        let link = response.headers().get("link").map(|l| l.to_str().expect("text").to_owned());
+        let body: Value = response.json().await.expect("JSON");
+        // Jobs are a bare array.
+        let rows = body.as_array().or(body["data"].as_array()).unwrap_or_else(|| panic!("{path}: {body}"));
+        pages.push(rows.iter().map(id).collect());
+        let Some(link) = link else { return pages };
+        path = link.trim_start_matches('<').split('>').next().expect("a URL").to_owned();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sources_destinations_and_jobs_are_listed_in_pages_and_whole_without_a_limit() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let config = PostgresSource::empty().await.config();
+    for _ in 0..5 {
+        let source = cluster.source("postgres", config.clone()).await;
+        let body = json!({ "name": "d", "kind": "local", "config": { "root": cluster.scratch } });
+        let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+        cluster.job(&source, &[&destination], json!({})).await;
+    }
+    for noun in ["sources", "destinations", "jobs"] {
+        let whole = all_pages(&cluster, &format!("/api/{noun}")).await;
+        assert_eq!(whole.iter().map(Vec::len).collect::<Vec<_>>(), [5], "{noun}");
+        let pages = all_pages(&cluster, &format!("/api/{noun}?limit=2")).await;
+        assert_eq!(pages.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1], "{noun}");
+        assert_eq!(pages.concat(), whole[0], "{noun}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn executions_are_listed_by_job_status_outcome_and_time() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let (one, two) = (
+        cluster.job(&source, &[&destination], json!({ "slug": "one" })).await,
+        cluster.job(&source, &[&destination], json!({})).await,
+    );
+    let (first, cancelled, last) =
+        (cluster.trigger(&one).await, cluster.trigger(&one).await, cluster.trigger(&two).await);
+    cluster.ok("POST", &format!("/api/executions/{cancelled}/cancel"), None).await;
+    let since = cluster.execution(&last).await["queuedAt"].as_str().expect("a time").to_owned();
+    for (query, wanted) in [
+        ("".to_owned(), vec![&last, &cancelled, &first]),
+        ("jobId=one".to_owned(), vec![&cancelled, &first]),
+        (format!("jobId={two}"), vec![&last]),
+        ("jobId=no-such-job".to_owned(), vec![]),
+        ("status=Pending".to_owned(), vec![&last, &first]),
+        ("outcome=Cancelled".to_owned(), vec![&cancelled]),
+        ("jobId=one&status=Pending".to_owned(), vec![&first]),
+        (format!("from={since}"), vec![&last]),
+        (format!("to={since}"), vec![&cancelled, &first]),
+    ] {
+        let rows = cluster.ok("GET", &format!("/api/executions?{query}"), None).await;
+        let ids: Vec<String> = rows.as_array().expect("rows").iter().map(id).collect();
+        assert_eq!(ids.iter().collect::<Vec<_>>(), wanted, "{query}");
+    }
+    assert_eq!(cluster.request("GET", "/api/executions?status=Done", None).await.0, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_outside_its_range_changes_nothing_and_null_brings_the_default_back() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let before = cluster.ok("GET", "/api/settings", None).await;
+    for (name, least, most, default) in [
+        ("maxConcurrentJobs", 0, 1000, 4),
+        ("maxPendingPerJob", 1, 1_000_000, 100),
+        ("maxPending", 1, 1_000_000, 10_000),
+    ] {
+        for bad in [least - 1, most + 1] {
+            let (status, answer) =
+                cluster.request("PATCH", "/api/settings", Some(json!({ name: bad, "paused": true }))).await;
+            assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some(name)), "{name} {bad}: {answer}");
+        }
+        assert_eq!(cluster.ok("GET", "/api/settings", None).await, before, "{name}");
+        for good in [least, most] {
+            cluster.ok("PATCH", "/api/settings", Some(json!({ name: good }))).await;
+            assert_eq!(cluster.ok("GET", "/api/settings", None).await[name], good);
+        }
+        cluster.ok("PATCH", "/api/settings", Some(json!({ name: null }))).await;
+        assert_eq!(cluster.ok("GET", "/api/settings", None).await[name], default);
+    }
+    for (body, field) in [
+        (json!({ "maxConcurrentJobs": "4" }), "maxConcurrentJobs"),
+        (json!({ "maxConcurrentJob": 4 }), "maxConcurrentJob"),
+    ] {
+        let (status, answer) = cluster.request("PATCH", "/api/settings", Some(body)).await;
+        assert_eq!((status, answer["fields"][0]["field"].as_str()), (400, Some(field)), "{answer}");
+    }
+}

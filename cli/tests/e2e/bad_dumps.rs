@@ -12,7 +12,7 @@ use crate::harness::{
     Cluster, SOON, files,
     process::is_alive,
     proxy::{Mode, Proxy},
-    source::PostgresSource,
+    source::{MariadbSource, PostgresSource},
     until,
 };
 
@@ -79,15 +79,37 @@ async fn a_tool_that_reports_success_for_half_a_dump_is_a_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_missing_pg_dump_fails_with_what_to_install() {
-    let empty = std::env::temp_dir();
-    let cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", empty.join("no-such-folder").display()).start().await;
-    let (destination, _) = cluster.local_destination().await;
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let execution =
-        cluster.ended(&cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await, SOON).await;
-    let error = execution["error"].as_str().expect("an error");
-    assert!(error.contains("install postgresql-client") && error.contains("no-such-folder"), "{error}");
+async fn a_missing_tool_fails_with_what_to_install_and_where_it_was_looked_for() {
+    let folder = std::env::temp_dir().join(crate::harness::unique("tools"));
+    let bin = tools(&folder, "exit 7");
+    let cluster = Cluster::build()
+        .env("DBACKUP_POSTGRES_BIN", bin.display())
+        .env("DBACKUP_MARIADB_BIN", bin.display())
+        .start()
+        .await;
+    let (destination, root) = cluster.local_destination().await;
+    let postgres = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let mariadb = cluster.source("mariadb", MariadbSource::with_rows(1).config()).await;
+    for (source, tool, package) in [
+        (&postgres, "pg_dump", "postgresql-client"),
+        (&postgres, "psql", "postgresql-client"),
+        (&mariadb, "mariadb-dump", "mariadb-client"),
+    ] {
+        let _ = std::fs::remove_file(bin.join(tool));
+        let job = cluster.job(source, &[&destination], json!({ "maxAttempts": 3 })).await;
+        let execution = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+        assert_eq!(
+            (execution["errorCode"].as_str(), execution["attempt"].as_i64()),
+            (Some("tool_missing"), Some(1)),
+            "{tool}: {execution:#}"
+        );
+        let error = execution["error"].as_str().expect("an error");
+        for part in [format!("no {tool} "), format!("install {package}"), bin.display().to_string()] {
+            assert!(error.contains(&part), "{part}: {error}");
+        }
+    }
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
+    std::fs::remove_dir_all(folder).expect("removes");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -127,6 +149,28 @@ async fn a_server_that_drops_the_connection_is_a_failure_and_leaves_nothing() {
         parts.iter().all(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'))),
         "visible before it is whole: {parts:?}"
     );
+    proxy.set(Mode::Cut);
+    let execution = cluster.ended(&id, SOON).await;
+    assert_eq!(
+        (execution["status"].as_str(), execution["errorCode"].as_str()),
+        (Some("Failed"), Some("source_unreachable")),
+        "{execution:#}"
+    );
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mariadb_that_drops_the_connection_is_a_failure_and_leaves_nothing() {
+    let cluster = Cluster::start().await;
+    let source = MariadbSource::with_rows(60_000);
+    let proxy = Proxy::start(crate::harness::mariadb_port()).await;
+    let mut config = source.config();
+    config["port"] = json!(proxy.port);
+    let (destination, root) = cluster.local_destination().await;
+    let job = cluster.job(&cluster.source("mariadb", config).await, &[&destination], json!({})).await;
+    proxy.set(Mode::HoldAfter(1_000_000));
+    let id = cluster.trigger(&job).await;
+    proxy.passes(1_000_000).await;
     proxy.set(Mode::Cut);
     let execution = cluster.ended(&id, SOON).await;
     assert_eq!(

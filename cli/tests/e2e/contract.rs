@@ -9,8 +9,8 @@ use serde_json::json;
 
 use crate::{
     harness::{
-        Cluster, files,
-        source::{MariadbSource, PostgresSource, shell},
+        Cluster, SOON, files,
+        source::{MariadbSource, PostgresSource, mariadb, shell},
     },
     samples,
 };
@@ -104,6 +104,41 @@ async fn several_databases_become_one_object_each_and_a_manifest_in_every_destin
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn when_one_of_several_databases_fails_nothing_of_the_others_is_visible() {
+    let cluster = Cluster::start().await;
+    let (readable, closed) = (PostgresSource::with_rows(500).await, PostgresSource::with_rows(10).await);
+    let mut config = readable.config();
+    config["databases"] = json!([readable.database, closed.database]);
+    let (destination, root) = cluster.local_destination().await;
+    let job = cluster.job(&cluster.source("postgres", config).await, &[&destination], json!({})).await;
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!(
+        (ended["status"].as_str(), ended["errorCode"].as_str(), ended["artifacts"].as_array().map(Vec::len)),
+        (Some("Failed"), Some("source_denied"), Some(0)),
+        "{ended:#}"
+    );
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains(&closed.database)), "{ended:#}");
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_of_mysql_and_one_behind_a_socket_are_dumped_with_the_tools_that_are_there() {
+    let cluster = Cluster::start().await;
+    let source = MariadbSource::with_rows(100);
+    let socket = mariadb("mysql", "select @@socket");
+    let mut behind_socket = source.config();
+    behind_socket["socket"] = json!(socket.trim());
+    for field in ["host", "port"] {
+        behind_socket.as_object_mut().expect("an object").remove(field);
+    }
+    let (destination, root) = cluster.local_destination().await;
+    for (engine, config) in [("mysql", source.config()), ("mariadb", behind_socket)] {
+        let job = cluster.job(&cluster.source(engine, config).await, &[&destination], json!({})).await;
+        source.assert_same(&source.restore(&stored(&root, &cluster.backup(&job).await)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn gzip_and_uncompressed_backups_restore_with_their_own_tools() {
     let cluster = Cluster::start().await;
     let source = PostgresSource::with_rows(2_000).await;
@@ -113,8 +148,7 @@ async fn gzip_and_uncompressed_backups_restore_with_their_own_tools() {
         let job = cluster.job(&source_id, &[&destination], json!({ "compression": compression })).await;
         let file = stored(&root, &cluster.backup(&job).await);
         assert!(file.to_string_lossy().ends_with(suffix), "{}", file.display());
-        let tables = shell(&format!("{unpack} '{0}' > '{0}.plain' && pg_restore --list '{0}.plain'", file.display()));
-        assert!(String::from_utf8_lossy(&tables.stdout).contains("TABLE DATA public item"), "{compression}");
+        source.assert_same(&source.restore_by(unpack, &file).await).await;
     }
 }
 
@@ -126,4 +160,9 @@ async fn a_source_without_tables_is_a_success() {
     let job = cluster.job(&cluster.source("postgres", empty.config()).await, &[&destination], json!({})).await;
     let file = stored(&root, &cluster.backup(&job).await);
     shell(&format!("zstd -dc '{0}' > '{0}.plain' && pg_restore --list '{0}.plain'", file.display()));
+
+    let empty = MariadbSource::empty();
+    let job = cluster.job(&cluster.source("mariadb", empty.config()).await, &[&destination], json!({})).await;
+    let restored = empty.restore(&stored(&root, &cluster.backup(&job).await));
+    assert_eq!(mariadb(&restored, "show tables"), "");
 }

@@ -132,11 +132,38 @@ async fn a_wrong_s3_secret_fails_with_what_to_do_and_is_not_shown() {
     let tested = cluster.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
     assert!(tested["ok"] == false, "{tested}");
     assert!(tested["message"].as_str().is_some_and(|m| m.contains("check accessKeyId, secretAccessKey")), "{tested}");
-    let ended = cluster.ended(&cluster.trigger(&cluster.job(&source, &[&id], json!({})).await).await, SOON).await;
-    assert_eq!(ended["errorCode"], "store_denied", "{ended:#}");
+    let (local, root) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&local, &id], json!({ "maxAttempts": 3 })).await;
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!((ended["errorCode"].as_str(), ended["attempt"].as_i64()), (Some("store_denied"), Some(1)), "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("destination 'bad'")), "{ended:#}");
+    assert_eq!(files(&root), Vec::<PathBuf>::new(), "left in the destination that works");
     for text in [ended.to_string(), tested.to_string(), cluster.logs()] {
         assert!(!text.contains(SECRET_KEY) && !text.contains("wrong-secret"), "{text}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_secret_of_a_bucket_is_masked_and_sealed_and_not_sent_to_another_endpoint() {
+    let cluster = Cluster::start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), None).await;
+    let path = format!("/api/destinations/{}", s3_destination(&cluster, server.config()).await);
+    let shown = cluster.ok("GET", &path, None).await;
+    assert_eq!(shown["config"]["secretAccessKey"], "********");
+    let list = cluster.ok("GET", "/api/destinations", None).await;
+    let changed = cluster.ok("PUT", &path, Some(json!({ "name": "again", "config": shown["config"] }))).await;
+    let stored: String = sqlx::query_scalar("select string_agg(d::text, ' ') from (select * from destinations) d")
+        .fetch_one(&cluster.pool)
+        .await
+        .expect("rows");
+    for text in [shown.to_string(), list.to_string(), changed.to_string(), stored, cluster.logs()] {
+        assert!(!text.contains(SECRET_KEY) && !text.contains(&hex::encode(SECRET_KEY)), "{text}");
+    }
+    let tested = cluster.ok("POST", &format!("{path}/test"), None).await;
+    assert_eq!(tested["ok"], true, "the secret was kept: {tested}");
+    let body = json!({ "config": { "endpoint": "http://127.0.0.1:1", "secretAccessKey": "********" } });
+    let (status, answer) = cluster.request("PUT", &path, Some(body)).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("config.secretAccessKey")), "{answer}");
 }
 
 /// A file system of its own; unmounted when dropped.
@@ -198,6 +225,8 @@ async fn a_read_only_destination_fails_with_what_to_do() {
     let ended =
         cluster.ended(&cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await, SOON).await;
     assert_eq!(ended["errorCode"], "read_only", "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("remount it writable")), "{ended:#}");
+    assert_eq!(files(&mount.0), Vec::<PathBuf>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

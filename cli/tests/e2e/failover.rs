@@ -139,6 +139,36 @@ async fn a_worker_cut_off_from_postgres_has_no_child_alive_when_its_lease_ends()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_cut_off_from_postgres_publishes_nothing_although_its_dump_is_whole() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    let port = url::Url::parse(&postgres_url("postgres")).expect("a URL").port().expect("a port");
+    let database = Proxy::start(port).await;
+    let url = postgres_url(&cluster.database).replace(&format!(":{port}/"), &format!(":{}/", database.port));
+    cluster.add_worker(&[("DATABASE_URL", url)]).await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+
+    database.set(Mode::Hold);
+    held.proxy.set(Mode::Pass);
+    until("its lease ends", SOON, || async {
+        let visible: Vec<PathBuf> = files(&held.root)
+            .into_iter()
+            .filter(|f| f.file_name().is_some_and(|n| !n.to_string_lossy().starts_with('.')))
+            .collect();
+        assert_eq!(visible, Vec::<PathBuf>::new(), "published without a lease that is known to last");
+        (cluster.count("select count(*) from execution_leases where expires_at > clock_timestamp()").await == 0)
+            .then_some(())
+    })
+    .await;
+
+    database.set(Mode::Pass);
+    let ended = cluster.ended(&id, Duration::from_secs(60)).await;
+    assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(2)), "{ended:#}");
+    until("nothing is left of the first attempt", SOON, || async { (files(&held.root).len() == 2).then_some(()) })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_rescued_more_than_three_times_fails_as_worker_lost() {
     let cluster = Cluster::start().await;
     let held = Held::new(&cluster, json!({})).await;

@@ -1,10 +1,12 @@
 //! Sources that do not answer as they should, and secrets that stay secret.
 
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 
 use crate::harness::{
-    Cluster, SOON,
+    Cluster, SOON, mariadb_port, postgres_url,
     process::Process,
+    proxy::{Mode, Proxy},
     source::{MariadbSource, PASSWORD, PostgresSource},
     until,
 };
@@ -40,6 +42,85 @@ async fn what_is_wrong_with_a_source_is_told_so_that_a_person_can_act() {
             assert!(ended["error"].as_str().is_some_and(|e| e.contains(hint)), "{engine} {field}: {ended:#}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_may_not_read_everything_is_told_which_rights_are_missing() {
+    let cluster = Cluster::start().await;
+    let mariadb = MariadbSource::with_rows(1);
+    crate::harness::source::mariadb("mysql", &format!("revoke select on mysql.proc from {}@'%'", mariadb.user));
+    let postgres = PostgresSource::with_rows(1).await;
+    crate::harness::sql(&postgres.database, "alter table item owner to postgres").await;
+    for (engine, config, hint) in
+        [("mariadb", mariadb.config(), "SELECT on mysql.proc"), ("postgres", postgres.config(), "pg_read_all_data")]
+    {
+        let ended = failed_run(&cluster, engine, config).await;
+        assert_eq!(ended["errorCode"], "source_denied", "{engine}: {ended:#}");
+        assert!(ended["error"].as_str().is_some_and(|e| e.contains(hint)), "{engine}: {ended:#}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_mariadb_user_may_not_see_is_not_left_out_without_a_word() {
+    let cluster = Cluster::start().await;
+    let source = MariadbSource::with_rows(1);
+    let (destination, _) = cluster.local_destination().await;
+    let source_id = cluster.source("mariadb", source.config()).await;
+    let job = cluster.job(&source_id, &[&destination], json!({})).await;
+    let log = cluster.backup(&job).await["logs"].to_string();
+    assert!(!log.contains("may lack"), "this user sees everything: {log}");
+
+    let (database, user) = (&source.database, &source.user);
+    let narrow = format!(
+        "revoke all on {database}.* from {user}@'%'; revoke select on mysql.proc from {user}@'%';
+         grant select, show view, event on {database}.* to {user}@'%'"
+    );
+    crate::harness::source::mariadb("mysql", &narrow);
+    let log = cluster.backup(&job).await["logs"].to_string();
+    assert!(log.contains("may lack triggers (right TRIGGER) and routines"), "{log}");
+    let tested = cluster.ok("POST", &format!("/api/sources/{source_id}/test"), None).await;
+    assert!(tested["message"].as_str().is_some_and(|m| m.contains("may lack triggers")), "{tested}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_somebody_holds_fails_the_attempt_in_time_and_is_tried_again() {
+    let cluster = Cluster::build().env("DBACKUP_LOCK_WAIT_SECONDS", 1).start().await;
+    let source = PostgresSource::with_rows(1).await;
+    let mut holder = PgConnection::connect(&postgres_url(&source.database)).await.expect("connects");
+    sqlx::raw_sql("begin; lock table item in access exclusive mode").execute(&mut holder).await.expect("locks");
+    let ended = failed_run(&cluster, "postgres", source.config()).await;
+    assert_eq!(ended["errorCode"], "source_locked", "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("pg_locks")), "{ended:#}");
+
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.source("postgres", source.config()).await;
+    let job = cluster.job(&job, &[&destination], json!({ "maxAttempts": 3 })).await;
+    let id = cluster.trigger(&job).await;
+    until("an attempt failed", SOON, || async {
+        let failures = format!("select failures::bigint from executions where id = '{id}'");
+        (cluster.count(&failures).await >= 1).then_some(())
+    })
+    .await;
+    sqlx::raw_sql("rollback").execute(&mut holder).await.expect("lets go");
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!(ended["status"], "Success", "{ended:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_accepts_and_never_answers_does_not_hold_a_run_for_long() {
+    let cluster = Cluster::start().await;
+    let (postgres, mariadb) = (PostgresSource::empty().await, MariadbSource::with_rows(1));
+    let silent = async |engine: &str, target: u16, config: Value| {
+        let proxy = Proxy::start(target).await;
+        proxy.set(Mode::Hold);
+        let ended = failed_run(&cluster, engine, with(config, "port", json!(proxy.port))).await;
+        assert_eq!(ended["errorCode"], "source_unreachable", "{engine}: {ended:#}");
+        assert!(ended["error"].as_str().is_some_and(|e| e.contains("Check host and port")), "{engine}: {ended:#}");
+    };
+    tokio::join!(
+        silent("postgres", postgres.port, postgres.config()),
+        silent("mariadb", mariadb_port(), mariadb.config())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

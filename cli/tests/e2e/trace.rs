@@ -62,3 +62,27 @@ async fn the_callers_trace_holds_the_spans_of_api_and_worker() {
         assert_eq!(named(stage).span.parent_span_id, run.span.span_id, "{stage}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trigger_without_a_trace_begins_one() {
+    let receiver = Receiver::start().await;
+    let cluster = Cluster::build()
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+        .env("OTEL_BSP_SCHEDULE_DELAY", 100)
+        .start()
+        .await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let (first, second) = (cluster.backup(&job).await, cluster.backup(&job).await);
+    let trace = first["traceId"].as_str().expect("a trace");
+    assert_ne!(first["traceId"], second["traceId"], "each trigger has its own");
+    until("the run's span continues the request's", SOON, || async {
+        let spans = receiver.spans();
+        let run = spans.iter().find(|s| s.span.name == "execution.run" && hex::encode(&s.span.trace_id) == trace)?;
+        let request = spans.iter().find(|s| s.span.span_id == run.span.parent_span_id)?;
+        assert!(request.span.parent_span_id.is_empty(), "the request has a parent");
+        Some(())
+    })
+    .await;
+}

@@ -151,6 +151,15 @@ async fn up_serves_backs_up_and_stops_with_its_postgres_and_keeps_its_folder_pri
     assert_eq!(lines.len(), 1, "one line with the address: {lines:?}");
 
     let postmaster = data.postmaster().expect("it runs");
+    let env = std::fs::read_to_string(data.0.join("dbackup.env")).expect("the secrets");
+    let url = env.lines().find_map(|l| l.strip_prefix("DATABASE_URL='")).expect("a URL").trim_end_matches('\'');
+    let asked = Command::new("psql").args(["-XAtq", url, "-c", "show listen_addresses"]).output().expect("psql runs");
+    assert_eq!((asked.status.code(), String::from_utf8_lossy(&asked.stdout).as_ref()), (Some(0), "\n"), "{asked:?}");
+    if nix::unistd::geteuid().is_root() {
+        let postgres = nix::unistd::User::from_name("postgres").expect("answers").expect("the package's user");
+        let owner = std::fs::metadata(format!("/proc/{postmaster}")).expect("it runs").uid();
+        assert_eq!(owner, postgres.uid.as_raw(), "not as postgres");
+    }
     up.signal(Signal::SIGTERM);
     assert_eq!(up.end(Duration::from_secs(30)).await.code(), Some(0), "{}", up.log());
     assert!(kill(postmaster, None).is_err(), "PostgreSQL outlived dbackup up");

@@ -9,6 +9,7 @@ pub mod proxy;
 pub mod redis;
 pub mod s3;
 pub mod source;
+pub mod tls;
 
 use std::{
     collections::BTreeMap,

@@ -62,10 +62,15 @@ impl PostgresSource {
 
     /// Restores a stored dump into an empty database by the public tools; gives its name.
     pub async fn restore(&self, file: &Path) -> String {
+        self.restore_by("zstd -dc", file).await
+    }
+
+    /// As [`PostgresSource::restore`], for a dump that another command unpacks.
+    pub async fn restore_by(&self, unpack: &str, file: &Path) -> String {
         let target = unique("restored");
         sql("postgres", &format!("create database {target} owner {}", self.role)).await;
         let script =
-            format!("zstd -dc '{}' | pg_restore --exit-on-error -d '{}'", file.display(), postgres_url(&target));
+            format!("{unpack} '{}' | pg_restore --exit-on-error -d '{}'", file.display(), postgres_url(&target));
         shell(&script);
         target
     }
@@ -134,18 +139,11 @@ pub fn mariadb(database: &str, statements: &str) -> String {
 }
 
 impl MariadbSource {
-    /// Two tables, a view, a trigger and a routine.
+    /// Two tables, a view, a trigger, a routine and an event.
     pub fn with_rows(rows: u32) -> Self {
-        let (database, user) = (unique("shop"), unique("reader"));
-        let password = PASSWORD.replace('\\', "\\\\").replace('\'', "\\'");
+        let source = Self::empty();
         mariadb(
-            "mysql",
-            &format!(
-                "create database {database}; create user {user}@'%' identified by '{password}'; grant all on {database}.* to {user}@'%'; grant select on mysql.proc to {user}@'%'"
-            ),
-        );
-        mariadb(
-            &database,
+            &source.database,
             &format!(
                 "create table item (id int primary key, text varchar(200)) engine=InnoDB;
                  insert into item select seq, concat(md5(seq), md5(seq * 7), md5(seq * 13)) from seq_1_to_{rows};
@@ -153,7 +151,21 @@ impl MariadbSource {
                  insert into odd values (1, 'quote '' back\\\\ tab\\t 🦀', x'00ff', '2025-01-15 10:30:00'), (2, null, null, null);
                  create view cheap as select id from item where id < 10;
                  create procedure answer() select 42;
-                 create trigger keep before delete on odd for each row set @gone = old.id"
+                 create trigger keep before delete on odd for each row set @gone = old.id;
+                 create event tidy on schedule every 1 day do delete from odd where id > 1000"
+            ),
+        );
+        source
+    }
+
+    /// A database without tables.
+    pub fn empty() -> Self {
+        let (database, user) = (unique("shop"), unique("reader"));
+        let password = PASSWORD.replace('\\', "\\\\").replace('\'', "\\'");
+        mariadb(
+            "mysql",
+            &format!(
+                "create database {database}; create user {user}@'%' identified by '{password}'; grant all on {database}.* to {user}@'%'; grant select on mysql.proc to {user}@'%'"
             ),
         );
         Self { database, user }
@@ -176,7 +188,7 @@ impl MariadbSource {
         target
     }
 
-    /// Demands that every table, view, trigger and routine of `other` is as ours.
+    /// Demands that every table, view, trigger, routine and event of `other` is as ours.
     pub fn assert_same(&self, other: &str) {
         let digest = |database: &str| {
             mariadb(database, "checksum table item, odd extended").replace(database, "")
@@ -186,10 +198,11 @@ impl MariadbSource {
                 )
                 + &mariadb(
                     database,
-                    "select trigger_name from information_schema.triggers where trigger_schema = database()",
+                    "select trigger_name from information_schema.triggers where trigger_schema = database();
+                     select event_name from information_schema.events where event_schema = database()",
                 )
         };
         let (ours, theirs) = (digest(&self.database), digest(other));
-        assert!(ours.contains("42") && ours == theirs, "{ours}\n{theirs}");
+        assert!(ours.contains("42") && ours.contains("tidy") && ours == theirs, "{ours}\n{theirs}");
     }
 }

@@ -6,7 +6,7 @@ use chrono::DateTime;
 use common::source::{Engine, SourceAccess, TlsMode};
 use secrecy::ExposeSecret;
 
-use super::{Database, Inspected, child::Program, find_tools, missing};
+use super::{Database, Inspected, TLS_HINT, child::Program, find_tools, missing};
 use crate::{failure::RunError, lease::ProcessGroups};
 
 /// Last line of a whole dump.
@@ -15,7 +15,8 @@ pub const LAST_LINE: &[u8] = b"-- Dump completed";
 const QUESTION: &str = "select 'server', version(), unix_timestamp(now(6)); \
      select 'database', s.schema_name, coalesce(sum(t.data_length + t.index_length), 0) \
        from information_schema.schemata s left join information_schema.tables t on t.table_schema = s.schema_name \
-      group by s.schema_name";
+      group by s.schema_name; \
+     show session status like 'Ssl_cipher'; show grants";
 
 /// MariaDB's tools serve both engines; MySQL's own come first for MySQL.
 fn names(engine: Engine) -> ([&'static str; 2], [&'static str; 2]) {
@@ -25,8 +26,13 @@ fn names(engine: Engine) -> ([&'static str; 2], [&'static str; 2]) {
     }
 }
 
-/// Asks the server for its version and the size of its databases, and finds the tool.
-pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGroups) -> Result<Inspected, RunError> {
+/// Asks the server for its version and the size of its databases, and finds the tool. Warns of what the user may not
+/// see.
+pub async fn inspect(
+    access: &SourceAccess,
+    bins: &[PathBuf],
+    groups: &ProcessGroups,
+) -> Result<(Inspected, Option<String>), RunError> {
     let (clients, dumpers) = names(access.engine);
     let mut tool = None;
     for name in dumpers {
@@ -47,7 +53,25 @@ pub async fn inspect(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGr
     if !output.status.success() {
         return Err(classify(&output.stderr, format!("could not sign in: {}", output.stderr.trim())));
     }
-    read_answer(access, &output.stdout, tool.path, tool.version)
+    let unseen = unseen(&output.stdout);
+    Ok((read_answer(access, &output.stdout, tool.path, tool.version)?, unseen))
+}
+
+/// What the tools leave out of a dump without a word, because the server does not show it to this user.
+fn unseen(answer: &str) -> Option<String> {
+    let grants: Vec<&str> = answer.lines().filter(|line| line.starts_with("GRANT ")).collect();
+    let holds = |right: &dyn Fn(&str) -> bool| grants.iter().any(|g| g.contains("ALL PRIVILEGES") || right(g));
+    let mut unseen = Vec::new();
+    if !holds(&|grant| grant.contains("TRIGGER")) {
+        unseen.push("triggers (right TRIGGER)");
+    }
+    let everywhere = |grant: &str| grant.contains("SELECT") && grant.contains("ON *.*");
+    if !holds(&|grant| grant.contains("`proc`") || grant.contains("SHOW_ROUTINE") || everywhere(grant)) {
+        unseen.push("routines (SELECT on mysql.proc, with MySQL SHOW_ROUTINE)");
+    }
+    (!unseen.is_empty()).then(|| {
+        format!("the user of the source may not see every object, so the backup may lack {}", unseen.join(" and "))
+    })
 }
 
 fn read_answer(
@@ -57,6 +81,7 @@ fn read_answer(
     tool_version: String,
 ) -> Result<Inspected, RunError> {
     let (mut server, mut sizes) = (None, std::collections::HashMap::new());
+    let mut encrypted = false;
     for line in answer.lines() {
         match line.split('\t').collect::<Vec<_>>()[..] {
             ["server", version, at] => {
@@ -67,12 +92,17 @@ fn read_answer(
             ["database", name, size] => {
                 sizes.insert(name.to_owned(), size.parse::<f64>().unwrap_or(0.0));
             }
+            ["Ssl_cipher", cipher] => encrypted = !cipher.is_empty(),
             _ => {}
         }
     }
     let Some((server_version, snapshot_at)) = server else {
         return Err(RunError::retry("source_failed", "the server's answer about its version was not understood"));
     };
+    // MariaDB's tools take `ssl` for a wish and go on in the clear where the server has none.
+    if access.config.tls.mode == TlsMode::Require && !encrypted {
+        return Err(RunError::give_up("source_tls", format!("the server offers no TLS\n{TLS_HINT}")));
+    }
     let mut databases = Vec::new();
     for name in &access.config.databases {
         let size = sizes.get(name).ok_or_else(|| {
@@ -149,11 +179,10 @@ fn connect(access: &SourceAccess, program: &mut Program, tool_version: &str) -> 
 fn tls_flags(mode: TlsMode, mariadb: bool) -> &'static [&'static str] {
     match (mode, mariadb) {
         (TlsMode::Disable, true) => &["skip-ssl"],
-        // MariaDB's tools know only on or off.
-        (TlsMode::Prefer, true) => &[],
-        (TlsMode::Require, true) => &["ssl", "disable-ssl-verify-server-cert"],
-        (TlsMode::VerifyCa, true) => &["ssl", "disable-ssl-verify-server-cert"],
-        (TlsMode::VerifyFull, true) => &["ssl", "ssl-verify-server-cert"],
+        // Newer tools would check the certificate unless told not to.
+        (TlsMode::Prefer | TlsMode::Require, true) => &["ssl", "disable-ssl-verify-server-cert"],
+        // MariaDB's tools check authority and name together or let a server without TLS pass: the stricter of both.
+        (TlsMode::VerifyCa | TlsMode::VerifyFull, true) => &["ssl", "ssl-verify-server-cert"],
         (TlsMode::Disable, false) => &["ssl-mode=DISABLED"],
         (TlsMode::Prefer, false) => &["ssl-mode=PREFERRED"],
         (TlsMode::Require, false) => &["ssl-mode=REQUIRED"],
@@ -181,9 +210,14 @@ fn quote(value: &str) -> String {
 
 /// Sorts what the tools say, by MySQL's error numbers.
 pub fn classify(stderr: &str, doing: String) -> RunError {
-    let has = |numbers: &[&str]| {
-        numbers.iter().any(|n| stderr.contains(&format!("ERROR {n} ")) || stderr.contains(&format!("error: {n}:")))
+    // The client, and three ways of the dump tool.
+    let told = |n: &str| {
+        stderr.contains(&format!("ERROR {n} "))
+            || stderr.contains(&format!("error: {n}:"))
+            || stderr.contains(&format!("Error {n}:"))
+            || stderr.lines().any(|line| line.ends_with(&format!("({n})")))
     };
+    let has = |numbers: &[&str]| numbers.iter().any(|n| told(n));
     if has(&["1045", "1698", "1251", "2059"]) {
         RunError::give_up("source_auth", format!("{doing}\nCheck username and password of the source."))
     } else if has(&["1049"]) {
@@ -195,7 +229,17 @@ pub fn classify(stderr: &str, doing: String) -> RunError {
                 "{doing}\nThe user of the source needs SELECT, SHOW VIEW, TRIGGER, EVENT and LOCK TABLES, and SELECT on mysql.proc (MariaDB) or SHOW_ROUTINE (MySQL) for routines."
             ),
         )
-    } else if has(&["2002", "2003", "2005", "2006", "2013", "1040", "1053"]) {
+    } else if has(&["1205"]) {
+        // The server's own lock_wait_timeout, a day unless it was set: the tool has no option for it.
+        RunError::retry(
+            "source_locked",
+            format!(
+                "{doing}\nSomebody holds a table (show processlist shows who): end that session, or back up at another time."
+            ),
+        )
+    } else if has(&["2026"]) && ["certificate", "SSL is required"].iter().any(|word| stderr.contains(word)) {
+        RunError::give_up("source_tls", format!("{doing}\n{TLS_HINT}"))
+    } else if has(&["2026", "2002", "2003", "2005", "2006", "2013", "1040", "1053"]) {
         RunError::retry(
             "source_unreachable",
             format!("{doing}\nCheck host and port of the source, and that this worker's pool reaches it."),
@@ -220,7 +264,9 @@ mod tests {
                 Class::GiveUp,
             ),
             ("ERROR 2003 (HY000): Can't connect to server", "source_unreachable", Class::Retry),
-            ("mysqldump: Error 2013: Lost connection", "dump_failed", Class::Retry),
+            ("mysqldump: Error 2013: Lost connection", "source_unreachable", Class::Retry),
+            ("mariadb-dump: Couldn't execute 'SHOW EVENTS': Access denied (1044)", "source_denied", Class::GiveUp),
+            ("mariadb-dump: Error 1969: Query execution was interrupted", "dump_failed", Class::Retry),
         ] {
             let error = classify(stderr, stderr.to_owned());
             assert_eq!((error.code, error.class), (code, class), "{stderr}");

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitStatus,
     sync::Arc,
+    time::Duration,
 };
 
 use chrono::{DateTime, Utc};
@@ -23,10 +24,15 @@ use crate::{
 };
 use child::{Ended, Program, Running};
 
+/// What to do when a server's TLS is not what the source demands.
+const TLS_HINT: &str = "Check tls of the source: the server must offer TLS, caCertificate must be the authority that \
+     signed its certificate, and that certificate must name the host of the source.";
+
 /// A source and the tools to dump it.
 pub struct Dump {
     access: SourceAccess,
     bins: Vec<PathBuf>,
+    lock_wait: Duration,
 }
 
 /// What a look at the source told.
@@ -75,7 +81,7 @@ impl Dump {
             Engine::Postgres => config.postgres_bin.clone(),
             Engine::Mysql | Engine::Mariadb => config.mariadb_bin.clone(),
         };
-        Self { access, bins }
+        Self { access, bins, lock_wait: config.lock_wait }
     }
 
     /// Signs in, finds the right tool and measures the databases.
@@ -91,9 +97,7 @@ impl Dump {
     pub async fn look(&self, groups: &ProcessGroups) -> Result<(Inspected, Option<String>), RunError> {
         match self.access.engine {
             Engine::Postgres => postgres::inspect(&self.access, &self.bins, groups).await,
-            Engine::Mysql | Engine::Mariadb => {
-                mariadb::inspect(&self.access, &self.bins, groups).await.map(|i| (i, None))
-            }
+            Engine::Mysql | Engine::Mariadb => mariadb::inspect(&self.access, &self.bins, groups).await,
         }
     }
 
@@ -106,7 +110,7 @@ impl Dump {
         log: &RunLog,
     ) -> Result<RunningDump, RunError> {
         let program = match self.access.engine {
-            Engine::Postgres => postgres::dump(&self.access, &inspected.tool, database)?,
+            Engine::Postgres => postgres::dump(&self.access, &inspected.tool, database, self.lock_wait)?,
             Engine::Mysql | Engine::Mariadb => {
                 mariadb::dump(&self.access, &inspected.tool, &inspected.tool_version, database)?
             }

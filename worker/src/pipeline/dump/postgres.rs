@@ -1,12 +1,15 @@
 //! PostgreSQL by `pg_dump -Fc -Z0`: its custom format without its compression, which is ours.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use chrono::DateTime;
 use common::source::{Engine, SourceAccess, TlsMode};
 use secrecy::ExposeSecret;
 
-use super::{Database, Inspected, Tool, child::Program, find_tools, missing};
+use super::{Database, Inspected, TLS_HINT, Tool, child::Program, find_tools, missing};
 use crate::{failure::RunError, lease::ProcessGroups};
 
 /// First bytes of the custom format.
@@ -76,11 +79,12 @@ async fn ask(access: &SourceAccess, psql: &Path, database: &str, groups: &Proces
     Err(classify(&output.stderr, format!("could not sign in to '{database}': {}", output.stderr.trim())))
 }
 
-/// The dump of one database.
-pub fn dump(access: &SourceAccess, tool: &Path, database: &str) -> Result<Program, RunError> {
+/// The dump of one database. It waits no longer than `lock_wait` for tables that others hold.
+pub fn dump(access: &SourceAccess, tool: &Path, database: &str, lock_wait: Duration) -> Result<Program, RunError> {
     let mut program = Program::new(tool);
     connect(access, &mut program, database)?;
     program.arg("--format=custom").arg("--compress=0").arg("--no-password");
+    program.arg(format!("--lock-wait-timeout={}", lock_wait.as_millis()));
     Ok(program)
 }
 
@@ -165,6 +169,22 @@ pub fn classify(stderr: &str, doing: String) -> RunError {
         )
     } else if stderr.contains("database \"") && stderr.contains("does not exist") {
         RunError::give_up("database_missing", format!("{doing}\nCheck the databases of the source."))
+    } else if says(&[
+        "certificate verify failed",
+        "server certificate for",
+        "root certificate file",
+        "server does not support SSL",
+    ]) {
+        // Before the words of the network: these come with "connection to server" too.
+        RunError::give_up("source_tls", format!("{doing}\n{TLS_HINT}"))
+    } else if says(&["due to statement timeout"]) && says(&["LOCK TABLE"]) {
+        // What becomes of --lock-wait-timeout.
+        RunError::retry(
+            "source_locked",
+            format!(
+                "{doing}\nSomebody holds a table (pg_locks on the server shows who): end that session, back up at another time, or raise DBACKUP_LOCK_WAIT_SECONDS."
+            ),
+        )
     } else if says(&["server version mismatch"]) {
         RunError::give_up(
             "client_too_old",

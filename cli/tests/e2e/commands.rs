@@ -1,0 +1,146 @@
+//! `dbackup` as an administrator uses it, and where every program takes its settings from.
+
+use std::{
+    collections::BTreeMap,
+    process::{Command, Output},
+};
+
+use crate::harness::{Cluster, Process, SOON, binary, postgres_url, source::psql, sql, unique};
+
+fn dbackup(args: &[&str], env: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(binary("dbackup"));
+    command.env_clear().envs(env.iter().copied()).args(args).output().expect("it runs")
+}
+
+/// Exit status, standard output and standard error.
+fn said(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("text");
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn key_create_prints_the_key_alone_and_it_holds_what_was_asked_and_no_more() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let env = [("DATABASE_URL", cluster.env()["DATABASE_URL"].as_str())];
+    let create = |permissions: &[&str]| {
+        let flags = permissions.iter().flat_map(|p| ["--permission", p]);
+        said(&dbackup(&["key", "create", "--name", "ci"].into_iter().chain(flags).collect::<Vec<_>>(), &env))
+    };
+    let (status, stdout, stderr) = create(&["jobs:read", "history:read"]);
+    assert_eq!((status, stderr.as_str()), (Some(0), ""));
+    let key = stdout.strip_suffix('\n').expect("a line");
+    assert!(key.starts_with("dbm_") && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'), "{stdout:?}");
+    assert_eq!(cluster.request_as(key, "GET", "/api/jobs", None).await.0, 200);
+    assert_eq!(cluster.request_as(key, "GET", "/api/executions", None).await.0, 200);
+    assert_eq!(cluster.request_as(key, "GET", "/api/sources", None).await.0, 403);
+
+    let (_, all, _) = create(&["*"]);
+    assert_eq!(cluster.request_as(all.trim(), "GET", "/api/settings", None).await.0, 200);
+
+    let (status, stdout, stderr) = create(&["jobs:reed"]);
+    assert_eq!((status, stdout.as_str(), stderr.lines().count()), (Some(2), "", 1), "{stderr}");
+    assert!(stderr.contains("--permission") && stderr.contains("jobs:read"), "{stderr}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_tells_by_its_exit_status_what_is_wrong() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let (url, key) = (cluster.env()["DATABASE_URL"].as_str(), cluster.env()["DBACKUP_ENCRYPTION_KEY"].as_str());
+    let healthy = (Some(0), "healthy\n".to_owned(), String::new());
+    assert_eq!(said(&dbackup(&["health"], &[("DATABASE_URL", url), ("DBACKUP_ENCRYPTION_KEY", key)])), healthy);
+    assert_eq!(said(&dbackup(&["health"], &[("DATABASE_URL", url)])), healthy);
+
+    let wrong = common::seal::SealKey::generate();
+    let (nowhere, empty) = (postgres_url("no_such_database"), unique("no-instance"));
+    for (args, env, status, words) in [
+        (vec!["health"], vec![("DATABASE_URL", url), ("DBACKUP_ENCRYPTION_KEY", &wrong)], 2, "DBACKUP_ENCRYPTION_KEY"),
+        (vec!["health"], vec![("DATABASE_URL", &nowhere)], 1, "no_such_database"),
+        (vec!["health"], vec![("DATABASE_URL", "postgres://127.0.0.1:1/x")], 1, "DATABASE_URL"),
+        (vec!["health"], vec![], 2, "DATABASE_URL"),
+        (vec!["--data", &empty, "health"], vec![("DATABASE_URL", url)], 2, "is not an instance"),
+    ] {
+        let (code, stdout, stderr) = said(&dbackup(&args, &env));
+        assert_eq!(
+            (code, stdout.as_str(), stderr.lines().count()),
+            (Some(status), "", 1),
+            "{args:?} {env:?}: {stderr}"
+        );
+        assert!(stderr.contains(words), "{args:?} {env:?}: {stderr}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrate_brings_an_empty_database_up_to_date_and_may_be_repeated() {
+    let database = unique("empty");
+    sql("postgres", &format!("create database {database}")).await;
+    let url = postgres_url(&database);
+    for _ in 0..2 {
+        assert_eq!(said(&dbackup(&["migrate"], &[("DATABASE_URL", &url)])).0, Some(0));
+        assert_eq!(psql(&database, "select count(*) from executions, jobs, queue_gate"), "0\n");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_secret_may_come_from_a_file() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let mut env = cluster.env().clone();
+    for name in ["DATABASE_URL", "DBACKUP_ENCRYPTION_KEY", "REDIS_URL"] {
+        let file = cluster.scratch.join(name);
+        // As an editor or `echo` leaves it.
+        std::fs::write(&file, format!("{}\n", env.remove(name).expect("a secret"))).expect("writes");
+        env.insert(format!("{name}_FILE"), file.display().to_string());
+    }
+    let mut api = Process::start("dbackup-api", &["--listen", "127.0.0.1:0"], &env, &[]);
+    let mut worker = Process::start("dbackup-worker", &[], &env, &[]);
+    let address = api.wait_for_field("the API listens", "address").await;
+    worker.wait_for_field("the worker claims executions", "worker").await;
+    let answer = cluster.http.get(format!("http://{address}/api/health")).send().await.expect("answers");
+    assert_eq!(answer.status(), 200);
+    let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    assert_eq!(said(&dbackup(&["health"], &env)).0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flag_wins_over_its_variable_and_every_flag_has_one() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let variables = [("DBACKUP_CONCURRENCY", "3".to_owned()), ("DBACKUP_POOLS", "c".to_owned())];
+    let by_variable = Process::start("dbackup-worker", &[], cluster.env(), &variables);
+    by_variable.says(r#""concurrency":3,"pools":"[\"c\"]""#, SOON).await;
+    let flags = ["--concurrency", "7", "--pools", "a,b"];
+    let by_flag = Process::start("dbackup-worker", &flags, cluster.env(), &variables);
+    by_flag.says(r#""concurrency":7,"pools":"[\"a\", \"b\"]""#, SOON).await;
+
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).expect("the README");
+    for program in [vec!["dbackup-api"], vec!["dbackup-worker"], vec!["dbackup", "up"]] {
+        let output = Command::new(binary(program[0])).args(&program[1..]).arg("--help").output().expect("it runs");
+        let help = String::from_utf8(output.stdout).expect("text");
+        let lines: Vec<&str> = help.lines().collect();
+        let starts: Vec<usize> = (0..lines.len()).filter(|n| lines[*n].trim_start().starts_with('-')).collect();
+        assert!(starts.len() >= 7, "{help}");
+        for (n, start) in starts.iter().enumerate() {
+            let text = lines[*start..starts.get(n + 1).copied().unwrap_or(lines.len())].join("\n");
+            let own = ["--help", "--version"].iter().any(|flag| text.contains(flag));
+            let variable = text.split_once("[env: ").map(|(_, rest)| rest.split(['=', ']']).next().unwrap_or_default());
+            let told =
+                variable.is_some_and(|v| v.starts_with("DBACKUP_") && readme.contains(&format!("| `{v}` | `--")));
+            assert!(own || told, "not a variable, or not in the README's table: {program:?}: {text}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_exit_status_tells_a_mistake_from_a_database_that_is_away() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let nowhere = postgres_url("no_such_database");
+    let taken = cluster.url(0).trim_start_matches("http://").to_owned();
+    let base: BTreeMap<String, String> = cluster.env().clone();
+    for (program, name, value, status, words) in [
+        ("dbackup-api", "DATABASE_URL", nowhere.as_str(), 1, "no_such_database"),
+        ("dbackup-worker", "DATABASE_URL", nowhere.as_str(), 1, "no_such_database"),
+        ("dbackup-api", "DBACKUP_LISTEN", taken.as_str(), 2, "DBACKUP_LISTEN"),
+    ] {
+        let mut process = Process::start(program, &[], &base, &[(name, value.to_owned())]);
+        assert_eq!(process.end(SOON).await.code(), Some(status), "{program} {name}: {}", process.log());
+        process.says(words, SOON).await;
+    }
+}
