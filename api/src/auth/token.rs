@@ -162,6 +162,11 @@ mod tests {
             assert_eq!(verify(&keys, "here", &format!("{}.{claims}.", with(header))), None, "{header}");
         }
         assert_eq!(verify(&keys, "here", "nonsense"), None);
+        // Nor another algorithm with the right key.
+        let claims: Claims = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).expect("base64")).expect("claims");
+        let header = Header { kid: Some(keys[0].id.to_string()), ..Header::new(Algorithm::HS512) };
+        let other = encode(&header, &claims, &EncodingKey::from_secret(keys[0].secret.expose_secret().as_bytes()));
+        assert_eq!(verify(&keys, "here", &other.expect("signs")), None, "HS512");
     }
 
     #[test]

@@ -219,6 +219,29 @@ async fn bad_input_gets_the_envelope_and_names_the_field() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_nul_which_no_text_of_the_database_holds_is_bad_input() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    for path in [
+        "/api/jobs?name=%00",
+        "/api/jobs?label=a:%00",
+        "/api/sources?name=x%00y",
+        "/api/destinations?label=%00:b",
+        "/api/api-keys?name=%00",
+        "/api/users?name=%00",
+        "/api/audit?action=%00",
+        "/api/audit?targetId=%00",
+    ] {
+        let (status, answer) = cluster.request("GET", path, None).await;
+        assert_eq!((status, answer["fields"][0]["field"].as_str()), (400, Some("query")), "{path}: {answer}");
+    }
+    let said = "there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create";
+    let token = cluster.apis[0].0.wait_for_field(said, "token").await;
+    let body = json!({ "token": token, "name": "ada", "displayName": "a\u{0}b", "password": "correct horse battery" });
+    let (status, answer) = cluster.request("POST", "/api/setup", Some(body)).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("displayName")), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn sources_destinations_and_jobs_are_made_read_changed_and_deleted_by_id_and_by_slug() {
     let cluster = Cluster::start().await;
     let config = PostgresSource::empty().await.config();

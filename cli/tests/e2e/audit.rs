@@ -84,6 +84,68 @@ async fn every_change_and_trigger_is_in_the_audit_log_with_who_from_where_and_th
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_sign_in_and_every_change_of_people_is_in_the_audit_log() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    let said = "there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create";
+    let token = cluster.apis[0].0.wait_for_field(said, "token").await;
+    let password = "correct horse battery";
+    let http = reqwest::Client::new();
+    let call = async |method: &str, path: &str, cookies: &str, body: Value| {
+        let request = http.request(method.parse().expect("a method"), format!("{}{path}", cluster.url(0)));
+        let request = request.header("sec-fetch-site", "same-origin").header("x-request-id", format!("the:{method}:{path}"));
+        let response = request.header("cookie", cookies).json(&body).send().await.expect("answers");
+        let set = response.headers().get_all("set-cookie").iter().filter_map(|c| c.to_str().ok()?.split(';').next());
+        let cookies = set.collect::<Vec<_>>().join("; ");
+        (response.status().as_u16(), cookies, response.json::<Value>().await.expect("JSON"))
+    };
+    let ada = |password: &str| json!({ "name": "ada", "password": password });
+    let set_up = json!({ "token": token, "name": "ada", "password": password });
+    assert_eq!(call("POST", "/api/setup", "", set_up).await.0, 201);
+    assert_eq!(call("POST", "/api/session", "", ada("a wrong password")).await.0, 401);
+    let (_, first, _) = call("POST", "/api/session", "", ada(password)).await;
+    let (_, second, _) = call("POST", "/api/session/refresh", &first, json!({})).await;
+    let body = json!({ "name": "bob", "password": password, "permissions": ["jobs:read"] });
+    let (status, _, made) = call("POST", "/api/users", &second, body).await;
+    assert_eq!(status, 201, "{made}");
+    let bob = format!("/api/users/{}", id(&made["data"]));
+    assert_eq!(call("PUT", &bob, &second, json!({ "password": "s3cret of the audit" })).await.0, 200);
+    assert_eq!(call("DELETE", &bob, &second, json!({})).await.0, 200);
+    let change = json!({ "current": password, "password": "s3cret of the audit" });
+    assert_eq!(call("POST", "/api/session/password", &second, change).await.0, 200);
+    let (_, third, _) = call("POST", "/api/session", "", ada("s3cret of the audit")).await;
+    assert_eq!(call("DELETE", "/api/session", &third, json!({})).await.0, 200);
+
+    let log = cluster.ok("GET", "/api/audit", None).await;
+    let mut entries: Vec<&Value> = log.as_array().expect("entries").iter().collect();
+    entries.reverse();
+    let told: Vec<_> = entries
+        .iter()
+        .map(|e| ["action", "actorKind", "actorName", "requestId"].map(|field| e[field].as_str().unwrap_or_default()))
+        .collect();
+    let (put, delete) = (format!("the:PUT:{bob}"), format!("the:DELETE:{bob}"));
+    assert_eq!(
+        told,
+        [
+            ["user.set-up", "Anonymous", "ada", "the:POST:/api/setup"],
+            ["session.refuse", "Anonymous", "ada", "the:POST:/api/session"],
+            ["session.create", "User", "ada", "the:POST:/api/session"],
+            ["session.renew", "Anonymous", "a refresh token", "the:POST:/api/session/refresh"],
+            ["user.create", "User", "ada", "the:POST:/api/users"],
+            ["user.update", "User", "ada", put.as_str()],
+            ["user.delete", "User", "ada", delete.as_str()],
+            ["user.update", "User", "ada", "the:POST:/api/session/password"],
+            ["session.create", "User", "ada", "the:POST:/api/session"],
+            ["session.delete", "User", "ada", "the:DELETE:/api/session"],
+        ]
+    );
+    assert!(entries.iter().all(|e| e["address"] == "127.0.0.1"), "{log}");
+    let text = log.to_string();
+    for secret in [password, "s3cret of the audit", "a wrong password", token.as_str(), "argon2"] {
+        assert!(!text.contains(secret), "{secret}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_refused_change_and_a_failed_one_leave_no_entry_and_no_change_goes_without_one() {
     let cluster = Cluster::build().workers(0).start().await;
     let refused = [

@@ -3,6 +3,7 @@
 use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::sys::signal::{Signal, kill};
@@ -241,6 +242,65 @@ async fn cancel_stops_a_running_dump_and_leaves_nothing_and_a_pending_one_never_
     assert_eq!(cluster.count("select count(*) from execution_leases").await, 0);
     let (status, answer) = cluster.request("POST", &format!("/api/executions/{running}/cancel"), None).await;
     assert_eq!((status, answer["code"].as_str()), (409, Some("already_ended")), "{answer}");
+}
+
+/// Cancels at one of the API processes and demands that within two seconds of its answer nothing is left of the run.
+async fn cancelled_within_two_seconds(cluster: &Cluster, api: usize, running: &str, root: &Path) {
+    let child = cluster.workers.iter().flat_map(|w| w.children()).next().expect("the dump");
+    let url = format!("{}/api/executions/{running}/cancel", cluster.url(api));
+    let answer = cluster.http.post(url).bearer_auth(&cluster.admin_key).send().await.expect("answers");
+    assert_eq!(answer.status(), 200);
+    let ended = until("the run is over", Duration::from_secs(2), || async {
+        let execution = cluster.execution(running).await;
+        (execution["status"] != "Running").then_some(execution)
+    })
+    .await;
+    assert_eq!((ended["status"].as_str(), ended["outcome"].as_str()), (Some("Failed"), Some("Cancelled")), "{ended:#}");
+    assert!(!is_alive(child), "the dump tool outlived the cancel");
+    assert_eq!(cluster.workers.iter().flat_map(|w| w.children()).count(), 0, "a child process is left");
+    assert_eq!(files(root), Vec::<PathBuf>::new(), "something was published, or left");
+    assert_eq!(cluster.count("select count(*) from artifacts").await, 0);
+    assert_eq!(cluster.count("select count(*) from execution_leases").await, 0, "the slot is not free");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_at_either_process_ends_a_running_dump_within_two_seconds() {
+    // With the protocol's real times a heartbeat that brings the cancel would come too late.
+    let cluster = Cluster::build().real_times().limit(1).start().await;
+    for api in 0..2 {
+        let (_proxy, running, root) = held_dump(&cluster).await;
+        cancelled_within_two_seconds(&cluster, api, &running, &root).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tool_that_does_not_mind_sigterm_is_gone_within_two_seconds_of_a_cancel_too() {
+    let folder = std::env::temp_dir().join(crate::harness::unique("tools"));
+    let bin = tools(&folder, "trap '' TERM; echo PGDMP; while :; do sleep 0.1; done");
+    let cluster = Cluster::build().real_times().limit(1).env("DBACKUP_POSTGRES_BIN", bin.display()).start().await;
+    let source = PostgresSource::with_rows(10).await;
+    let (destination, root) = cluster.local_destination().await;
+    let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;
+    let running = cluster.trigger(&job).await;
+    until("the tool runs", SOON, || async {
+        (cluster.execution(&running).await["stage"] == "Dumping").then_some(())
+    })
+    .await;
+    cancelled_within_two_seconds(&cluster, 0, &running, &root).await;
+    std::fs::remove_dir_all(folder).expect("removes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_whose_notice_is_lost_comes_with_the_heartbeat() {
+    let cluster = Cluster::build().limit(1).start().await;
+    let (_proxy, running, root) = held_dump(&cluster).await;
+    sqlx::query("update executions set cancel_requested_at = clock_timestamp()")
+        .execute(&cluster.pool)
+        .await
+        .expect("updates");
+    let ended = cluster.ended(&running, SOON).await;
+    assert_eq!(ended["outcome"], "Cancelled", "{ended:#}");
+    assert_eq!(files(&root), Vec::<PathBuf>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

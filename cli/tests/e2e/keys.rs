@@ -62,15 +62,23 @@ async fn a_key_that_is_disabled_rotated_expired_or_deleted_is_refused_by_every_p
     cluster.ok("DELETE", &format!("/api/api-keys/{deleted}"), None).await;
     refused_everywhere(&cluster, &key, "key_invalid").await;
 
-    let (expiring, key) = made(&cluster, body).await;
-    use_everywhere(&key).await;
-    let soon = cluster.text("select to_char((clock_timestamp() + interval '1 second') at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MSZ')").await;
+    // Ends that come by themselves: nothing tells a process of them, and it remembers the keys.
+    let (expiring, key) = made(&cluster, body.clone()).await;
+    let (fading, old) = made(&cluster, body).await;
+    let soon = cluster.text("select to_char((clock_timestamp() + interval '3 seconds') at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MSZ')").await;
     cluster.ok("PUT", &format!("/api/api-keys/{expiring}"), Some(json!({ "expiresAt": soon }))).await;
-    until("the key's time comes", Duration::from_secs(3), || async {
-        (cluster.count("select count(*) from api_keys where expires_at <= clock_timestamp()").await == 1).then_some(())
-    })
-    .await;
-    refused_everywhere(&cluster, &key, "key_expired").await;
+    cluster.ok("POST", &format!("/api/api-keys/{fading}/rotate"), Some(json!({ "graceSeconds": 3 }))).await;
+    use_everywhere(&key).await;
+    use_everywhere(&old).await;
+    for (over, key, code) in [("expires_at", &key, "key_expired"), ("previous_until", &old, "key_rotated")] {
+        // The key that was rotated first lost its old secret at once.
+        let query = format!("select count(*) from api_keys where name = 'ci' and {over} <= clock_timestamp() and id::text in ('{expiring}', '{fading}')");
+        until("the key's time comes", Duration::from_secs(6), || async {
+            (cluster.count(&query).await == 1).then_some(())
+        })
+        .await;
+        refused_everywhere(&cluster, key, code).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -251,21 +259,24 @@ async fn keys_are_listed_found_changed_and_tell_their_last_use() {
     assert_eq!(cluster.request("GET", "/api/api-keys/nonsense", None).await.0, 404);
 }
 
+/// `dbackup key …`: its exit code, what it printed and what it complained of.
+fn dbackup_key(cluster: &Cluster, args: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = Command::new(binary("dbackup"));
+    command
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .envs(cluster.env())
+        .arg("key")
+        .args(args);
+    let output = command.output().expect("dbackup runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_line_makes_lists_rotates_disables_and_deletes_keys() {
     let cluster = Cluster::build().workers(0).start().await;
-    let run = |args: &[&str]| {
-        let mut command = Command::new(binary("dbackup"));
-        command
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .envs(cluster.env())
-            .arg("key")
-            .args(args);
-        let output = command.output().expect("dbackup runs");
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (output.status.code(), text(&output.stdout), text(&output.stderr))
-    };
+    let run = |args: &[&str]| dbackup_key(&cluster, args);
     let (code, first, said) =
         run(&["create", "--name", "deploy", "--permission", "jobs:read", "--expires-in-days", "30"]);
     assert_eq!((code, said.as_str()), (Some(0), ""), "nothing but the key is printed");
@@ -297,4 +308,69 @@ async fn the_command_line_makes_lists_rotates_disables_and_deletes_keys() {
         .text("select string_agg(action, ' ' order by seq) from audit_log where actor_kind = 'Administrator'")
         .await;
     assert_eq!(actions, "api-key.create api-key.rotate api-key.update api-key.update api-key.delete");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_binds_a_key_to_jobs_and_networks_and_grants_a_grace() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let mine = cluster.job(&source, &[&destination], json!({ "slug": "mine" })).await;
+    cluster.job(&source, &[&destination], json!({})).await;
+    let create = ["create", "--name", "bound", "--permission", "jobs:read", "--job", "mine"];
+    let make = |more: &[&str]| dbackup_key(&cluster, &[&create[..], more].concat());
+
+    let (code, key, _) = make(&["--network", "127.0.0.0/8", "--network", "::1"]);
+    assert_eq!(code, Some(0));
+    let (allowed, jobs) = status(&cluster, 0, key.trim_end(), "/api/jobs").await;
+    assert_eq!((allowed, jobs.as_array().map(|j| j.iter().map(id).collect())), (200, Some(vec![mine])));
+    let (_, elsewhere, _) = make(&["--network", "192.0.2.0/24"]);
+    let (refused, answer) = status(&cluster, 0, elsewhere.trim_end(), "/api/jobs").await;
+    assert_eq!((refused, answer["code"].as_str()), (403, Some("network_not_allowed")), "{answer}");
+
+    let listed = id(&cluster.ok("GET", "/api/api-keys?name=bound", None).await[0]);
+    let (code, second, _) = dbackup_key(&cluster, &["rotate", &listed, "--grace-seconds", "3600"]);
+    assert_eq!(code, Some(0));
+    for key in [&key, &second] {
+        assert_eq!(status(&cluster, 1, key.trim_end(), "/api/jobs").await.0, 200);
+    }
+    for (more, said) in
+        [(["--job", "no-such-job"], "no job"), (["--network", "nowhere"], "network"), (["--permission", "jobs:fly"], "jobs:fly")]
+    {
+        let (code, printed, complained) = make(&more);
+        assert!(code != Some(0) && printed.is_empty() && complained.contains(said), "{more:?}: {code:?} {complained}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_disabled_stays_so_when_somebody_renames_it_at_the_same_time() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let (key, secret) = made(&cluster, json!({ "name": "ci", "permissions": ["jobs:read"] })).await;
+    let path = format!("/api/api-keys/{key}");
+    // Both changes are under way before either is made: they wait for a lock of the test.
+    let mut lock = cluster.pool.begin().await.expect("begins");
+    sqlx::query("select from api_keys where id::text = $1 for update")
+        .bind(&key)
+        .execute(&mut *lock)
+        .await
+        .expect("locks");
+    let change = async |waiting: i64, body: Value| {
+        let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
+        let sent = tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await });
+        until("the change waits", Duration::from_secs(10), || async {
+            let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+            (cluster.count(waits).await == waiting).then_some(())
+        })
+        .await;
+        sent
+    };
+    let disabled = change(1, json!({ "enabled": false })).await;
+    let renamed = change(2, json!({ "name": "renamed" })).await;
+    lock.commit().await.expect("commits");
+    for answer in [disabled, renamed] {
+        assert_eq!(answer.await.expect("joins").expect("answers").status(), 200);
+    }
+    let now = cluster.ok("GET", &path, None).await;
+    assert_eq!((now["name"].as_str(), now["enabled"].as_bool()), (Some("renamed"), Some(false)), "{now}");
+    refused_everywhere(&cluster, &secret, "key_disabled").await;
 }

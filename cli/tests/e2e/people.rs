@@ -109,15 +109,18 @@ async fn the_first_administrator_is_made_once_with_the_token_from_the_log_of_any
     assert_eq!((status, answer["code"].as_str()), (403, Some("setup_token_wrong")), "{answer}");
     let (status, answer) = browser.page(&cluster, 0, "POST", "/api/setup", Some(body(&token, "short"))).await;
     assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("password")), "{answer}");
+    // Each with a name of its own, so that only the token can be in the way.
     let both = (0..6).map(|n| {
-        let (url, body) = (format!("{}/api/setup", cluster.url(n % 2)), body(&token, PASSWORD));
+        let (url, mut body) = (format!("{}/api/setup", cluster.url(n % 2)), body(&token, PASSWORD));
+        body["name"] = json!(format!("ada{n}"));
         async move { Browser::new().call("POST", &url, Some(body), &[]).await }
     });
     let answers = futures::future::join_all(both).await;
     assert_eq!(answers.iter().filter(|(status, _)| *status == 201).count(), 1, "{answers:?}");
     assert!(answers.iter().all(|(status, _)| [201, 409].contains(status)), "{answers:?}");
     assert_eq!(cluster.count("select count(*) from users").await, 1);
-    let (status, signed_in) = browser.sign_in(&cluster, 1, "Ada", PASSWORD).await;
+    let first = cluster.text("select initcap(name) from users").await;
+    let (status, signed_in) = browser.sign_in(&cluster, 1, &first, PASSWORD).await;
     assert_eq!(status, 200, "{signed_in}");
     let granted = signed_in["data"]["user"]["permissions"].as_array().map(Vec::len);
     assert_eq!(granted, Some(common::permission::Permission::ALL.len()));
@@ -144,6 +147,14 @@ async fn a_person_signs_in_works_on_every_process_and_signs_out() {
     }
     let (status, answer) = browser.page(&cluster, 1, "GET", "/api/sources", None).await;
     assert_eq!((status, answer["code"].as_str()), (403, Some("permission_missing")), "{answer}");
+
+    // Nor is anybody signed in by a page elsewhere.
+    let credentials = Some(json!({ "name": name, "password": PASSWORD }));
+    for headers in [("sec-fetch-site", "cross-site"), ("origin", "https://evil.example")] {
+        let url = format!("{}/api/session", cluster.url(0));
+        let (status, answer) = Browser::new().call("POST", &url, credentials.clone(), &[headers]).await;
+        assert_eq!((status, answer["code"].as_str()), (403, Some("other_origin")), "{headers:?}: {answer}");
+    }
 
     // A change must come from a page of this service.
     let (url, body) = (format!("{}/api/settings", cluster.url(0)), json!({ "maxPending": 77 }));
@@ -206,15 +217,25 @@ async fn a_session_is_over_on_every_process_within_a_second_when_it_is_revoked_o
         over_everywhere(&cluster, &browser).await;
         let refresh = browser.page(&cluster, 1, "POST", "/api/session/refresh", None).await;
         assert_eq!(refresh.0, 401, "{end}: {}", refresh.1);
+        if end == "disable" {
+            cluster.ok("PUT", &path, Some(json!({ "enabled": true }))).await;
+            let refresh = browser.page(&cluster, 1, "POST", "/api/session/refresh", None).await;
+            assert_eq!(refresh.0, 401, "a session from before came back with its person: {}", refresh.1);
+        }
     }
     // What is taken from a person is taken from their session.
     let (user_id, name) = user(&cluster, &["jobs:read"]).await;
     let mut browser = Browser::new();
     browser.sign_in(&cluster, 0, &name, PASSWORD).await;
+    for api in 0..2 {
+        assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
+    }
     cluster.ok("PUT", &format!("/api/users/{user_id}"), Some(json!({ "permissions": ["settings:read"] }))).await;
     let begin = Instant::now();
-    while browser.page(&cluster, 1, "GET", "/api/jobs", None).await.0 != 403 {
-        assert!(begin.elapsed() < REVOKED, "the permission still counts");
+    for api in 0..2 {
+        while browser.page(&cluster, api, "GET", "/api/jobs", None).await.0 != 403 {
+            assert!(begin.elapsed() < REVOKED, "the permission still counts on process {api}");
+        }
     }
     assert_eq!(browser.page(&cluster, 1, "GET", "/api/settings", None).await.0, 200);
 }
@@ -329,6 +350,99 @@ async fn a_session_signed_by_the_key_before_counts_after_a_rotation() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_process_takes_a_token_of_a_new_key_that_it_has_not_heard_of() {
+    let cluster = with_administrator().await;
+    let (_, name) = user(&cluster, &["jobs:read"]).await;
+    let mut before = Browser::new();
+    before.sign_in(&cluster, 0, &name, PASSWORD).await;
+    let quiet = Instant::now();
+    until("process 0 must ask anew", REVOKED, || async {
+        (quiet.elapsed() > Duration::from_millis(600)).then_some(())
+    })
+    .await;
+    // Process 1 has asked just now, and need not ask again for half a second.
+    assert_eq!(before.page(&cluster, 1, "GET", "/api/jobs", None).await.0, 200);
+    let key = common::seal::SealKey::parse(&cluster.env()["DBACKUP_ENCRYPTION_KEY"]).expect("the key");
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    common::session::signing_keys(&mut conn, &key, true).await.expect("rotates");
+    let mut after = Browser::new();
+    after.sign_in(&cluster, 0, &name, PASSWORD).await;
+    let kid = |browser: &Browser| browser.cookies["dbackup_session"].split('.').next().expect("a header").to_owned();
+    assert_ne!(kid(&after), kid(&before), "the new key signs");
+    assert_eq!(after.page(&cluster, 1, "GET", "/api/jobs", None).await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_ends_at_its_time_also_where_it_is_remembered() {
+    let cluster = with_administrator().await;
+    let (_, name) = user(&cluster, &["jobs:read"]).await;
+    let mut browser = Browser::new();
+    browser.sign_in(&cluster, 0, &name, PASSWORD).await;
+    sqlx::query("update sessions set expires_at = clock_timestamp() + interval '3 seconds'")
+        .execute(&cluster.pool)
+        .await
+        .expect("updates");
+    for api in 0..2 {
+        assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
+    }
+    until("its time comes", Duration::from_secs(6), || async {
+        (cluster.count("select count(*) from sessions where expires_at <= clock_timestamp()").await == 1).then_some(())
+    })
+    .await;
+    over_everywhere(&cluster, &browser).await;
+    assert_eq!(browser.page(&cluster, 1, "POST", "/api/session/refresh", None).await.0, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_administrators_cannot_take_the_right_from_each_other_at_once() {
+    let cluster = with_administrator().await;
+    let one = id(&cluster.ok("GET", "/api/users", None).await[0]);
+    for _ in 0..5 {
+        let (two, _) = user(&cluster, &["*"]).await;
+        let demote = async |api: usize, user: &str| {
+            let url = format!("{}/api/users/{user}", cluster.url(api));
+            let body = json!({ "permissions": ["jobs:read"] });
+            let request = cluster.http.put(url).bearer_auth(&cluster.admin_key).json(&body);
+            request.send().await.expect("answers").status().as_u16()
+        };
+        let mut statuses: [u16; 2] = tokio::join!(demote(0, &one), demote(1, &two)).into();
+        statuses.sort_unstable();
+        assert_eq!(statuses, [200, 409]);
+        // The next round begins with one administrator again.
+        cluster.ok("PUT", &format!("/api/users/{one}"), Some(json!({ "permissions": ["*"] }))).await;
+        cluster.ok("PUT", &format!("/api/users/{two}"), Some(json!({ "permissions": ["jobs:read"] }))).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_who_is_disabled_stays_so_when_somebody_renames_them_at_the_same_time() {
+    let cluster = with_administrator().await;
+    let (user_id, _) = user(&cluster, &["jobs:read"]).await;
+    let path = format!("/api/users/{user_id}");
+    // Both changes are under way before either is made: they wait for a lock of the test.
+    let mut lock = cluster.pool.begin().await.expect("begins");
+    sqlx::query("select from users for update").execute(&mut *lock).await.expect("locks");
+    let change = async |waiting: i64, body: Value| {
+        let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
+        let sent = tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await });
+        until("the change waits", Duration::from_secs(10), || async {
+            let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+            (cluster.count(waits).await == waiting).then_some(())
+        })
+        .await;
+        sent
+    };
+    let disabled = change(1, json!({ "enabled": false })).await;
+    let renamed = change(2, json!({ "displayName": "Ada" })).await;
+    lock.commit().await.expect("commits");
+    for answer in [disabled, renamed] {
+        assert_eq!(answer.await.expect("joins").expect("answers").status(), 200);
+    }
+    let now = cluster.ok("GET", &path, None).await;
+    assert_eq!((now["displayName"].as_str(), now["enabled"].as_bool()), (Some("Ada"), Some(false)), "{now}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn users_are_made_changed_and_deleted_within_what_the_caller_holds_and_an_administrator_is_left() {
     let cluster = with_administrator().await;
     let keeper = cluster.key(&["users:read", "users:write", "jobs:read"]).await;
@@ -352,7 +466,12 @@ async fn users_are_made_changed_and_deleted_within_what_the_caller_holds_and_an_
 
     // Somebody who may do more is not taken over, and can still be switched off; but not the last administrator.
     let (strong, _) = user(&cluster, &["*"]).await;
-    for body in [json!({ "password": "taken over by me" }), json!({ "enabled": true }), json!({ "name": "mine" })] {
+    for body in [
+        json!({ "password": "taken over by me" }),
+        json!({ "password": "taken over by me", "permissions": ["jobs:read"] }),
+        json!({ "enabled": true }),
+        json!({ "name": "mine" }),
+    ] {
         let (status, answer) = cluster.request_as(&keeper, "PUT", &format!("/api/users/{strong}"), Some(body)).await;
         assert_eq!((status, answer["code"].as_str()), (403, Some("grant_exceeds")), "{answer}");
     }
@@ -379,6 +498,16 @@ async fn users_are_made_changed_and_deleted_within_what_the_caller_holds_and_an_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn where_there_is_no_administrator_among_the_users_they_are_changed_all_the_same() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let (user_id, _) = user(&cluster, &["jobs:read"]).await;
+    let path = format!("/api/users/{user_id}");
+    let changed = cluster.ok("PUT", &path, Some(json!({ "displayName": "Ada" }))).await;
+    assert_eq!(changed["displayName"], "Ada", "{changed}");
+    cluster.ok("DELETE", &path, None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_person_changes_their_own_password_and_nobody_elses() {
     let cluster = with_administrator().await;
     let (_, name) = user(&cluster, &["jobs:read"]).await;
@@ -400,6 +529,10 @@ async fn a_person_changes_their_own_password_and_nobody_elses() {
     let (_, answer) = stranger.sign_in(&cluster, 0, &other, PASSWORD).await;
     let path = format!("/api/sessions/{}", answer["data"]["sessionId"].as_str().expect("an id"));
     assert_eq!(there.page(&cluster, 0, "DELETE", &path, None).await.0, 404);
+    let listed = there.page(&cluster, 0, "GET", "/api/sessions", None).await.1;
+    let names: Vec<&str> =
+        listed["data"].as_array().expect("sessions").iter().filter_map(|s| s["userName"].as_str()).collect();
+    assert_eq!(names, [name.as_str()], "{listed}");
     assert_eq!(stranger.page(&cluster, 0, "DELETE", &path, None).await.0, 200);
 }
 
@@ -429,6 +562,26 @@ async fn the_command_line_makes_users_who_can_sign_in() {
     assert_eq!(dbackup(&cluster, &["user", "password", "ada"], "a newer password\n").0, Some(0));
     over_everywhere(&cluster, &browser).await;
     assert_eq!(browser.sign_in(&cluster, 1, "ada", "a newer password").await.0, 200);
+    let bob = ["user", "create", "--name", "bob", "--permission", "jobs:read"];
+    assert_eq!(dbackup(&cluster, &bob, &format!("{PASSWORD}\n")).0, Some(0));
+    let mut browser = Browser::new();
+    assert_eq!(browser.sign_in(&cluster, 0, "bob", PASSWORD).await.0, 200);
+    assert_eq!(dbackup(&cluster, &["user", "disable", "bob"], "").0, Some(0));
+    over_everywhere(&cluster, &browser).await;
+    assert_eq!(browser.sign_in(&cluster, 1, "bob", PASSWORD).await.0, 401);
+    assert_eq!(dbackup(&cluster, &["user", "enable", "bob"], "").0, Some(0));
+    assert_eq!(browser.sign_in(&cluster, 1, "bob", PASSWORD).await.0, 200);
+    assert_eq!(dbackup(&cluster, &["user", "delete", "bob"], "").0, Some(0));
+    over_everywhere(&cluster, &browser).await;
+    assert_eq!(dbackup(&cluster, &["user", "rotate-signing-key"], "").0, Some(0));
+    let actions = cluster
+        .text("select string_agg(action, ' ' order by seq) from audit_log where actor_kind = 'Administrator'")
+        .await;
+    assert_eq!(
+        actions,
+        "user.create user.update user.create user.update user.update user.delete signing-key.rotate",
+        "every change by the command line"
+    );
     let (code, list, _) = dbackup(&cluster, &["user", "list"], "");
     assert!(code == Some(0) && list.contains("ada") && list.contains("users:write"), "{list}");
 }

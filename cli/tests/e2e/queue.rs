@@ -43,6 +43,35 @@ async fn the_same_idempotency_key_on_two_api_processes_makes_one_execution() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_idempotency_key_is_its_callers_and_its_jobs_own_and_counts_for_a_day() {
+    let (cluster, job) = paused_cluster_with_job(json!({})).await;
+    let same = cluster.ok("GET", &format!("/api/jobs/{job}"), None).await;
+    let (source, destination) = (same["sourceId"].as_str(), same["destinationIds"][0].as_str());
+    let other = cluster.job(source.expect("an id"), &[destination.expect("an id")], json!({})).await;
+    let callers = [cluster.admin_key.clone(), cluster.key(&["jobs:execute"]).await];
+    let trigger = async |caller: &str, job: &str| {
+        let request = cluster.http.post(format!("{}/api/jobs/{job}/run", cluster.url(1))).bearer_auth(caller);
+        let answer = request.header("Idempotency-Key", "nightly").send().await.expect("answers");
+        answer.json::<Value>().await.expect("JSON")["executionId"].as_str().expect("an id").to_owned()
+    };
+    let mut made = BTreeSet::new();
+    for _ in 0..2 {
+        for (caller, job) in [(&callers[0], &job), (&callers[1], &job), (&callers[0], &other)] {
+            made.insert(trigger(caller, job).await);
+        }
+    }
+    assert_eq!(made.len(), 3, "one for each caller and job");
+    let age = async |hours: i32| {
+        let moved = "update idempotency_keys set created_at = clock_timestamp() - $1 * interval '1 hour'";
+        sqlx::query(moved).bind(hours).execute(&cluster.pool).await.expect("updates");
+    };
+    age(23).await;
+    assert!(made.contains(&trigger(&callers[0], &job).await), "forgotten before its day was over");
+    age(25).await;
+    assert!(!made.contains(&trigger(&callers[0], &job).await), "after its day it means a new run");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_reject_job_names_the_run_that_is_in_the_way() {
     let (cluster, job) = paused_cluster_with_job(json!({ "overlap": "reject" })).await;
     let path = format!("/api/jobs/{job}/run");

@@ -72,6 +72,9 @@ async fn a_run_that_does_not_start_in_time_expires_and_one_that_started_does_not
     let never = trigger_with(&cluster, &job, json!({ "startWithinSeconds": 3600 })).await;
     let set = "update executions set start_by = clock_timestamp() - interval '1 hour', started_at = clock_timestamp() where id::text = $1";
     sqlx::query(set).bind(started["executionId"].as_str()).execute(&cluster.pool).await.expect("updates");
+    // Whoever ends what is late has looked since then.
+    let late = trigger_with(&cluster, &job, json!({ "startWithinSeconds": 1 })).await;
+    assert_eq!(cluster.ended(late["executionId"].as_str().expect("an id"), SOON).await["outcome"], "Expired");
     let_run(&cluster).await;
     for id in [&started, &never] {
         assert_eq!(cluster.ended(id["executionId"].as_str().expect("an id"), SOON).await["status"], "Success");
@@ -164,6 +167,10 @@ async fn a_group_is_polled_like_one_run_and_ends_with_its_last_member() {
     cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 0 }))).await;
     let by_name = json!({ "jobs": [one, other] });
     let id = cluster.ok("POST", "/api/runs", Some(by_name)).await["executionId"].as_str().expect("an id").to_owned();
+    let member = cluster.execution(&id).await["members"][0]["executionId"].as_str().expect("an id").to_owned();
+    cluster.ok("POST", &format!("/api/executions/{member}/cancel"), None).await;
+    let going_on = cluster.execution(&id).await;
+    assert_eq!((going_on["status"].as_str(), &going_on["endedAt"]), (Some("Running"), &Value::Null), "{going_on}");
     cluster.ok("POST", &format!("/api/executions/{id}/cancel"), None).await;
     let failed = cluster.ended(&id, SOON).await;
     assert_eq!(failed["status"], "Failed", "{failed}");
@@ -174,6 +181,18 @@ async fn a_group_is_polled_like_one_run_and_ends_with_its_last_member() {
         404,
         "not all its own"
     );
+    // A scoped key triggers its own by label, and no other by name.
+    let scoped = cluster.scoped_key(&["jobs:execute", "history:read"], Some(vec![one.parse().expect("an id")])).await;
+    let (_, group) =
+        cluster.request_as(&scoped, "POST", "/api/runs", Some(json!({ "selector": { "env": "prod" } }))).await;
+    let path = format!("/api/executions/{}", group["executionId"].as_str().expect("an id"));
+    let (_, group) = cluster.request_as(&scoped, "GET", &path, None).await;
+    let members: Vec<&str> =
+        group["data"]["members"].as_array().expect("members").iter().filter_map(|m| m["jobId"].as_str()).collect();
+    assert_eq!(members, [one.as_str()], "{group}");
+    let (status, answer) =
+        cluster.request_as(&scoped, "POST", "/api/runs", Some(json!({ "jobs": [one, two] }))).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (404, Some("jobs.1")), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,12 @@ use nix::sys::{
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::harness::{Cluster, SOON, id, source::PostgresSource, until};
+use crate::harness::{
+    Cluster, SOON, id, postgres_url,
+    proxy::{Mode, Proxy},
+    source::PostgresSource,
+    sql, unique, until,
+};
 
 /// A cluster where nothing runs yet, and a job.
 async fn paused() -> (Cluster, String) {
@@ -49,6 +54,9 @@ async fn a_wait_ends_with_the_run_on_every_process_and_otherwise_after_its_time(
     let_run(&cluster).await;
     for wait in waits {
         let (_, ended) = wait.await.expect("joins");
+        let since_the_end = "select (extract(epoch from clock_timestamp() - max(ended_at)) * 1000)::bigint from executions";
+        let late = cluster.count(since_the_end).await;
+        assert!(late < 2_000, "a wait was answered {late} ms after the end");
         assert_eq!(ended["data"]["status"], "Success", "{ended}");
         assert_eq!(ended["data"]["artifacts"].as_array().map(Vec::len), Some(2), "{ended}");
     }
@@ -185,6 +193,35 @@ async fn events_tell_a_run_to_its_end_and_resume_where_they_broke_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_line_is_told_once_also_to_who_comes_late_and_when_a_run_ends_in_a_burst_of_them() {
+    let (cluster, job) = paused().await;
+    let execution = cluster.trigger(&job).await;
+    let path = format!("/api/executions/{execution}/events");
+    let write = async |lines: i32| {
+        let insert = "insert into execution_logs (execution_id, at, level, stage, message)
+                      select $1::text::uuid, clock_timestamp(), 'info', 'Queued', 'line ' || n from generate_series(1, $2) n";
+        sqlx::query(insert).bind(&execution).bind(lines).execute(&cluster.pool).await.expect("writes lines");
+    };
+    let mut early = Events::open(&cluster, 0, &cluster.admin_key, &path, None).await;
+    early.next().await.expect("the state at once");
+    // The next look brings these to both, and who comes now has read them already.
+    write(3).await;
+    let late = Events::open(&cluster, 0, &cluster.admin_key, &path, None).await;
+    while early.next().await.expect("goes on").data["message"] != "line 3" {}
+    // More than one look brings.
+    write(1_200).await;
+    cluster.ok("POST", &format!("/api/executions/{execution}/cancel"), None).await;
+    let whole = cluster.execution(&execution).await["logs"].as_array().expect("lines").clone();
+    assert_eq!(whole.len(), 1_204, "and the cancel's own");
+    for (events, lines) in [(late.all().await, &whole[..]), (early.all().await, &whole[3..])] {
+        let told: Vec<&Value> = events.iter().filter(|e| e.name == "log").map(|e| &e.data).collect();
+        assert_eq!(told.len(), lines.len());
+        assert_eq!(json!(told), json!(lines), "every line once, in order");
+        assert_eq!(events.last().map(|e| e.name.as_str()), Some("end"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_live_list_shows_each_change_of_the_executions_that_its_key_may_see_and_no_other() {
     let (cluster, mine) = paused().await;
     let source = cluster.ok("GET", "/api/sources", None).await[0]["slug"].as_str().expect("a slug").to_owned();
@@ -193,6 +230,11 @@ async fn a_live_list_shows_each_change_of_the_executions_that_its_key_may_see_an
     let key = cluster.scoped_key(&["history:read"], Some(vec![mine.parse().expect("an id")])).await;
     let waiting = cluster.trigger(&mine).await;
     cluster.trigger(&other).await;
+    // Somebody looks already, who has been told of both: what waits is new to nobody but the next.
+    let mut others = Events::open(&cluster, 1, &cluster.admin_key, "/api/events", None).await;
+    for _ in 0..2 {
+        others.next().await.expect("what waits already");
+    }
     let mut events = Events::open(&cluster, 1, &key, "/api/events", None).await;
     let first = events.next().await.expect("what waits already");
     assert_eq!((id(&first.data), first.data["status"].as_str()), (waiting.clone(), Some("Pending")));
@@ -245,10 +287,126 @@ async fn a_process_that_stops_answers_those_who_wait_with_the_state_then() {
         Events::open(&cluster, 0, &cluster.admin_key, &format!("/api/executions/{execution}/events"), None).await;
     events.next().await.expect("the state at once");
     cluster.apis[0].0.signal(Signal::SIGTERM);
+    let told = Instant::now();
     let (status, state) = wait.await.expect("joins");
     assert_eq!((status, state["data"]["status"].as_str()), (200, Some("Pending")), "{state}");
     assert_eq!(events.next().await, None, "the stream ends too");
     assert_eq!(cluster.apis[0].0.end(SOON).await.code(), Some(0));
+    // Ended by itself, not cut at the end of the time that requests under way get.
+    assert!(told.elapsed() < Duration::from_secs(5), "{:?}", told.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_and_streams_end_when_the_right_to_them_is_taken_away_and_only_then() {
+    let (cluster, job) = paused().await;
+    let source = cluster.ok("GET", "/api/sources", None).await[0]["slug"].as_str().expect("a slug").to_owned();
+    let (destination, _) = cluster.local_destination().await;
+    let other = cluster.job(&source, &[&destination], json!({})).await;
+    let execution = cluster.trigger(&job).await;
+    let path = format!("/api/executions/{execution}");
+    for change in [
+        json!({ "permissions": ["jobs:read"] }),
+        json!({ "jobIds": [other] }),
+        json!({ "networks": ["192.0.2.0/24"] }),
+    ] {
+        let made = json!({ "name": "x", "permissions": ["history:read", "jobs:read"] });
+        let made = cluster.ok("POST", "/api/api-keys", Some(made)).await;
+        let (key, key_path) = (made["key"].as_str().expect("a key").to_owned(), format!("/api/api-keys/{}", id(&made)));
+        let mut streams = Vec::new();
+        for (api, path) in [(0, format!("{path}/events")), (1, "/api/events".to_owned())] {
+            let mut events = Events::open(&cluster, api, &key, &path, None).await;
+            events.next().await.expect("the state at once");
+            streams.push(events);
+        }
+        // What takes nothing from them leaves them alone.
+        let more = json!({ "name": "renamed", "permissions": ["history:read"] });
+        cluster.ok("PUT", &key_path, Some(more)).await;
+        let renamed = Instant::now();
+        until("every process has asked anew", SOON, || async {
+            (renamed.elapsed() > Duration::from_millis(1_200)).then_some(())
+        })
+        .await;
+        for events in &mut streams {
+            let next = tokio::time::timeout(Duration::from_millis(1), events.response.chunk()).await;
+            assert!(!matches!(next, Ok(Ok(None) | Err(_))), "a stream ended for nothing");
+        }
+        let wait = cluster.http.get(format!("{}{path}?wait=30", cluster.url(0))).bearer_auth(&key);
+        let wait = tokio::spawn(answer(wait));
+        until("the wait is registered", SOON, || async { (!wait.is_finished()).then_some(()) }).await;
+        cluster.ok("PUT", &key_path, Some(change.clone())).await;
+        let taken = Instant::now();
+        let ends = async {
+            for mut events in streams {
+                while events.next().await.is_some() {}
+            }
+            wait.await.expect("joins").0
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(10), ends).await;
+        let status = ended.unwrap_or_else(|_| panic!("{change}: it goes on"));
+        assert!([401, 403, 404].contains(&status), "{change}: {status}");
+        // What the process may remember, and one look.
+        assert!(taken.elapsed() < Duration::from_millis(1_500), "{change}: {:?}", taken.elapsed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_database_away_a_poll_gets_the_last_known_state_or_is_held_for_twenty_seconds() {
+    let database = unique("away");
+    sql("postgres", &format!("create database {database}")).await;
+    let mut url = url::Url::parse(&postgres_url(&database)).expect("a URL");
+    let proxy = Proxy::start(url.port().expect("a port")).await;
+    url.set_port(Some(proxy.port)).expect("a port");
+    let cluster = Cluster::build().workers(0).on(url.into()).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let destination = json!({ "name": "d", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = id(&cluster.ok("POST", "/api/destinations", Some(destination)).await);
+    let execution = cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await;
+    let path = format!("/api/executions/{execution}");
+
+    for query in ["", "?includeLogs=true", "?logsAfter=3"] {
+        // Whoever calls is known for half a second; a poll that comes later is held until they can be asked for.
+        let stale = until("a poll is answered from memory", SOON, || async {
+            proxy.set(Mode::Pass);
+            until("the state is known", SOON, || async {
+                (answer(get(&cluster, 0, &path)).await.0 == 200).then_some(())
+            })
+            .await;
+            proxy.set(Mode::Cut);
+            let polled = tokio::spawn(answer(get(&cluster, 0, &format!("{path}{query}"))));
+            let begin = Instant::now();
+            until("it had its time", SOON, || async {
+                (polled.is_finished() || begin.elapsed() > Duration::from_secs(2)).then_some(())
+            })
+            .await;
+            proxy.set(Mode::Pass);
+            let (status, state) = polled.await.expect("joins");
+            assert_eq!(status, 200, "{query}: {state}");
+            (state["stale"] == true).then_some(state)
+        })
+        .await;
+        assert_eq!(stale["data"]["status"], "Pending", "{query}: {stale}");
+        assert_eq!(stale["data"].get("logs").is_some(), !query.is_empty(), "{query}: {stale}");
+    }
+
+    // Process 1 knows nothing of it.
+    assert_eq!(answer(get(&cluster, 1, "/api/jobs")).await.0, 200);
+    proxy.set(Mode::Cut);
+    let held = tokio::spawn(answer(get(&cluster, 1, &path)));
+    let refused = tokio::spawn(answer(get(&cluster, 0, &format!("/api/executions/{}", uuid::Uuid::now_v7()))));
+    let begin = Instant::now();
+    until("it is held", SOON, || async { (begin.elapsed() > Duration::from_secs(18)).then_some(()) }).await;
+    assert!(!held.is_finished() && !refused.is_finished(), "answered at once");
+    let (status, answered) = refused.await.expect("joins");
+    assert_eq!((status, answered["code"].as_str()), (503, Some("database_away")), "{answered}");
+    assert!((19..27).contains(&begin.elapsed().as_secs()), "held for {:?}", begin.elapsed());
+    let _ = held.await;
+    let held = tokio::spawn(answer(get(&cluster, 1, &path)));
+    let begin = Instant::now();
+    until("it is held", SOON, || async { (begin.elapsed() > Duration::from_secs(2)).then_some(()) }).await;
+    assert!(!held.is_finished(), "answered at once");
+    proxy.set(Mode::Pass);
+    let (status, state) = held.await.expect("joins");
+    assert_eq!((status, state["data"]["status"].as_str(), state.get("stale")), (200, Some("Pending"), None), "{state}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
