@@ -77,7 +77,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
 }
 
 /// `limit`, `cursor`, `name` and `label` of a list.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(rename_all = "camelCase")]
 pub struct ListQuery {
     limit: Option<i64>,

@@ -17,6 +17,7 @@ use crate::{
     auth::{self, Access, Gate, HOLD},
     context::{self, ClientAddress},
     error::ApiError,
+    openapi,
     rate_limit::LimitClass,
     routes::{
         api_keys, audit, destinations, events, executions, health, jobs, runs, sessions, settings, setup, sources,
@@ -119,6 +120,10 @@ pub fn table() -> Vec<Route> {
         row(Method::PUT,    "/api/api-keys/{id}",              Needs(ApiKeysWrite),       Write,  put(api_keys::update)),
         row(Method::DELETE, "/api/api-keys/{id}",              Needs(ApiKeysWrite),       Write,  delete(api_keys::delete)),
         row(Method::POST,   "/api/api-keys/{id}/rotate",       Needs(ApiKeysWrite),       Write,  post(api_keys::rotate)),
+        row(Method::GET,    "/api/openapi.json",               Open,                      Read,   get(openapi::json)),
+        row(Method::GET,    "/api/docs",                       Open,                      Read,   get(openapi::docs)),
+        row(Method::GET,    "/api/docs/",                      Open,                      Read,   get(openapi::docs_page)),
+        row(Method::GET,    "/api/docs/{*file}",               Open,                      Read,   get(openapi::docs_file)),
         row(Method::GET,    "/api/setup",                      Open,                      Read,   get(setup::needed)),
         row(Method::POST,   "/api/setup",                      Open,                      SignIn, post(setup::set_up)),
         row(Method::GET,    "/api/session",                    Identified,                Read,   get(sessions::get)),
