@@ -300,7 +300,11 @@ fn operation_of<'a>(item: &'a mut utoipa::openapi::PathItem, route: &Route) -> O
 
 /// `getJobsId` of `GET /api/jobs/{id}`: unique, since the route is.
 fn operation_id(route: &Route) -> String {
-    let words = route.path.trim_start_matches("/api").split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let words = route
+        .path
+        .trim_start_matches("/api")
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .filter(|word| !word.is_empty());
     let capital = |word: &str| word[..1].to_uppercase() + &word[1..];
     route.method.as_str().to_lowercase() + &words.map(capital).collect::<String>()
 }

@@ -25,5 +25,6 @@ mod sources;
 mod tls;
 mod trace;
 mod triggers;
+mod trouble;
 mod up;
 mod waiting;

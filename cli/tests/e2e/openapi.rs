@@ -33,7 +33,10 @@ async fn the_document_has_every_route_of_the_table_and_no_other_and_is_the_commi
     let mut ids = BTreeSet::new();
     for (method, path) in &table {
         let operation = &document["paths"][path][method.to_lowercase()];
-        assert!(ids.insert(operation["operationId"].as_str().expect("an id")), "{method} {path}: its operationId is another's");
+        assert!(
+            ids.insert(operation["operationId"].as_str().expect("an id")),
+            "{method} {path}: its operationId is another's"
+        );
         let responses = operation["responses"].as_object().expect("responses");
         for status in ["400", "500", "503"] {
             let schema = &responses[status]["content"]["application/json"]["schema"]["$ref"];
