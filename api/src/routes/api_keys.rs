@@ -34,6 +34,7 @@ use crate::{
 /// A key as a client sends it; PUT takes any subset.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "ci", "permissions": ["jobs:execute", "history:read"], "jobIds": ["shop-daily"], "expiresAt": "2030-01-01T00:00:00Z" }))]
 pub struct KeyBody {
     name: Option<String>,
     permissions: Option<Vec<String>>,
@@ -308,6 +309,7 @@ pub async fn update(
 /// Body of a rotation.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "graceSeconds": 3600 }))]
 pub struct RotateBody {
     #[serde(default)]
     grace_seconds: u64,

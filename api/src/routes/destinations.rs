@@ -24,6 +24,7 @@ use crate::{
 /// A destination as a client sends it; PUT takes any subset.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "Bucket", "kind": "s3", "config": { "bucket": "backups", "region": "eu-central-1", "accessKeyId": "…", "secretAccessKey": "…" } }))]
 pub struct DestinationBody {
     name: Option<String>,
     slug: Option<String>,

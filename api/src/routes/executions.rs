@@ -41,6 +41,7 @@ use crate::{
 /// Body of a trigger; all of it is optional.
 #[derive(Clone, Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "priority": 5, "labels": { "release": "42" }, "wait": 60 }))]
 pub struct RunBody {
     #[serde(default)]
     lock: bool,

@@ -29,6 +29,7 @@ use crate::{
 /// A job as a client sends it; PUT takes any subset.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "Shop daily", "sourceId": "shop", "destinationIds": ["local"], "compression": "zstd", "overlap": "queue" }))]
 pub struct JobBody {
     name: Option<String>,
     slug: Option<String>,

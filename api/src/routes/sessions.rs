@@ -40,6 +40,7 @@ use crate::{
 /// A sign-in.
 #[derive(Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({ "name": "ada", "password": "correct horse battery" }))]
 pub struct SignInBody {
     name: String,
     #[schema(value_type = String)]
@@ -248,6 +249,7 @@ pub async fn revoke(
 /// A new password for oneself.
 #[derive(Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({ "current": "correct horse battery", "password": "a newer password" }))]
 pub struct PasswordBody {
     #[schema(value_type = String)]
     current: SecretString,

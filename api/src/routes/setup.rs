@@ -30,6 +30,7 @@ use crate::{
 /// The first administrator.
 #[derive(Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "token": "from the log of the start", "name": "ada", "password": "correct horse battery" }))]
 pub struct SetUpBody {
     #[schema(value_type = String)]
     token: SecretString,

@@ -24,6 +24,7 @@ use crate::{
 /// A source as a client sends it; PUT takes any subset.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "Shop", "engine": "postgres", "config": { "host": "db.example.com", "username": "backup", "password": "…", "databases": ["shop"] } }))]
 pub struct SourceBody {
     name: Option<String>,
     slug: Option<String>,

@@ -30,6 +30,7 @@ use crate::{
 /// A person as a client sends them; PUT takes any subset.
 #[derive(Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "ada", "displayName": "Ada", "password": "correct horse battery", "permissions": ["jobs:read", "history:read"] }))]
 pub struct UserBody {
     name: Option<String>,
     display_name: Option<String>,

@@ -15,6 +15,7 @@ mod failover;
 mod keys;
 mod lifecycle;
 mod limits;
+mod lists;
 mod openapi;
 mod people;
 mod protocol;

@@ -10,8 +10,10 @@ use tokio::{
 
 use crate::harness::{
     Cluster, SOON,
+    otlp::Receiver,
     postgres::OwnPostgres,
     proxy::{Mode, Proxy},
+    redis::Redis,
     source::PostgresSource,
     until,
 };
@@ -146,5 +148,112 @@ async fn every_answer_has_the_security_headers_also_a_failure() {
             "{path}: {policy}"
         );
         assert!(!header("x-request-id").is_empty() && !header("cache-control").is_empty(), "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_acknowledged_trigger_is_lost_when_an_api_process_and_redis_are_killed_and_a_retry_makes_no_second_run() {
+    let mut redis = Redis::start().await;
+    let mut cluster = Cluster::build().workers(0).env("REDIS_URL", redis.url()).start().await;
+    let config = json!({ "host": "db.example.com", "username": "u", "databases": ["shop"] });
+    let source = cluster.source("postgres", config).await;
+    let body = json!({ "name": "d", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxPendingPerJob": 1000 }))).await;
+    let send = |api: usize, n: usize| {
+        let request = cluster.http.post(format!("{}/api/jobs/{job}/run", cluster.url(api)));
+        let request = request.bearer_auth(&cluster.admin_key).header("Idempotency-Key", format!("trigger-{n}"));
+        async move {
+            let response = request.send().await.ok()?;
+            assert_eq!(response.status(), 200, "neither a 429 nor a 5xx");
+            let answer: Value = response.json().await.ok()?;
+            Some(answer["executionId"].as_str().expect("an id").to_owned())
+        }
+    };
+    let triggers: Vec<_> = (0..300).map(|n| tokio::spawn(send(n % 2, n))).collect();
+    until("some are acknowledged", SOON, || async {
+        (cluster.count("select count(*) from executions").await > 20).then_some(())
+    })
+    .await;
+    redis.kill();
+    let retries: Vec<_> = (0..300).map(|n| send(1, n)).collect();
+    cluster.apis[0].0.kill().await;
+    let mut acknowledged = Vec::new();
+    for trigger in triggers {
+        acknowledged.push(trigger.await.expect("joins"));
+    }
+    let lost = acknowledged.iter().filter(|answer| answer.is_none()).count();
+    assert!(lost > 0, "nothing was under way when the process was killed: this proved nothing");
+    let again = futures::future::join_all(retries).await;
+    for (n, (first, again)) in acknowledged.iter().zip(&again).enumerate() {
+        let again = again.as_ref().expect("the other process answers");
+        assert!(
+            first.as_ref().is_none_or(|first| first == again),
+            "trigger {n} was acknowledged as {first:?} and is {again}"
+        );
+    }
+    assert_eq!(cluster.count("select count(*) from executions").await, 300);
+    assert_eq!(cluster.count("select count(*) from audit_log where action = 'execution.trigger'").await, 300);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_is_in_a_span_a_log_or_an_answer() {
+    let receiver = Receiver::start().await;
+    let mut cluster = Cluster::build()
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+        .env("OTEL_BSP_SCHEDULE_DELAY", 100)
+        .env("RUST_LOG", "debug")
+        .start()
+        .await;
+    let source = PostgresSource::with_rows(10).await;
+    let config = source.config();
+    let password = config["password"].as_str().expect("a password").to_owned();
+    let source = cluster.source("postgres", config).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    cluster.backup(&job).await;
+    let key = cluster.ok("POST", "/api/api-keys", Some(json!({ "name": "x", "permissions": ["*"] }))).await;
+    let key = key["key"].as_str().expect("a key").to_owned();
+    assert_eq!(cluster.request_as(&key, "GET", "/api/jobs", None).await.0, 200);
+    let people_password = "a secret of people";
+    let user = json!({ "name": "ada", "password": people_password, "permissions": ["*"] });
+    cluster.ok("POST", "/api/users", Some(user)).await;
+    let body = json!({ "name": "ada", "password": people_password });
+    let response =
+        cluster.http.post(format!("{}/api/session", cluster.url(0))).json(&body).send().await.expect("answers");
+    let cookies: Vec<String> =
+        response.headers().get_all("set-cookie").iter().map(|v| v.to_str().expect("text").to_owned()).collect();
+    let tokens: Vec<String> =
+        cookies.iter().filter_map(|c| Some(c.split(';').next()?.split_once('=')?.1.to_owned())).collect();
+    assert!(!response.text().await.expect("a body").contains(&tokens[1]), "a token is in the answer's body");
+    let header = format!("dbackup_session={}", tokens[0]);
+    let signed_in = cluster.http.get(format!("{}/api/session", cluster.url(1))).header("cookie", header).send().await;
+    assert_eq!(signed_in.expect("answers").status(), 200);
+    // A body that does not fit is quoted by no error.
+    let (_, refused) = cluster
+        .request("POST", "/api/users", Some(json!({ "name": "eve", "password": { "p": people_password } })))
+        .await;
+    assert!(!refused.to_string().contains(people_password), "{refused}");
+
+    let encryption = cluster.env()["DBACKUP_ENCRYPTION_KEY"].clone();
+    let secrets =
+        [password.as_str(), &key[8..], people_password, &tokens[0], &tokens[1], &encryption, &cluster.admin_key[8..]];
+    until("the spans arrive", SOON, || async {
+        let names: Vec<String> = receiver.spans().into_iter().map(|s| s.span.name).collect();
+        ["POST /api/session", "GET /api/session", "POST /api/api-keys", "execution.run", "pipeline.publish"]
+            .iter()
+            .all(|name| names.iter().any(|n| n == name))
+            .then_some(())
+    })
+    .await;
+    let spans = format!("{:?}", receiver.spans().into_iter().map(|s| s.span).collect::<Vec<_>>());
+    for process in cluster.apis.iter_mut().map(|(process, _)| process) {
+        process.says("answered", SOON).await;
+    }
+    let logs = cluster.logs();
+    for secret in secrets {
+        assert!(!spans.contains(secret), "a secret is in a span: {secret}");
+        assert!(!logs.contains(secret), "a secret is in a log: {secret}");
     }
 }
