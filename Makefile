@@ -1,6 +1,6 @@
 # The recipes live in .dev; this names them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup build up fmt lint sqlx bench chaos
+.PHONY: help demo test setup build up fmt lint sqlx openapi fuzz-api bench chaos
 
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbackup/target
 # Folder of the instance that `make up` runs.
@@ -36,6 +36,12 @@ lint: ## format, clippy with warnings denied, and whether .sqlx fits the queries
 
 sqlx: setup ## write .sqlx anew from the queries and the migrations
 	@.dev/sqlx prepare
+
+openapi: ## write docs/openapi.json anew from the handlers
+	@cargo run --quiet --package cli --bin dbackup --locked -- openapi > docs/openapi.json
+
+fuzz-api: ## random requests against every operation of the API (schemathesis)
+	@.dev/fuzz-api $(ARGS)
 
 bench: ## dump a large database, beside the same by hand
 	@.dev/bench $(ARGS)

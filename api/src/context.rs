@@ -123,5 +123,8 @@ fn envelope(mut response: Response, id: &RequestId) -> Response {
     let (mut parts, _) = response.into_parts();
     parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     parts.headers.remove(header::CONTENT_LENGTH);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        parts.headers.entry(header::RETRY_AFTER).or_insert(HeaderValue::from_static("5"));
+    }
     Response::from_parts(parts, Body::from(json.to_string()))
 }

@@ -34,11 +34,13 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let bytes = if bytes.iter().all(u8::is_ascii_whitespace) { b"{}" } else { bytes };
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        let field = match error.path().to_string() {
-            path if path == "." || path == "?" => "body".to_owned(),
-            path => path,
-        };
-        ApiError::malformed(field, error.into_inner().to_string())
+        let path = Some(error.path().to_string()).filter(|path| path != "." && path != "?");
+        let message = error.into_inner().to_string();
+        // What is missing has no place of its own to be named by.
+        let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
+        let names: Vec<&str> = path.as_deref().into_iter().chain(missing).collect();
+        let field = if names.is_empty() { "body".to_owned() } else { names.join(".") };
+        ApiError::malformed(field, if missing.is_some() { "is required".to_owned() } else { message })
     })?;
     deserializer.end().map_err(|error| ApiError::malformed("body", error.to_string()))?;
     Ok(value)
@@ -77,7 +79,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
 }
 
 /// `limit`, `cursor`, `name` and `label` of a list.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(rename_all = "camelCase")]
 pub struct ListQuery {
     limit: Option<i64>,

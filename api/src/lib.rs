@@ -10,14 +10,16 @@ pub mod context;
 pub mod enqueuer;
 pub mod error;
 pub mod extract;
+pub mod openapi;
 pub mod rate_limit;
 pub mod router;
 pub mod routes;
+pub mod server;
 pub mod state;
 pub mod waiting;
 pub mod watch;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use common::{
     db::{ANSWER_TIMEOUT, Db},
@@ -32,9 +34,6 @@ use tokio_util::sync::CancellationToken;
 
 pub use config::{ApiArgs, ApiConfig, HttpArgs};
 use state::AppState;
-
-/// Longest time that requests under way get after SIGTERM.
-const DRAIN: Duration = Duration::from_secs(20);
 
 /// Serves until `stop`; requests under way are answered.
 pub async fn serve(
@@ -59,15 +58,8 @@ pub async fn serve(
         );
     }
     let state = AppState::start(&config, instance, db, key, wakeups, stop.clone());
-    let serving = axum::serve(listener, router::router(state).into_make_service_with_connect_info::<SocketAddr>())
-        .with_graceful_shutdown(stop.clone().cancelled_owned());
-    tokio::select! {
-        served = async { serving.await } => served,
-        () = async { stop.cancelled().await; tokio::time::sleep(DRAIN).await } => {
-            tracing::warn!("some requests were still open after {} s and were cut", DRAIN.as_secs());
-            Ok(())
-        }
-    }
+    server::serve(listener, router::router(state), stop).await;
+    Ok(())
 }
 
 /// Every waiting client is a connection: as many as the system lets this process have.

@@ -17,6 +17,7 @@ use crate::{
     auth::{self, Access, Gate, HOLD},
     context::{self, ClientAddress},
     error::ApiError,
+    openapi,
     rate_limit::LimitClass,
     routes::{
         api_keys, audit, destinations, events, executions, health, jobs, runs, sessions, settings, setup, sources,
@@ -119,6 +120,10 @@ pub fn table() -> Vec<Route> {
         row(Method::PUT,    "/api/api-keys/{id}",              Needs(ApiKeysWrite),       Write,  put(api_keys::update)),
         row(Method::DELETE, "/api/api-keys/{id}",              Needs(ApiKeysWrite),       Write,  delete(api_keys::delete)),
         row(Method::POST,   "/api/api-keys/{id}/rotate",       Needs(ApiKeysWrite),       Write,  post(api_keys::rotate)),
+        row(Method::GET,    "/api/openapi.json",               Open,                      Read,   get(openapi::json)),
+        row(Method::GET,    "/api/docs",                       Open,                      Read,   get(openapi::docs)),
+        row(Method::GET,    "/api/docs/",                      Open,                      Read,   get(openapi::docs_page)),
+        row(Method::GET,    "/api/docs/{*file}",               Open,                      Read,   get(openapi::docs_file)),
         row(Method::GET,    "/api/setup",                      Open,                      Read,   get(setup::needed)),
         row(Method::POST,   "/api/setup",                      Open,                      SignIn, post(setup::set_up)),
         row(Method::GET,    "/api/session",                    Identified,                Read,   get(sessions::get)),
@@ -149,6 +154,11 @@ pub fn router(state: AppState) -> Router {
         };
         router = router.route(route.path, handler);
     }
+    surrounded(router, state)
+}
+
+/// With what surrounds every request, also one that reaches no route.
+fn surrounded(router: Router<AppState>, state: AppState) -> Router {
     router
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
@@ -180,4 +190,55 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> axum::response::Response {
         panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
     tracing::error!(panic = text.unwrap_or_default(), "a handler panicked");
     StatusCode::INTERNAL_SERVER_ERROR.into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use axum::{body::to_bytes, extract::Request};
+    use common::{config::Timing, db::Db, queue::Wakeups, seal::SealKey};
+    use tokio_util::sync::CancellationToken;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::ApiConfig;
+
+    /// A process whose database is never asked.
+    fn state() -> AppState {
+        let db = Db::new(&"postgres://nobody@127.0.0.1:1/nothing".into(), "test", 1).expect("a URL");
+        let key = Arc::new(SealKey::parse(&SealKey::generate()).expect("a key"));
+        let stop = CancellationToken::new();
+        let [second, minute] = [Duration::from_secs(1), Duration::from_secs(60)];
+        let timing = Timing {
+            lease: minute,
+            heartbeat: second,
+            heartbeat_timeout: second,
+            fence: second,
+            poll: minute,
+            ticker: minute,
+        };
+        let wakeups = Wakeups::start(db.clone(), stop.clone());
+        let config = ApiConfig { listen: ([127, 0, 0, 1], 0).into(), trusted_proxies: Vec::new(), redis: None, timing };
+        AppState::start(&config, "test".to_owned(), db, key, wakeups, stop)
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_answered_with_the_envelope_and_tells_the_client_nothing_of_itself() {
+        async fn panics() -> &'static str {
+            panic!("a secret of the handler")
+        }
+        let router = surrounded(Router::new().route("/panics", get(panics)), state());
+        let request = Request::get("/panics").body(axum::body::Body::empty()).expect("a request");
+        let response = router.oneshot(request).await.expect("answers");
+        assert_eq!(response.status(), 500);
+        let header = response.headers()["x-request-id"].to_str().expect("text").to_owned();
+        let body = to_bytes(response.into_body(), 10_000).await.expect("a body");
+        let answer: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+        assert_eq!(
+            (answer["code"].as_str(), answer["requestId"].as_str()),
+            (Some("internal_error"), Some(header.as_str()))
+        );
+        assert!(!answer.to_string().contains("secret"), "{answer}");
+    }
 }

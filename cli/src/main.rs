@@ -35,6 +35,8 @@ enum Command {
     /// People who sign in
     #[command(subcommand)]
     User(users::UserCommand),
+    /// Print the OpenAPI document of the API
+    Openapi,
     /// Ask whether the instance's database answers and the encryption key fits
     Health,
 }
@@ -47,6 +49,10 @@ async fn main() {
         Command::Migrate => commands::migrate(program.data).await,
         Command::Key(command) => keys::run(program.data, command).await,
         Command::User(command) => users::run(program.data, command).await,
+        Command::Openapi => {
+            println!("{:#}", api::openapi::document());
+            Ok(())
+        }
         Command::Health => commands::health(program.data).await,
     };
     std::process::exit(done.map_or_else(|error| error.report(), |()| 0));

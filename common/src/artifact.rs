@@ -32,7 +32,7 @@ pub struct Plain {
 }
 
 /// An object as clients see it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Artifact {
     /// Its id.

@@ -104,11 +104,12 @@ pub async fn record_all(conn: &mut PgConnection, events: &[(&Actor, &Event)]) ->
 }
 
 /// A line of the log as clients read it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Entry {
     /// Order and cursor.
     #[serde(rename = "id", serialize_with = "as_text")]
+    #[schema(value_type = String)]
     pub seq: i64,
     /// When.
     #[serde(serialize_with = "crate::time::millis")]

@@ -11,7 +11,7 @@ use crate::seal::{SealError, SealKey};
 pub const MASK: &str = "********";
 
 /// One field that a client must mend.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
 pub struct FieldProblem {
     /// Path of the field in the body, such as `config.host`.
     pub field: String,

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What kind of store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[sqlx(type_name = "text", rename_all = "lowercase")]
 pub enum Kind {
@@ -135,7 +135,7 @@ pub fn config_problems(kind: Kind, config: &SplitConfig) -> Vec<FieldProblem> {
 }
 
 /// A destination as clients see it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Destination {
     /// Its id.
@@ -147,6 +147,7 @@ pub struct Destination {
     /// What kind of store.
     pub kind: Kind,
     /// Where it is, secrets masked.
+    #[schema(value_type = Object)]
     pub config: Map<String, Value>,
     /// Which workers test it.
     pub pool: String,

@@ -177,7 +177,7 @@ pub async fn look_up(conn: &mut PgConnection, id: SessionId) -> Result<LookedUp,
 }
 
 /// A session as it is listed.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Session {
     /// Its id.

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use sqlx::PgConnection;
 
 /// All settings, as clients see them.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Settings {
     /// Runs at once over all workers, 0 to 1000.
@@ -22,7 +22,7 @@ pub struct Settings {
 }
 
 /// Limits of requests for each client address.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct RateLimits {
     /// GET and HEAD.
@@ -34,7 +34,7 @@ pub struct RateLimits {
 }
 
 /// So many requests in any window of this length.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq, Hash, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RateLimit {
     /// Requests, 1 to 1000000.
@@ -79,15 +79,24 @@ const OF_THE_GATE: [&str; 2] = ["maxConcurrentJobs", "paused"];
 /// A field of a change that cannot be: its name, and what is allowed.
 pub type Problem = (String, String);
 
+/// Why a change is refused.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Not of the type that the field has, or no field at all.
+    Malformed(Problem),
+    /// Of the right type, but these cannot be.
+    Invalid(Vec<Problem>),
+}
+
 impl Settings {
     /// These settings after a change (RFC 7396: what is absent stays, `null` brings back the default).
-    pub fn changed(&self, change: &Map<String, Value>) -> Result<Self, Vec<Problem>> {
+    pub fn changed(&self, change: &Map<String, Value>) -> Result<Self, Refused> {
         let mut merged = serde_json::to_value(self).unwrap_or_default();
         merge(&mut merged, &Value::Object(change.clone()));
         let settings: Self = serde_path_to_error::deserialize(merged)
-            .map_err(|error| vec![(error.path().to_string(), error.into_inner().to_string())])?;
+            .map_err(|error| Refused::Malformed((error.path().to_string(), error.into_inner().to_string())))?;
         let problems = settings.problems();
-        if problems.is_empty() { Ok(settings) } else { Err(problems) }
+        if problems.is_empty() { Ok(settings) } else { Err(Refused::Invalid(problems)) }
     }
 
     fn problems(&self) -> Vec<Problem> {
@@ -147,8 +156,8 @@ pub async fn read(conn: &mut PgConnection) -> Result<Settings, sqlx::Error> {
 /// Why settings were not changed.
 #[derive(Debug)]
 pub enum ChangeError {
-    /// Fields that cannot be.
-    Invalid(Vec<Problem>),
+    /// It cannot be.
+    Refused(Refused),
     /// The database failed.
     Database(sqlx::Error),
 }
@@ -164,7 +173,7 @@ impl From<sqlx::Error> for ChangeError {
 pub async fn change(conn: &mut PgConnection, change: &Map<String, Value>) -> Result<Settings, ChangeError> {
     // Two changes at once must not undo each other.
     sqlx::query!("select only_row from queue_gate for update").fetch_one(&mut *conn).await?;
-    let settings = read(conn).await?.changed(change).map_err(ChangeError::Invalid)?;
+    let settings = read(conn).await?.changed(change).map_err(ChangeError::Refused)?;
     sqlx::query!(
         "update queue_gate set max_concurrency = $1, paused = $2",
         settings.max_concurrent_jobs,
@@ -204,7 +213,7 @@ mod tests {
 
     use super::*;
 
-    fn change(settings: &Settings, change: Value) -> Result<Settings, Vec<Problem>> {
+    fn change(settings: &Settings, change: Value) -> Result<Settings, Refused> {
         settings.changed(change.as_object().expect("an object"))
     }
 
@@ -227,11 +236,18 @@ mod tests {
             (json!({ "maxPending": 0 }), "maxPending"),
             (json!({ "rateLimit": { "write": { "limit": 0 } } }), "rateLimit.write.limit"),
             (json!({ "rateLimit": { "signIn": { "windowSeconds": 3601 } } }), "rateLimit.signIn.windowSeconds"),
+        ] {
+            let refused = change(&Settings::default(), bad.clone()).expect_err("is refused");
+            assert!(matches!(&refused, Refused::Invalid(problems) if problems[0].0 == field), "{bad}: {refused:?}");
+        }
+        for (bad, field) in [
             (json!({ "paused": "yes" }), "paused"),
             (json!({ "rateLimit": 5 }), "rateLimit"),
+            (json!({ "rateLimit": { "read": { "limit": "9" } } }), "rateLimit.read.limit"),
+            (json!({ "maxPendings": 5 }), "maxPendings"),
         ] {
-            let problems = change(&Settings::default(), bad.clone()).expect_err("is refused");
-            assert_eq!(problems[0].0, field, "{bad}: {problems:?}");
+            let refused = change(&Settings::default(), bad.clone()).expect_err("is refused");
+            assert!(matches!(&refused, Refused::Malformed((name, _)) if name == field), "{bad}: {refused:?}");
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What speaks at the other end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[sqlx(type_name = "text", rename_all = "lowercase")]
 pub enum Engine {
@@ -139,7 +139,7 @@ pub fn config_problems(config: &SplitConfig) -> Vec<FieldProblem> {
 }
 
 /// A source as clients see it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Source {
     /// Its id.
@@ -151,6 +151,7 @@ pub struct Source {
     /// What speaks there.
     pub engine: Engine,
     /// How to reach it, secrets masked.
+    #[schema(value_type = Object)]
     pub config: Map<String, Value>,
     /// Which workers reach it.
     pub pool: String,

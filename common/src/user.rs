@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// A person as callers see them.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct User {
     /// Their id.

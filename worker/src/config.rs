@@ -81,6 +81,15 @@ impl WorkerArgs {
         if self.drain_seconds > 86_400 {
             return fail(format!("DBACKUP_DRAIN_SECONDS is {} but must be at most 86400", self.drain_seconds));
         }
+        // A run that is done publishes only after one more acknowledged heartbeat: a drain that is shorter than the wait
+        // for it would give back what is finished.
+        if self.drain_seconds > 0 && Duration::from_secs(self.drain_seconds) < timing.heartbeat_timeout {
+            return fail(format!(
+                "DBACKUP_DRAIN_SECONDS is {} but must be 0 or at least DBACKUP_HEARTBEAT_TIMEOUT_MS ({}): a finished run waits so long for its last heartbeat",
+                self.drain_seconds,
+                timing.heartbeat_timeout.as_millis()
+            ));
+        }
         // PostgreSQL takes 0 for "wait for ever", and no more milliseconds than fit into an int.
         if !(1..=86_400).contains(&self.lock_wait_seconds) {
             return fail(format!(

@@ -243,7 +243,7 @@ fn too_many(decision: Decision) -> ApiError {
     ApiError::new(
         StatusCode::TOO_MANY_REQUESTS,
         "rate_limited",
-        format!("more than {} requests: try again in {wait} s", decision.limit),
+        format!("more than {} requests in {} s: try again in {wait} s", decision.limit, decision.window.as_secs()),
     )
     .retry_after(wait)
 }

@@ -27,28 +27,34 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, ListQuery, Query, RawBody, Segment, parse},
+    openapi::{Data, Done, KeyWithSecret},
     state::AppState,
 };
 
 /// A key as a client sends it; PUT takes any subset.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "ci", "permissions": ["jobs:execute", "history:read"], "jobIds": ["shop-daily"], "expiresAt": "2030-01-01T00:00:00Z" }))]
 pub struct KeyBody {
     name: Option<String>,
     permissions: Option<Vec<String>>,
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<Vec<String>>)]
     job_ids: Option<Option<Vec<String>>>,
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<Vec<String>>)]
     networks: Option<Option<Vec<String>>>,
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<LimitsBody>)]
     rate_limit: Option<Option<LimitsBody>>,
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<DateTime<Utc>>)]
     expires_at: Option<Option<DateTime<Utc>>>,
     enabled: Option<bool>,
 }
 
 /// Limits of a key's own.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LimitsBody {
     read: Option<i32>,
@@ -225,6 +231,7 @@ fn with_secret(key: &KeyInfo, secret: &str) -> Value {
 }
 
 /// A page of keys; never a secret.
+#[utoipa::path(get, path = "/api/api-keys", tag = "api-keys", params(ListQuery), responses((status = 200, body = Data<Vec<KeyInfo>>)))]
 pub async fn list(
     State(state): State<AppState>,
     uri: Uri,
@@ -236,6 +243,7 @@ pub async fn list(
 }
 
 /// Makes a key; its secret is in this answer and nowhere else.
+#[utoipa::path(post, path = "/api/api-keys", tag = "api-keys", request_body = KeyBody, responses((status = 201, body = Data<KeyWithSecret>)))]
 pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -267,11 +275,13 @@ pub async fn create(
 }
 
 /// One key.
+#[utoipa::path(get, path = "/api/api-keys/{id}", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<KeyInfo>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, &id).await?))
 }
 
 /// Changes some fields. Switching a key off or taking rights away needs no rights of its own.
+#[utoipa::path(put, path = "/api/api-keys/{id}", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = KeyBody, responses((status = 200, body = Data<KeyInfo>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -297,8 +307,9 @@ pub async fn update(
 }
 
 /// Body of a rotation.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "graceSeconds": 3600 }))]
 pub struct RotateBody {
     #[serde(default)]
     grace_seconds: u64,
@@ -308,6 +319,7 @@ pub struct RotateBody {
 const MOST_GRACE: u64 = 2_592_000;
 
 /// Gives a key a new secret; the old one counts for the grace period, or no more.
+#[utoipa::path(post, path = "/api/api-keys/{id}/rotate", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = Option<RotateBody>, responses((status = 200, body = Data<KeyWithSecret>)))]
 pub async fn rotate(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -334,6 +346,7 @@ pub async fn rotate(
 }
 
 /// Deletes a key.
+#[utoipa::path(delete, path = "/api/api-keys/{id}", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

@@ -2,18 +2,20 @@
 
 use axum::{extract::State, http::Uri, response::Response};
 use chrono::{DateTime, Utc};
-use common::audit::{self, Filter};
+use common::audit::{self, Entry, Filter};
 use serde::Deserialize;
 
 use super::page;
 use crate::{
     error::ApiError,
     extract::{Query, cursor, limit},
+    openapi::Data,
     state::AppState,
 };
 
 /// Query of the list.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(rename_all = "camelCase")]
 pub struct AuditQuery {
     action: Option<String>,
@@ -29,6 +31,7 @@ pub struct AuditQuery {
 const DEFAULT_LIMIT: i64 = 100;
 
 /// A page of the audit log, newest first.
+#[utoipa::path(get, path = "/api/audit", tag = "audit", params(AuditQuery), responses((status = 200, body = Data<Vec<Entry>>)))]
 pub async fn list(
     State(state): State<AppState>,
     uri: Uri,

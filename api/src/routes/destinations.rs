@@ -4,7 +4,7 @@ use axum::{Extension, Json, extract::State, http::Uri, response::Response};
 use common::{
     audit::Event,
     connection::SplitConfig,
-    connection_test::Target,
+    connection_test::{Target, TestResult},
     destination::{self, Destination, DestinationDraft, Filter, Kind},
     id::Reference,
     label::Labels,
@@ -17,16 +17,19 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, ListQuery, Query, RawBody, Segment, parse},
+    openapi::{Data, Done},
     state::AppState,
 };
 
 /// A destination as a client sends it; PUT takes any subset.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "Bucket", "kind": "s3", "config": { "bucket": "backups", "region": "eu-central-1", "accessKeyId": "…", "secretAccessKey": "…" } }))]
 pub struct DestinationBody {
     name: Option<String>,
     slug: Option<String>,
     kind: Option<Kind>,
+    #[schema(value_type = Option<Object>)]
     config: Option<Value>,
     pool: Option<String>,
     labels: Option<Labels>,
@@ -66,6 +69,7 @@ async fn find(state: &AppState, segment: String) -> Result<Destination, ApiError
 }
 
 /// A page of destinations.
+#[utoipa::path(get, path = "/api/destinations", tag = "destinations", params(ListQuery), responses((status = 200, body = Data<Vec<Destination>>)))]
 pub async fn list(
     State(state): State<AppState>,
     uri: Uri,
@@ -77,6 +81,7 @@ pub async fn list(
 }
 
 /// Makes a destination.
+#[utoipa::path(post, path = "/api/destinations", tag = "destinations", request_body = DestinationBody, responses((status = 201, body = Data<Destination>)))]
 pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -96,11 +101,13 @@ pub async fn create(
 }
 
 /// One destination.
+#[utoipa::path(get, path = "/api/destinations/{id}", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<Destination>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, id).await?))
 }
 
 /// Changes some fields.
+#[utoipa::path(put, path = "/api/destinations/{id}", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = DestinationBody, responses((status = 200, body = Data<Destination>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -130,6 +137,7 @@ pub async fn update(
 }
 
 /// Deletes a destination that no job uses.
+#[utoipa::path(delete, path = "/api/destinations/{id}", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -154,6 +162,7 @@ pub async fn delete(
 }
 
 /// Has a worker write to it; the first time this leaves the marker of a local store.
+#[utoipa::path(post, path = "/api/destinations/{id}/test", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<TestResult>)))]
 pub async fn test(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     let destination = find(&state, id).await?;
     connection_test(&state, Target::Destination(destination.id), &destination.pool).await

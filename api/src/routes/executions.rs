@@ -32,14 +32,16 @@ use crate::{
     auth::{Caller, HoldUntil},
     error::ApiError,
     extract::{Query, RawBody, Segment, cursor, limit, parse},
+    openapi::{Data, Done, Polled, Triggered},
     rate_limit::Decision,
     state::AppState,
     waiting,
 };
 
 /// Body of a trigger; all of it is optional.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "priority": 5, "labels": { "release": "42" }, "wait": 60 }))]
 pub struct RunBody {
     #[serde(default)]
     lock: bool,
@@ -117,6 +119,7 @@ pub fn idempotency(headers: &HeaderMap, caller: &Caller, body: &[u8]) -> Result<
 }
 
 /// Triggers a job.
+#[utoipa::path(post, path = "/api/jobs/{id}/run", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one"), ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), request_body = Option<RunBody>, responses((status = 200, body = Triggered)))]
 pub async fn trigger(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -231,7 +234,8 @@ pub async fn find(state: &AppState, caller: &Caller, id: &str) -> Result<Executi
 }
 
 /// Query of a poll.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(rename_all = "camelCase")]
 pub struct PollQuery {
     include_logs: Option<String>,
@@ -261,6 +265,7 @@ impl PollQuery {
 }
 
 /// The state of an execution: what the contract's scripts poll.
+#[utoipa::path(get, path = "/api/executions/{id}", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one"), PollQuery), responses((status = 200, body = Polled)))]
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -293,7 +298,8 @@ pub async fn get(
 }
 
 /// Query of the list.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(rename_all = "camelCase")]
 pub struct ExecutionsQuery {
     job_id: Option<String>,
@@ -309,6 +315,7 @@ pub struct ExecutionsQuery {
 const DEFAULT_LIMIT: i64 = 50;
 
 /// A page of executions, newest first.
+#[utoipa::path(get, path = "/api/executions", tag = "executions", params(ExecutionsQuery), responses((status = 200, body = Data<Vec<Execution>>)))]
 pub async fn list(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -337,6 +344,7 @@ pub async fn list(
 }
 
 /// Asks an execution, or every member of a group, to stop.
+#[utoipa::path(post, path = "/api/executions/{id}/cancel", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
 pub async fn cancel(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -373,6 +381,7 @@ pub async fn cancel(
 }
 
 /// Runs the job of an execution that has ended once more, with the same labels and priority.
+#[utoipa::path(post, path = "/api/executions/{id}/retry", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one"), ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), responses((status = 200, body = Triggered)))]
 pub async fn retry(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

@@ -5,14 +5,20 @@ use std::time::Duration;
 use axum::{Json, extract::State, http::StatusCode};
 use serde_json::{Value, json};
 
-use crate::{error::ApiError, state::AppState};
+use crate::{
+    error::ApiError,
+    openapi::{Alive, Health},
+    state::AppState,
+};
 
 /// The process runs.
+#[utoipa::path(get, path = "/livez", tag = "health", responses((status = 200, body = Alive)))]
 pub async fn livez() -> Json<Value> {
     Json(json!({ "success": true, "status": "alive" }))
 }
 
 /// The process can do its work: its database answers, and it is not stopping.
+#[utoipa::path(get, path = "/readyz", tag = "health", responses((status = 200, body = Alive)))]
 pub async fn readyz(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
     if state.stop.is_cancelled() {
         return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "this process is stopping"));
@@ -22,6 +28,7 @@ pub async fn readyz(State(state): State<AppState>) -> Result<Json<Value>, ApiErr
 }
 
 /// What people look at.
+#[utoipa::path(get, path = "/api/health", tag = "health", responses((status = 200, body = Health)))]
 pub async fn health(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
     database(&state).await?;
     Ok(Json(

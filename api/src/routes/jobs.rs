@@ -22,12 +22,14 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, ListQuery, Query, RawBody, Segment, parse},
+    openapi::{Data, Done},
     state::AppState,
 };
 
 /// A job as a client sends it; PUT takes any subset.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "Shop daily", "sourceId": "shop", "destinationIds": ["local"], "compression": "zstd", "overlap": "queue" }))]
 pub struct JobBody {
     name: Option<String>,
     slug: Option<String>,
@@ -39,11 +41,16 @@ pub struct JobBody {
     max_attempts: Option<i32>,
     timeout_seconds: Option<i32>,
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<i32>)]
     expect_every_seconds: Option<Option<i32>>,
     labels: Option<Labels>,
+    #[schema(ignore)]
     schedule: Option<Value>,
+    #[schema(ignore)]
     timezone: Option<String>,
+    #[schema(ignore)]
     encryption: Option<Value>,
+    #[schema(ignore)]
     retention: Option<Value>,
 }
 
@@ -149,6 +156,7 @@ async fn find(state: &AppState, caller: &Caller, segment: String) -> Result<Job,
 }
 
 /// Jobs as a bare array: what clients of this API expect.
+#[utoipa::path(get, path = "/api/jobs", tag = "jobs", params(ListQuery), responses((status = 200, body = Vec<Job>, headers(("Link" = Option<String>, description = "the next page, when there is one")))))]
 pub async fn list(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -174,6 +182,7 @@ pub async fn list(
 }
 
 /// Makes a job.
+#[utoipa::path(post, path = "/api/jobs", tag = "jobs", request_body = JobBody, responses((status = 201, body = Data<Job>)))]
 pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -203,6 +212,7 @@ pub async fn create(
 }
 
 /// One job.
+#[utoipa::path(get, path = "/api/jobs/{id}", tag = "jobs", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<Job>)))]
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -212,6 +222,7 @@ pub async fn get(
 }
 
 /// Changes some fields.
+#[utoipa::path(put, path = "/api/jobs/{id}", tag = "jobs", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = JobBody, responses((status = 200, body = Data<Job>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -234,6 +245,7 @@ pub async fn update(
 }
 
 /// Deletes a job; its artifacts and history stay.
+#[utoipa::path(delete, path = "/api/jobs/{id}", tag = "jobs", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

@@ -19,6 +19,7 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{RawBody, parse},
+    openapi::{RunsBody, Triggered},
     state::AppState,
 };
 
@@ -30,6 +31,7 @@ struct Which {
 }
 
 /// Triggers all of the jobs or none of them, in one transaction and one unit of the rate limit.
+#[utoipa::path(post, path = "/api/runs", tag = "executions", params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), request_body = RunsBody, responses((status = 200, body = Triggered)))]
 pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

@@ -14,7 +14,7 @@ use common::{
     id::{SessionId, UserId},
     password,
     permission::Permission,
-    session::{self, Fresh, Renewed},
+    session::{self, Fresh, Renewed, Session},
     user::{self, Changed, UserDraft},
 };
 use secrecy::SecretString;
@@ -33,14 +33,17 @@ use crate::{
     context::{ClientAddress, ClientTls, RequestId},
     error::ApiError,
     extract::{Body, ListQuery, Query, Segment},
+    openapi::{Data, Done, Identified, SignedInBody},
     state::AppState,
 };
 
 /// A sign-in.
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({ "name": "ada", "password": "correct horse battery" }))]
 pub struct SignInBody {
     name: String,
+    #[schema(value_type = String)]
     password: SecretString,
 }
 
@@ -90,6 +93,7 @@ async fn is_right(state: &AppState, stored: Option<user::Credentials>, password:
 }
 
 /// Signs in: the session is in two cookies that no script of a page can read.
+#[utoipa::path(post, path = "/api/session", tag = "people", request_body = SignInBody, responses((status = 200, body = Data<SignedInBody>)))]
 pub async fn sign_in(
     State(state): State<AppState>,
     from: From,
@@ -143,6 +147,7 @@ async fn signed_in(state: &AppState, fresh: Fresh, tls: bool) -> Result<Response
 }
 
 /// Renews a session by its refresh cookie, which is replaced.
+#[utoipa::path(post, path = "/api/session/refresh", tag = "people", responses((status = 200, body = Data<SignedInBody>)))]
 pub async fn refresh(State(state): State<AppState>, from: From, headers: HeaderMap) -> Result<Response, ApiError> {
     if !token::is_same_origin(&headers) {
         return Err(other_origin());
@@ -171,6 +176,7 @@ pub async fn refresh(State(state): State<AppState>, from: From, headers: HeaderM
 }
 
 /// Who the caller is, and what they may do.
+#[utoipa::path(get, path = "/api/session", tag = "people", responses((status = 200, body = Data<Identified>)))]
 pub async fn get(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Result<Json<Value>, ApiError> {
     let permissions = caller.permissions().names();
     let Some((id, session)) = caller.person() else {
@@ -194,6 +200,7 @@ async fn end(state: &AppState, caller: &Caller, id: SessionId, of: Option<UserId
 }
 
 /// Signs out.
+#[utoipa::path(delete, path = "/api/session", tag = "people", responses((status = 200, body = Done)))]
 pub async fn sign_out(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -207,6 +214,7 @@ pub async fn sign_out(
 }
 
 /// The caller's own sessions; of everybody for whoever may read users.
+#[utoipa::path(get, path = "/api/sessions", tag = "people", params(ListQuery), responses((status = 200, body = Data<Vec<Session>>)))]
 pub async fn list(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -223,6 +231,7 @@ pub async fn list(
 }
 
 /// Ends a session: one's own, or anybody's for whoever may write users.
+#[utoipa::path(delete, path = "/api/sessions/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
 pub async fn revoke(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -238,14 +247,18 @@ pub async fn revoke(
 }
 
 /// A new password for oneself.
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({ "current": "correct horse battery", "password": "a newer password" }))]
 pub struct PasswordBody {
+    #[schema(value_type = String)]
     current: SecretString,
+    #[schema(value_type = String)]
     password: SecretString,
 }
 
 /// Changes one's own password, and ends one's sessions everywhere.
+#[utoipa::path(post, path = "/api/session/password", tag = "people", request_body = PasswordBody, responses((status = 200, body = Done)))]
 pub async fn change_password(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

@@ -9,7 +9,7 @@ use axum::{
 use common::{
     audit::{Actor, Event},
     permission::PermissionSet,
-    user::{self, SetUp, UserDraft},
+    user::{self, SetUp, User, UserDraft},
 };
 use secrecy::SecretString;
 use serde::Deserialize;
@@ -23,17 +23,21 @@ use crate::{
     context::{ClientAddress, RequestId},
     error::ApiError,
     extract::Body,
+    openapi::{Data, SetUpNeeded},
     state::AppState,
 };
 
 /// The first administrator.
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "token": "from the log of the start", "name": "ada", "password": "correct horse battery" }))]
 pub struct SetUpBody {
+    #[schema(value_type = String)]
     token: SecretString,
     name: String,
     #[serde(default)]
     display_name: String,
+    #[schema(value_type = String)]
     password: SecretString,
 }
 
@@ -42,12 +46,14 @@ fn done_already() -> ApiError {
 }
 
 /// Whether the first administrator is still to be made.
+#[utoipa::path(get, path = "/api/setup", tag = "people", responses((status = 200, body = Data<SetUpNeeded>)))]
 pub async fn needed(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
     let anybody = state.ask(async |conn| user::anybody(conn).await).await?;
     Ok(data(&json!({ "needed": !anybody })))
 }
 
 /// Makes the first administrator, with the one-time token from the log of the start.
+#[utoipa::path(post, path = "/api/setup", tag = "people", request_body = SetUpBody, responses((status = 201, body = Data<User>)))]
 pub async fn set_up(
     State(state): State<AppState>,
     Extension(ClientAddress(address)): Extension<ClientAddress>,

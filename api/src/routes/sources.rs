@@ -4,7 +4,7 @@ use axum::{Extension, Json, extract::State, http::Uri, response::Response};
 use common::{
     audit::Event,
     connection::SplitConfig,
-    connection_test::Target,
+    connection_test::{Target, TestResult},
     id::Reference,
     label::Labels,
     source::{self, Engine, Filter, SHAPE, Source, SourceDraft},
@@ -17,19 +17,23 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, ListQuery, Query, RawBody, Segment, parse},
+    openapi::{Data, Done},
     state::AppState,
 };
 
 /// A source as a client sends it; PUT takes any subset.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "Shop", "engine": "postgres", "config": { "host": "db.example.com", "username": "backup", "password": "…", "databases": ["shop"] } }))]
 pub struct SourceBody {
     name: Option<String>,
     slug: Option<String>,
     engine: Option<Engine>,
+    #[schema(value_type = Option<Object>)]
     config: Option<Value>,
     pool: Option<String>,
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<i32>)]
     max_concurrent_runs: Option<Option<i32>>,
     labels: Option<Labels>,
 }
@@ -71,6 +75,7 @@ async fn find(state: &AppState, segment: String) -> Result<Source, ApiError> {
 }
 
 /// A page of sources.
+#[utoipa::path(get, path = "/api/sources", tag = "sources", params(ListQuery), responses((status = 200, body = Data<Vec<Source>>)))]
 pub async fn list(
     State(state): State<AppState>,
     uri: Uri,
@@ -82,6 +87,7 @@ pub async fn list(
 }
 
 /// Makes a source.
+#[utoipa::path(post, path = "/api/sources", tag = "sources", request_body = SourceBody, responses((status = 201, body = Data<Source>)))]
 pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -100,11 +106,13 @@ pub async fn create(
 }
 
 /// One source.
+#[utoipa::path(get, path = "/api/sources/{id}", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<Source>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, id).await?))
 }
 
 /// Changes some fields.
+#[utoipa::path(put, path = "/api/sources/{id}", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = SourceBody, responses((status = 200, body = Data<Source>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -134,6 +142,7 @@ pub async fn update(
 }
 
 /// Deletes a source that no job uses.
+#[utoipa::path(delete, path = "/api/sources/{id}", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -158,6 +167,7 @@ pub async fn delete(
 }
 
 /// Has a worker sign in and look at every database.
+#[utoipa::path(post, path = "/api/sources/{id}/test", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<TestResult>)))]
 pub async fn test(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     let source = find(&state, id).await?;
     connection_test(&state, Target::Source(source.id), &source.pool).await

@@ -23,15 +23,18 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, ListQuery, Query, RawBody, Segment, parse},
+    openapi::{Data, Done},
     state::AppState,
 };
 
 /// A person as a client sends them; PUT takes any subset.
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "name": "ada", "displayName": "Ada", "password": "correct horse battery", "permissions": ["jobs:read", "history:read"] }))]
 pub struct UserBody {
     name: Option<String>,
     display_name: Option<String>,
+    #[schema(value_type = Option<String>)]
     password: Option<SecretString>,
     permissions: Option<Vec<String>>,
     enabled: Option<bool>,
@@ -131,6 +134,7 @@ async fn find(state: &AppState, id: &str) -> Result<User, ApiError> {
 }
 
 /// A page of users.
+#[utoipa::path(get, path = "/api/users", tag = "people", params(ListQuery), responses((status = 200, body = Data<Vec<User>>)))]
 pub async fn list(
     State(state): State<AppState>,
     uri: Uri,
@@ -142,6 +146,7 @@ pub async fn list(
 }
 
 /// Makes a user.
+#[utoipa::path(post, path = "/api/users", tag = "people", request_body = UserBody, responses((status = 201, body = Data<User>)))]
 pub async fn create(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -164,11 +169,13 @@ pub async fn create(
 }
 
 /// One user.
+#[utoipa::path(get, path = "/api/users/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<User>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, &id).await?))
 }
 
 /// Changes some fields. Who may do more than the caller can only be switched off.
+#[utoipa::path(put, path = "/api/users/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = UserBody, responses((status = 200, body = Data<User>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -200,6 +207,7 @@ pub async fn update(
 }
 
 /// Deletes a user, and ends their sessions.
+#[utoipa::path(delete, path = "/api/users/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

@@ -102,6 +102,8 @@ async fn the_first_administrator_is_made_once_with_the_token_from_the_log_of_any
     let same = cluster.apis[1].0.wait_for_field("there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create", "token").await;
     assert_eq!(token, same);
     let mut browser = Browser::new();
+    let (status, answer) = browser.page(&cluster, 0, "POST", "/api/setup", Some(json!({ "token": token }))).await;
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (400, Some("name")), "{answer}");
     let needed = browser.page(&cluster, 0, "GET", "/api/setup", None).await.1;
     assert_eq!(needed["data"]["needed"], true, "{needed}");
     let body = |token: &str, password: &str| json!({ "token": token, "name": "ada", "password": password });

@@ -296,6 +296,25 @@ async fn without_redis_nothing_fails_each_process_limits_by_itself_and_redis_dec
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_redis_costs_three_requests_its_time_out_and_the_others_nothing() {
+    let redis = Redis::start().await;
+    let builder = Cluster::build().workers(0).rate_limits(json!({ "read": { "limit": 1_000_000 } }));
+    // Long, so that a request that waits for it is told from one that does not.
+    let cluster = builder.env("DBACKUP_REDIS_TIMEOUT_MS", 2_000).env("REDIS_URL", redis.url()).start().await;
+    counted_in(&cluster, "redis").await;
+    redis.freeze();
+    let mut waited = 0;
+    for _ in 0..50 {
+        let began = Instant::now();
+        assert_eq!(call(&cluster, 0, "GET", "/api/session", "192.0.2.1").await.status(), 200);
+        waited += usize::from(began.elapsed() >= Duration::from_secs(2));
+    }
+    assert_eq!(waited, 3);
+    redis.thaw();
+    counted_in(&cluster, "redis").await;
+}
+
 async fn waiting_execution(cluster: &Cluster) -> String {
     let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
     let root = cluster.scratch.join("backups");

@@ -180,9 +180,9 @@ async fn the_pre_deploy_script_follows_a_run_to_its_success_failure_and_cancel()
 async fn thirty_scripts_from_one_address_all_succeed_though_postgresql_stops_for_fifteen_seconds() {
     let mut server = OwnPostgres::start().await;
     // The reads have the contract's limit of a hundred a minute; thirty triggers at once need more writes.
-    let builder = Cluster::build().on(server.url("postgres")).contract_limits().limit(2);
+    let builder =
+        Cluster::build().on(server.url("postgres")).rate_limits(json!({ "write": { "limit": 100 } })).limit(2);
     let cluster = builder.start().await;
-    cluster.ok("PATCH", "/api/settings", Some(json!({ "rateLimit": { "write": { "limit": 100 } } }))).await;
     let (destination, _) = cluster.local_destination().await;
     let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
     let job = cluster

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Requests in a window, in place of the limits per address; `None` leaves those in force.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct KeyLimits {
     /// GET and HEAD.
     pub read: Option<i32>,
@@ -24,7 +24,7 @@ pub struct KeyLimits {
 }
 
 /// A key as it is shown; its secret is not in the database.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KeyInfo {
     /// Its id.

@@ -122,7 +122,7 @@ async fn insert(
 }
 
 /// A member, as the group shows it.
-#[derive(Clone, Debug, Serialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, PartialEq, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Member {
     /// Its execution.

@@ -51,7 +51,7 @@ pub struct NewLine {
 }
 
 /// A line as clients read it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub struct Line {
     /// The worker's clock.
     #[serde(serialize_with = "crate::time::millis")]

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// The four states of the contract.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type, utoipa::ToSchema)]
 #[sqlx(type_name = "text")]
 pub enum Status {
     /// Waits for a slot.
@@ -61,7 +61,7 @@ impl Status {
 }
 
 /// What is finer than the status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type, utoipa::ToSchema)]
 #[sqlx(type_name = "text")]
 pub enum Outcome {
     /// Somebody asked.
@@ -121,7 +121,7 @@ impl Stage {
 }
 
 /// What triggered a run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Trigger {
     /// Api, Manual, Schedule or Restore.
     #[serde(rename = "type")]
@@ -131,7 +131,7 @@ pub struct Trigger {
 }
 
 /// An execution as it is polled.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Execution {
     /// Its id.

@@ -120,7 +120,7 @@ pub struct Builder {
     workers: usize,
     env: BTreeMap<String, String>,
     limit: i32,
-    contract_limits: bool,
+    rate_limits: Value,
     database_url: Option<String>,
 }
 
@@ -132,8 +132,13 @@ impl Builder {
     }
 
     /// The rate limits of the contract instead of none to speak of.
-    pub fn contract_limits(mut self) -> Self {
-        self.contract_limits = true;
+    pub fn contract_limits(self) -> Self {
+        self.rate_limits(json!({}))
+    }
+
+    /// Rate limits from the start; what is left out is the contract's.
+    pub fn rate_limits(mut self, limits: Value) -> Self {
+        self.rate_limits = limits;
         self
     }
 
@@ -199,13 +204,11 @@ impl Builder {
             .execute(&pool)
             .await
             .expect("sets the limit");
-        if !self.contract_limits {
-            sqlx::query("insert into settings values ('rateLimit', $1)")
-                .bind(json!({ "read": { "limit": 1_000_000 }, "write": { "limit": 1_000_000 }, "signIn": { "limit": 1_000_000 } }))
-                .execute(&pool)
-                .await
-                .expect("raises the limits");
-        }
+        sqlx::query("insert into settings values ('rateLimit', $1)")
+            .bind(self.rate_limits)
+            .execute(&pool)
+            .await
+            .expect("sets the limits");
         let mut cluster = Cluster {
             apis: Vec::new(),
             workers: Vec::new(),
@@ -257,7 +260,9 @@ impl Cluster {
         ] {
             env.insert(name.to_owned(), value);
         }
-        Builder { apis: 2, workers: 2, env, limit: 4, contract_limits: false, database_url: None }
+        let none = json!({ "limit": 1_000_000 });
+        let rate_limits = json!({ "read": none, "write": none, "signIn": none });
+        Builder { apis: 2, workers: 2, env, limit: 4, rate_limits, database_url: None }
     }
 
     /// The default.

@@ -2,6 +2,11 @@
 
 use std::process::{Child, Command, Stdio};
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
 use super::until;
 
 /// A running server; killed when dropped.
@@ -32,6 +37,21 @@ impl Redis {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let child = self.child.as_ref().expect("it runs");
+        kill(Pid::from_raw(i32::try_from(child.id()).expect("a small id")), signal).expect("it runs");
+    }
+
+    /// Lets it answer nothing more, with its connections open.
+    pub fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::SIGCONT);
     }
 
     /// Starts it on the same port, empty.

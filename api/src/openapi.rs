@@ -1,0 +1,403 @@
+//! The OpenAPI document, generated from the handlers, and the reference page, from files in this binary.
+
+use std::sync::{Arc, LazyLock};
+
+use axum::{
+    Json,
+    extract::Path,
+    http::{HeaderValue, header},
+    response::{IntoResponse, Redirect, Response},
+};
+use common::{
+    api_key::KeyInfo,
+    connection::FieldProblem,
+    execution::{Execution, log::Line},
+    label::Labels,
+    user::User,
+};
+use serde_json::{Value, json};
+use utoipa::{
+    Modify, OpenApi, ToSchema,
+    openapi::{
+        Content, Ref, RefOr, Response as Answer, ResponseBuilder,
+        path::Operation,
+        security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme},
+    },
+};
+
+use crate::{
+    auth::Access,
+    error::ApiError,
+    rate_limit::LimitClass,
+    router::{Route, table},
+    routes::{
+        api_keys, audit, destinations, events, executions, health, jobs, runs, sessions, settings, setup, sources,
+        users,
+    },
+};
+
+/// `{"success":true,"data":…}`
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "a form for the document; handlers make JSON")]
+pub struct Data<T: ToSchema> {
+    success: bool,
+    data: T,
+}
+
+/// A success with nothing more to say.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct Done {
+    success: bool,
+    message: Option<String>,
+}
+
+/// A probe that passed.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct Alive {
+    success: bool,
+    status: String,
+}
+
+/// What people look at.
+#[derive(ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct Health {
+    success: bool,
+    #[schema(example = "healthy")]
+    status: String,
+    version: String,
+    database: String,
+    /// `redis`, or `process` while each process limits by itself.
+    rate_limits: String,
+}
+
+/// A trigger that was accepted.
+#[derive(ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(example = json!({ "success": true, "executionId": "01932f1e-7c5d-7b3a-9a51-0c1f6f6f5d2e", "message": "Job queued successfully",
+                           "statusUrl": "/api/executions/01932f1e-7c5d-7b3a-9a51-0c1f6f6f5d2e" }))]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct Triggered {
+    success: bool,
+    /// What to poll.
+    execution_id: String,
+    message: String,
+    status_url: String,
+    /// An execution that existed already serves (`maxAgeSeconds`).
+    reused: Option<bool>,
+    /// Its state, when `wait` was given.
+    #[schema(value_type = Option<Object>)]
+    data: Option<Value>,
+}
+
+/// Which jobs to run: `jobs` or `selector`; the other fields are those of one run.
+#[derive(ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(example = json!({ "jobs": ["shop-prod", "crm-prod"], "labels": { "release": "42" } }))]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct RunsBody {
+    /// Ids or slugs, at most 1000.
+    jobs: Option<Vec<String>>,
+    /// Labels that the jobs have.
+    selector: Option<Labels>,
+    lock: Option<bool>,
+    #[schema(minimum = 1, maximum = 36500)]
+    lock_days: Option<i32>,
+    #[schema(minimum = -10, maximum = 10)]
+    priority: Option<i16>,
+    labels: Option<Labels>,
+    #[schema(minimum = 0, maximum = 60)]
+    wait: Option<u64>,
+    #[schema(minimum = 0, maximum = 31536000)]
+    max_age_seconds: Option<i32>,
+    #[schema(minimum = 1, maximum = 31536000)]
+    start_within_seconds: Option<i32>,
+}
+
+/// The state of an execution, as the contract's scripts poll it.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct Polled {
+    success: bool,
+    data: PolledExecution,
+    /// The database is away, and this is the last state that the process knows.
+    stale: Option<bool>,
+}
+
+/// An execution with what only a poll shows.
+#[derive(ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct PolledExecution {
+    #[serde(flatten)]
+    execution: Execution,
+    artifacts: Vec<common::artifact::Artifact>,
+    /// Place in the queue while Pending, up to 1000.
+    queue_position: Option<u32>,
+    /// With `includeLogs` or `logsAfter`.
+    logs: Option<Vec<Line>>,
+    /// For the next `logsAfter`.
+    logs_cursor: Option<String>,
+}
+
+/// A key with its secret, which is shown this once.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct KeyWithSecret {
+    #[serde(flatten)]
+    info: KeyInfo,
+    /// The secret.
+    #[schema(example = "dbm_…")]
+    key: String,
+}
+
+/// Whether the first administrator is still to be made.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct SetUpNeeded {
+    needed: bool,
+}
+
+/// Who the caller is.
+#[derive(ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct Identified {
+    name: String,
+    permissions: Vec<String>,
+    user: Option<User>,
+    session_id: Option<String>,
+    api_key_id: Option<String>,
+}
+
+/// A session that began or was renewed; its tokens are in two cookies.
+#[derive(ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct SignedInBody {
+    user: User,
+    session_id: String,
+    expires_in_seconds: u64,
+}
+
+/// Every failure has this form.
+#[derive(ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(example = json!({ "success": false, "error": "Job not found", "code": "job_not_found", "requestId": "01932f1e-7c5d-7b3a-9a51-0c1f6f6f5d2e" }))]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct Failure {
+    success: bool,
+    /// For people: what is wrong and what to do.
+    error: String,
+    /// For programs.
+    code: String,
+    /// What to mend, field by field.
+    fields: Option<Vec<FieldProblem>>,
+    /// The run that is in the way.
+    execution_id: Option<String>,
+    /// As in the log and in X-Request-Id.
+    request_id: String,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "DBackup", description = "Trigger database backups, poll them until Success or Failed, and read their logs. Ids are opaque; wherever the id of a source, destination or job is taken, its slug is too. Times are UTC, sizes bytes, durations milliseconds."),
+    paths(
+        health::livez,
+        health::readyz,
+        health::health,
+        jobs::list,
+        jobs::create,
+        jobs::get,
+        jobs::update,
+        jobs::delete,
+        executions::trigger,
+        executions::list,
+        executions::get,
+        executions::cancel,
+        executions::retry,
+        runs::create,
+        events::one,
+        events::all,
+        sources::list,
+        sources::create,
+        sources::get,
+        sources::update,
+        sources::delete,
+        sources::test,
+        destinations::list,
+        destinations::create,
+        destinations::get,
+        destinations::update,
+        destinations::delete,
+        destinations::test,
+        settings::get,
+        settings::change,
+        api_keys::list,
+        api_keys::create,
+        api_keys::get,
+        api_keys::update,
+        api_keys::delete,
+        api_keys::rotate,
+        setup::needed,
+        setup::set_up,
+        sessions::get,
+        sessions::sign_in,
+        sessions::sign_out,
+        sessions::refresh,
+        sessions::change_password,
+        sessions::list,
+        sessions::revoke,
+        users::list,
+        users::create,
+        users::get,
+        users::update,
+        users::delete,
+        audit::list
+    ),
+    components(schemas(Failure)),
+    modifiers(&FromTheTable)
+)]
+struct Document;
+
+/// What the route table knows of every operation: who may use it, and how it may fail.
+struct FromTheTable;
+
+impl Modify for FromTheTable {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        document.info.version = env!("CARGO_PKG_VERSION").to_owned();
+        let components = document.components.get_or_insert_default();
+        let bearer =
+            HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("dbm_…").description(Some("an API key"));
+        components.add_security_scheme("apiKey", SecurityScheme::Http(bearer.build()));
+        let cookie = ApiKeyValue::with_description(
+            crate::auth::token::SESSION_COOKIE,
+            "a session; changes must come from the same origin",
+        );
+        components.add_security_scheme("session", SecurityScheme::ApiKey(ApiKey::Cookie(cookie)));
+        for route in table() {
+            let operation = document.paths.paths.get_mut(route.path).and_then(|item| operation_of(item, &route));
+            if let Some(operation) = operation {
+                complete(operation, &route);
+            }
+        }
+    }
+}
+
+fn operation_of<'a>(item: &'a mut utoipa::openapi::PathItem, route: &Route) -> Option<&'a mut Operation> {
+    match route.method.as_str() {
+        "GET" => item.get.as_mut(),
+        "POST" => item.post.as_mut(),
+        "PUT" => item.put.as_mut(),
+        "PATCH" => item.patch.as_mut(),
+        "DELETE" => item.delete.as_mut(),
+        _ => None,
+    }
+}
+
+/// `getJobsId` of `GET /api/jobs/{id}`: unique, since the route is.
+fn operation_id(route: &Route) -> String {
+    let words = route
+        .path
+        .trim_start_matches("/api")
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .filter(|word| !word.is_empty());
+    let capital = |word: &str| word[..1].to_uppercase() + &word[1..];
+    route.method.as_str().to_lowercase() + &words.map(capital).collect::<String>()
+}
+
+fn complete(operation: &mut Operation, route: &Route) {
+    operation.operation_id = Some(operation_id(route));
+    let mut failures =
+        vec![("400", "something in the request is malformed"), ("500", "a bug; the log has it under the requestId")];
+    if route.limit != LimitClass::Free {
+        failures.push(("429", "more requests than the limit, or a full queue: see Retry-After"));
+    }
+    failures.push(("503", "the database does not answer, or no worker: a retry is right"));
+    match route.access {
+        Access::Open => {
+            operation.security = Some(vec![SecurityRequirement::default()]);
+            if route.limit == LimitClass::SignIn || route.path.ends_with("/refresh") {
+                failures.push(("401", "refused"));
+                failures.push(("403", "from a page of another origin, or not the token"));
+            }
+        }
+        access => {
+            let either = ["apiKey", "session"].map(|name| SecurityRequirement::new::<_, [&str; 0], &str>(name, []));
+            operation.security = Some(either.into());
+            failures.push(("401", "no key or session, or one that does not count"));
+            failures.push(("403", "the permission is missing"));
+            if let Access::Needs(permission) = access {
+                let text = operation.description.take().unwrap_or_default();
+                let permission = format!("Permission: `{}`.", permission.as_str());
+                operation.description = Some(format!("{}\n\n{permission}", text.trim()).trim().to_owned());
+            }
+        }
+    }
+    if route.path.contains('{') {
+        failures.push(("404", "there is no such thing, or the key may not see it"));
+    }
+    if route.path == "/api/runs" {
+        failures.push(("404", "there is no such job"));
+    }
+    if route.method != axum::http::Method::GET {
+        failures.push(("409", "it is in use, taken, or in another state"));
+        failures.push(("413", "the body is larger than a megabyte"));
+        failures.push(("422", "a field is well formed but cannot be"));
+    }
+    for (status, text) in failures {
+        operation.responses.responses.entry(status.to_owned()).or_insert_with(|| RefOr::T(failure(text)));
+    }
+}
+
+fn failure(text: &str) -> Answer {
+    let schema = Ref::from_schema_name("Failure");
+    ResponseBuilder::new().description(text).content("application/json", Content::new(Some(schema))).build()
+}
+
+static JSON: LazyLock<Value> = LazyLock::new(|| json!(Document::openapi()));
+
+/// The document.
+pub fn document() -> &'static Value {
+    &JSON
+}
+
+/// `/api/openapi.json`.
+pub async fn json() -> Json<&'static Value> {
+    Json(document())
+}
+
+/// `/api/docs`: to the page.
+pub async fn docs() -> Redirect {
+    Redirect::permanent("/api/docs/")
+}
+
+/// The page itself.
+pub async fn docs_page() -> Result<Response, ApiError> {
+    file("")
+}
+
+/// What the page loads; nothing comes from elsewhere.
+pub async fn docs_file(Path(path): Path<String>) -> Result<Response, ApiError> {
+    file(&path)
+}
+
+fn file(path: &str) -> Result<Response, ApiError> {
+    static CONFIG: LazyLock<Arc<utoipa_swagger_ui::Config<'static>>> =
+        LazyLock::new(|| Arc::new(utoipa_swagger_ui::Config::from("/api/openapi.json")));
+    let found = utoipa_swagger_ui::serve(path, CONFIG.clone()).ok().flatten();
+    let found = found.ok_or_else(|| ApiError::not_found("File", "file_not_found"))?;
+    let mut response = found.bytes.into_owned().into_response();
+    let headers = response.headers_mut();
+    if let Ok(value) = HeaderValue::from_str(&found.content_type) {
+        headers.insert(header::CONTENT_TYPE, value);
+    }
+    // The page styles its elements one by one, and shows pictures that are part of its styles.
+    let policy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; \
+                  frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    Ok(response)
+}

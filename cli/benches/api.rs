@@ -1,0 +1,154 @@
+//! What a client of the API waits for: a Redis that is up, frozen, dead or not there, and 2,000 clients that wait for one
+//! run. Side by side in one run, so that the ratios hold on any machine.
+
+#![allow(clippy::disallowed_methods, reason = "it looks into the database")]
+
+#[path = "../tests/e2e/harness/mod.rs"]
+#[allow(dead_code)]
+mod harness;
+
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use harness::{Cluster, SOON, redis::Redis, source::PostgresSource, until};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::{Value, json};
+
+/// Requests of one measurement.
+const REQUESTS: usize = 3_000;
+const WAITING: usize = 2_000;
+/// The promise for those who wait.
+const MOST_P99: Duration = Duration::from_millis(100);
+
+struct Times(Vec<Duration>);
+
+impl Times {
+    fn of(mut times: Vec<Duration>) -> Self {
+        times.sort();
+        Self(times)
+    }
+
+    fn at(&self, percent: usize) -> f64 {
+        self.0[(self.0.len() * percent / 100).min(self.0.len() - 1)].as_secs_f64() * 1e3
+    }
+}
+
+/// One client, one request after the other.
+async fn requests(cluster: &Cluster) -> Times {
+    let mut times = Vec::with_capacity(REQUESTS);
+    for _ in 0..REQUESTS {
+        let request = cluster.http.get(format!("{}/api/session", cluster.url(0))).bearer_auth(&cluster.admin_key);
+        let began = Instant::now();
+        let response = request.send().await.expect("answers");
+        assert_eq!(response.status(), 200);
+        response.bytes().await.expect("a body");
+        times.push(began.elapsed());
+    }
+    Times::of(times)
+}
+
+async fn counted_in(cluster: &Cluster, place: &str) {
+    until("the counters move", SOON, || async {
+        let answer = cluster.ok("GET", "/api/health", None).await;
+        (answer["rateLimits"] == place).then_some(())
+    })
+    .await;
+}
+
+async fn redis() {
+    let mut redis = Redis::start().await;
+    let none = json!({ "limit": 1_000_000 });
+    let build = || Cluster::build().workers(0).rate_limits(json!({ "read": none, "write": none }));
+    let with = build().env("REDIS_URL", redis.url()).env("DBACKUP_REDIS_TIMEOUT_MS", 20).start().await;
+    let without = build().env("REDIS_URL", "").start().await;
+    counted_in(&with, "redis").await;
+    println!("\nredis: {REQUESTS} requests one after the other; milliseconds, and p50 against a process without Redis");
+    let base = requests(&without).await;
+    let show = |name: &str, times: &Times| {
+        println!(
+            "  {name:<28} p50 {:6.3}  p99 {:6.3}  worst {:7.3}  p50 ratio {:.2}",
+            times.at(50),
+            times.at(99),
+            times.at(100),
+            times.at(50) / base.at(50)
+        );
+    };
+    show("none", &base);
+    show("up", &requests(&with).await);
+    redis.freeze();
+    // Three requests pay the time-out, the others nothing.
+    show("frozen (from the first on)", &requests(&with).await);
+    redis.thaw();
+    counted_in(&with, "redis").await;
+    redis.kill();
+    show("dead (from the first on)", &requests(&with).await);
+}
+
+async fn waiting() -> bool {
+    let most = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit").1;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("raises the limit");
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    println!(
+        "\nwaiting: {WAITING} clients of one process with ?wait=60, ended by one cancel through the other process"
+    );
+    let mut kept = true;
+    for round in 1..=3 {
+        let execution = cluster.trigger(&job).await;
+        let path = format!("{}/api/executions/{execution}?wait=60", cluster.url(0));
+        let waits: Vec<_> = (0..WAITING)
+            .map(|_| {
+                let request = cluster.http.get(&path).bearer_auth(&cluster.admin_key).timeout(Duration::from_secs(90));
+                tokio::spawn(async move {
+                    let answer: Value = request.send().await.expect("answers").json().await.expect("JSON");
+                    assert_eq!(answer["data"]["outcome"], "Cancelled");
+                    Instant::now()
+                })
+            })
+            .collect();
+        let api = cluster.apis[0].0.pid();
+        until("every client is connected", SOON, || async {
+            (std::fs::read_dir(format!("/proc/{api}/fd")).expect("its files").count() > WAITING).then_some(())
+        })
+        .await;
+        let asked = "select sum(xact_commit)::bigint from pg_stat_database where datname = current_database()";
+        until("the first looks are over", SOON, || async {
+            let before = cluster.count(asked).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            (cluster.count(asked).await - before < 300).then_some(())
+        })
+        .await;
+        let cancel = cluster
+            .http
+            .post(format!("{}/api/executions/{execution}/cancel", cluster.url(1)))
+            .bearer_auth(&cluster.admin_key);
+        let began = Instant::now();
+        assert_eq!(cancel.send().await.expect("answers").status(), 200);
+        let mut times = Vec::new();
+        for wait in waits {
+            times.push(wait.await.expect("joins").saturating_duration_since(began));
+        }
+        let times = Times::of(times);
+        println!(
+            "  round {round}: p50 {:5.1} ms  p99 {:5.1} ms  last {:5.1} ms",
+            times.at(50),
+            times.at(99),
+            times.at(100)
+        );
+        kept &= times.at(99) < MOST_P99.as_secs_f64() * 1e3;
+    }
+    if !kept {
+        println!("  the p99 is over {} ms", MOST_P99.as_millis());
+    }
+    kept
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    redis().await;
+    if waiting().await { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,74 @@
+//! Every list of the API is paged by cursor, and what is inserted between two pages shifts nothing.
+
+use std::collections::BTreeSet;
+
+use api::auth::Access;
+use serde_json::{Value, json};
+
+use crate::harness::{Cluster, id, unique};
+
+const PASSWORD: &str = "correct horse battery";
+
+/// Makes one more thing of every list.
+async fn one_more(cluster: &Cluster) {
+    let config = json!({ "host": "db.example.com", "username": "u", "databases": ["shop"] });
+    let source = cluster.source("postgres", config).await;
+    let body = json!({ "name": unique("store"), "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    cluster.trigger(&job).await;
+    cluster.key(&["jobs:read"]).await;
+    let name = unique("user");
+    let body = json!({ "name": name, "password": PASSWORD, "permissions": ["jobs:read"] });
+    cluster.ok("POST", "/api/users", Some(body)).await;
+    cluster.ok("POST", "/api/session", Some(json!({ "name": name, "password": PASSWORD }))).await;
+}
+
+fn rows(body: &Value) -> Vec<String> {
+    body.as_array().or(body["data"].as_array()).unwrap_or_else(|| panic!("no rows in {body}")).iter().map(id).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_list_is_paged_and_an_insert_between_two_pages_shifts_nothing() {
+    let cluster = Cluster::build().workers(0).start().await;
+    // The lists of the route table, so that a new one is not forgotten.
+    let lists: Vec<&str> = api::router::table()
+        .iter()
+        .filter(|route| route.method == "GET" && route.access != Access::Open && !route.path.contains('{'))
+        .map(|route| route.path)
+        .filter(|path| !["/api/events", "/api/session", "/api/settings"].contains(path))
+        .collect();
+    assert!(lists.len() >= 8, "{lists:?}");
+    for _ in 0..5 {
+        one_more(&cluster).await;
+    }
+    for list in lists {
+        let get = async |path: &str| {
+            let request = cluster.http.get(format!("{}{path}", cluster.url(0))).bearer_auth(&cluster.admin_key);
+            let response = request.send().await.expect("answers");
+            assert_eq!(response.status(), 200, "{path}");
+            let link = response.headers().get("link").map(|link| link.to_str().expect("text").to_owned());
+            let next = link.map(|link| link.trim_start_matches('<').split('>').next().expect("a URL").to_owned());
+            (rows(&response.json().await.expect("JSON")), next)
+        };
+        let (before, _) = get(&format!("{list}?limit=1000")).await;
+        assert!(before.len() >= 5, "{list}: {before:?}");
+        let (mut seen, mut next) = (Vec::new(), Some(format!("{list}?limit=2")));
+        while let Some(path) = next.filter(|_| seen.len() < before.len()) {
+            let (page, after) = get(&path).await;
+            assert!(page.len() <= 2, "{path}: {page:?}");
+            if seen.is_empty() {
+                one_more(&cluster).await;
+            }
+            seen.extend(page);
+            next = after;
+        }
+        seen.truncate(before.len());
+        assert_eq!(seen, before, "{list}: each once, in order");
+        assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), before.len(), "{list}");
+        for bad in ["limit=0", "limit=1001", "limit=x", "cursor=x"] {
+            let (status, answer) = cluster.request("GET", &format!("{list}?{bad}"), None).await;
+            assert_eq!(status, 400, "{list}?{bad}: {answer}");
+        }
+    }
+}

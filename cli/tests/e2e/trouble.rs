@@ -1,0 +1,259 @@
+//! The API in trouble: a database that is away, clients that are slow.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use crate::harness::{
+    Cluster, SOON,
+    otlp::Receiver,
+    postgres::OwnPostgres,
+    proxy::{Mode, Proxy},
+    redis::Redis,
+    source::PostgresSource,
+    until,
+};
+
+async fn ask(cluster: &Cluster, method: &str, path: &str, body: Option<Value>) -> (u16, Option<String>, Value) {
+    let request = cluster.http.request(method.parse().expect("a method"), format!("{}{path}", cluster.url(0)));
+    let response =
+        request.bearer_auth(&cluster.admin_key).json(&body.unwrap_or(json!({}))).send().await.expect("answers");
+    let retry = response.headers().get("retry-after").map(|v| v.to_str().expect("text").to_owned());
+    (response.status().as_u16(), retry, response.json().await.expect("JSON"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_away_is_a_503_that_says_when_to_retry_and_it_comes_back_by_itself() {
+    let mut server = OwnPostgres::start().await;
+    let cluster = Cluster::build().workers(0).on(server.url("postgres")).start().await;
+    let calls = [
+        ("GET", "/api/jobs", None),
+        ("GET", "/api/executions", None),
+        ("POST", "/api/jobs/nothing/run", None),
+        ("PATCH", "/api/settings", Some(json!({ "maxPending": 9 }))),
+        ("GET", "/api/health", None),
+        ("GET", "/readyz", None),
+        ("POST", "/api/session", Some(json!({ "name": "ada", "password": "a wrong password" }))),
+    ];
+    server.stop().await;
+    let answers = calls.iter().map(|(method, path, body)| ask(&cluster, method, path, body.clone()));
+    for (call, (status, retry, answer)) in calls.iter().zip(futures::future::join_all(answers).await) {
+        assert_eq!((status, answer["code"].as_str()), (503, Some("database_away")), "{call:?}: {answer}");
+        assert!(retry.is_some_and(|seconds| seconds.parse::<u32>().is_ok()), "{call:?}: no Retry-After");
+    }
+    assert_eq!(ask(&cluster, "GET", "/livez", None).await.0, 200);
+    server.bring_back().await;
+    until("the same process answers again", SOON, || async {
+        (ask(&cluster, "GET", "/api/jobs", None).await.0 == 200).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_poll_survives_an_outage_with_the_last_known_state_or_held_and_never_with_an_invented_end() {
+    let server = OwnPostgres::start().await;
+    let proxy = Proxy::start(server.port()).await;
+    let url = format!("postgres://postgres@127.0.0.1:{}/postgres", proxy.port);
+    let cluster = Cluster::build().workers(1).limit(0).on(url).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let execution = cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await;
+    let path = format!("/api/executions/{execution}");
+    assert_eq!(ask(&cluster, "GET", &path, None).await.0, 200);
+    let waiting = tokio::spawn({
+        let request = cluster.http.get(format!("{}{path}?wait=20", cluster.url(0))).bearer_auth(&cluster.admin_key);
+        request.send()
+    });
+    // Its key was looked at a moment ago; the state can no longer be.
+    assert_eq!(ask(&cluster, "GET", &path, None).await.0, 200);
+    proxy.set(Mode::Cut);
+    let (status, _, stale) = ask(&cluster, "GET", &path, None).await;
+    assert_eq!((status, &stale["stale"], &stale["data"]["status"]), (200, &json!(true), &json!("Pending")), "{stale}");
+    // Now the key, too, must be asked for: held, until the database is back.
+    let began = Instant::now();
+    let held = tokio::spawn({
+        let request = cluster.http.get(format!("{}{path}", cluster.url(1))).bearer_auth(&cluster.admin_key);
+        request.send()
+    });
+    until("it is held for a while", SOON, || async { (began.elapsed() > Duration::from_secs(2)).then_some(()) }).await;
+    assert!(!held.is_finished(), "not held");
+    proxy.set(Mode::Pass);
+    let answer = held.await.expect("joins").expect("answers");
+    assert_eq!(answer.status(), 200);
+    let answer: Value = answer.json().await.expect("JSON");
+    assert_eq!((&answer["stale"], &answer["data"]["status"]), (&Value::Null, &json!("Pending")), "{answer}");
+    let waited = waiting.await.expect("joins").expect("answers");
+    assert_eq!(waited.status(), 200, "whoever waits is not thrown out");
+}
+
+async fn connection(cluster: &Cluster, text: &str) -> TcpStream {
+    let address = cluster.url(0).trim_start_matches("http://").to_owned();
+    let mut stream = TcpStream::connect(&address).await.expect("connects");
+    stream.write_all(text.replace("KEY", &cluster.admin_key).as_bytes()).await.expect("writes");
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_sends_its_head_or_its_body_too_slowly_is_let_go() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let began = Instant::now();
+    let mut head = connection(&cluster, "GET /livez HTTP/1.1\r\nHost: x\r\n").await;
+    let text = "POST /api/sources HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer KEY\r\nContent-Length: 100\r\n\r\n{";
+    let mut body = connection(&cluster, text).await;
+    let (mut nothing, mut answer) = (Vec::new(), vec![0; 4096]);
+    let limit = Duration::from_secs(40);
+    tokio::time::timeout(limit, head.read_to_end(&mut nothing))
+        .await
+        .expect("the head's connection is closed")
+        .expect("reads");
+    let read = tokio::time::timeout(limit, body.read(&mut answer))
+        .await
+        .expect("the body's request is answered")
+        .expect("reads");
+    let answer = String::from_utf8_lossy(&answer[..read]).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\"code\":\"timeout\""), "{answer}");
+    assert!(began.elapsed() >= Duration::from_secs(25), "a slow network must be given time: {:?}", began.elapsed());
+    assert_eq!(ask(&cluster, "GET", "/livez", None).await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_does_not_end_is_refused() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let mut stream =
+        connection(&cluster, &format!("GET /livez HTTP/1.1\r\nHost: x\r\nX-Long: {}\r\n", "x".repeat(200_000))).await;
+    let mut answer = Vec::new();
+    // Closed with unread bytes in it, the connection may lose the answer; what counts is that it ends.
+    let _ = tokio::time::timeout(SOON, stream.read_to_end(&mut answer)).await.expect("the connection is closed");
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431 "), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_has_the_security_headers_also_a_failure() {
+    let cluster = Cluster::build().workers(0).start().await;
+    for path in ["/livez", "/api/jobs", "/api/nowhere", "/api/setup", "/api/openapi.json", "/api/docs/"] {
+        let response = cluster.http.get(format!("{}{path}", cluster.url(0))).send().await.expect("answers");
+        let header =
+            |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        assert_eq!(header("x-content-type-options"), "nosniff", "{path}");
+        assert_eq!(header("x-frame-options"), "DENY", "{path}");
+        assert_eq!(header("referrer-policy"), "no-referrer", "{path}");
+        let policy = header("content-security-policy");
+        assert!(
+            policy.starts_with("default-src 'none'") && policy.contains("frame-ancestors 'none'"),
+            "{path}: {policy}"
+        );
+        assert!(!header("x-request-id").is_empty() && !header("cache-control").is_empty(), "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_acknowledged_trigger_is_lost_when_an_api_process_and_redis_are_killed_and_a_retry_makes_no_second_run() {
+    let mut redis = Redis::start().await;
+    let mut cluster = Cluster::build().workers(0).env("REDIS_URL", redis.url()).start().await;
+    let config = json!({ "host": "db.example.com", "username": "u", "databases": ["shop"] });
+    let source = cluster.source("postgres", config).await;
+    let body = json!({ "name": "d", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxPendingPerJob": 1000 }))).await;
+    let send = |api: usize, n: usize| {
+        let request = cluster.http.post(format!("{}/api/jobs/{job}/run", cluster.url(api)));
+        let request = request.bearer_auth(&cluster.admin_key).header("Idempotency-Key", format!("trigger-{n}"));
+        async move {
+            let response = request.send().await.ok()?;
+            assert_eq!(response.status(), 200, "neither a 429 nor a 5xx");
+            let answer: Value = response.json().await.ok()?;
+            Some(answer["executionId"].as_str().expect("an id").to_owned())
+        }
+    };
+    let triggers: Vec<_> = (0..300).map(|n| tokio::spawn(send(n % 2, n))).collect();
+    until("some are acknowledged", SOON, || async {
+        (cluster.count("select count(*) from executions").await > 20).then_some(())
+    })
+    .await;
+    redis.kill();
+    let retries: Vec<_> = (0..300).map(|n| send(1, n)).collect();
+    cluster.apis[0].0.kill().await;
+    let mut acknowledged = Vec::new();
+    for trigger in triggers {
+        acknowledged.push(trigger.await.expect("joins"));
+    }
+    let lost = acknowledged.iter().filter(|answer| answer.is_none()).count();
+    assert!(lost > 0, "nothing was under way when the process was killed: this proved nothing");
+    let again = futures::future::join_all(retries).await;
+    for (n, (first, again)) in acknowledged.iter().zip(&again).enumerate() {
+        let again = again.as_ref().expect("the other process answers");
+        assert!(
+            first.as_ref().is_none_or(|first| first == again),
+            "trigger {n} was acknowledged as {first:?} and is {again}"
+        );
+    }
+    assert_eq!(cluster.count("select count(*) from executions").await, 300);
+    assert_eq!(cluster.count("select count(*) from audit_log where action = 'execution.trigger'").await, 300);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_is_in_a_span_a_log_or_an_answer() {
+    let receiver = Receiver::start().await;
+    let mut cluster = Cluster::build()
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+        .env("OTEL_BSP_SCHEDULE_DELAY", 100)
+        .env("RUST_LOG", "debug")
+        .start()
+        .await;
+    let source = PostgresSource::with_rows(10).await;
+    let config = source.config();
+    let password = config["password"].as_str().expect("a password").to_owned();
+    let source = cluster.source("postgres", config).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    cluster.backup(&job).await;
+    let key = cluster.ok("POST", "/api/api-keys", Some(json!({ "name": "x", "permissions": ["*"] }))).await;
+    let key = key["key"].as_str().expect("a key").to_owned();
+    assert_eq!(cluster.request_as(&key, "GET", "/api/jobs", None).await.0, 200);
+    let people_password = "a secret of people";
+    let user = json!({ "name": "ada", "password": people_password, "permissions": ["*"] });
+    cluster.ok("POST", "/api/users", Some(user)).await;
+    let body = json!({ "name": "ada", "password": people_password });
+    let response =
+        cluster.http.post(format!("{}/api/session", cluster.url(0))).json(&body).send().await.expect("answers");
+    let cookies: Vec<String> =
+        response.headers().get_all("set-cookie").iter().map(|v| v.to_str().expect("text").to_owned()).collect();
+    let tokens: Vec<String> =
+        cookies.iter().filter_map(|c| Some(c.split(';').next()?.split_once('=')?.1.to_owned())).collect();
+    assert!(!response.text().await.expect("a body").contains(&tokens[1]), "a token is in the answer's body");
+    let header = format!("dbackup_session={}", tokens[0]);
+    let signed_in = cluster.http.get(format!("{}/api/session", cluster.url(1))).header("cookie", header).send().await;
+    assert_eq!(signed_in.expect("answers").status(), 200);
+    // A body that does not fit is quoted by no error.
+    let (_, refused) = cluster
+        .request("POST", "/api/users", Some(json!({ "name": "eve", "password": { "p": people_password } })))
+        .await;
+    assert!(!refused.to_string().contains(people_password), "{refused}");
+
+    let encryption = cluster.env()["DBACKUP_ENCRYPTION_KEY"].clone();
+    let secrets =
+        [password.as_str(), &key[8..], people_password, &tokens[0], &tokens[1], &encryption, &cluster.admin_key[8..]];
+    until("the spans arrive", SOON, || async {
+        let names: Vec<String> = receiver.spans().into_iter().map(|s| s.span.name).collect();
+        ["POST /api/session", "GET /api/session", "POST /api/api-keys", "execution.run", "pipeline.publish"]
+            .iter()
+            .all(|name| names.iter().any(|n| n == name))
+            .then_some(())
+    })
+    .await;
+    let spans = format!("{:?}", receiver.spans().into_iter().map(|s| s.span).collect::<Vec<_>>());
+    for process in cluster.apis.iter_mut().map(|(process, _)| process) {
+        process.says("answered", SOON).await;
+    }
+    let logs = cluster.logs();
+    for secret in secrets {
+        assert!(!spans.contains(secret), "a secret is in a span: {secret}");
+        assert!(!logs.contains(secret), "a secret is in a log: {secret}");
+    }
+}
