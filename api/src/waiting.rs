@@ -73,7 +73,7 @@ pub async fn until_over(
             () = state.stop.cancelled() => return Ok(body),
             _ = revoked.tick() => {
                 if !caller.still_counts(&state.memory).await.unwrap_or(true) {
-                    return Err(ApiError::new(StatusCode::UNAUTHORIZED, "key_revoked", "this API key counts no more"));
+                    return Err(ApiError::new(StatusCode::UNAUTHORIZED, "key_revoked", "the right to wait for this was taken away"));
                 }
             }
         }

@@ -153,7 +153,7 @@ impl Checked {
                 let secret = api_key::rotate(conn, *id, *grace).await?.ok_or(sqlx::Error::RowNotFound)?;
                 Ok((secret.expose().to_owned(), event("api-key.rotate")))
             }
-            Checked::Switch(id, enabled) => {
+            Checked::Switch(_, enabled) => {
                 let change = KeyChange {
                     name: key.name.clone(),
                     permissions: key.permission_set(),
@@ -163,7 +163,7 @@ impl Checked {
                     expires_at: key.expires_at,
                     enabled: *enabled,
                 };
-                api_key::update(conn, *id, &change).await?;
+                api_key::update(conn, key, &change).await?;
                 Ok((
                     format!("{} is {}", key.name, if *enabled { "enabled" } else { "disabled" }),
                     event("api-key.update"),

@@ -74,7 +74,14 @@ pub async fn run(data: Option<PathBuf>, command: UserCommand) -> Result<(), Star
     instance.db.prepare().await?;
     if let UserCommand::RotateSigningKey = command {
         let key = instance.key.as_ref().ok_or_else(|| ConfigError("DBACKUP_ENCRYPTION_KEY is not set".into()))?;
-        instance.db.within(ANSWER_TIMEOUT, async |conn| session::signing_keys(conn, key, true).await).await?;
+        let rotate = async |conn: &mut PgConnection| {
+            let mut tx = conn.begin().await?;
+            session::signing_keys(&mut tx, key, true).await?;
+            let event = Event::new("signing-key.rotate", "signing-keys", "signing keys");
+            audit::record(&mut tx, &Actor::command_line(), &[event]).await?;
+            tx.commit().await
+        };
+        instance.db.within(ANSWER_TIMEOUT, rotate).await?;
         println!("a new key signs from now on");
         return Ok(());
     }
@@ -133,14 +140,14 @@ async fn change(
         (_, None) => return Ok(Err(format!("there is no user '{name}'"))),
         (UserCommand::Delete { .. }, Some(user)) => match user::delete(&mut tx, user.id).await? {
             Changed::Done(()) => Changed::Done(user),
-            Changed::NotFound => Changed::NotFound,
+            Changed::NotFound | Changed::Stale => Changed::NotFound,
             Changed::LastAdministrator => Changed::LastAdministrator,
         },
         (command, Some(old)) => {
             let draft = UserDraft {
                 permissions: old.permission_set(),
-                name: old.name,
-                display_name: old.display_name,
+                name: old.name.clone(),
+                display_name: old.display_name.clone(),
                 password,
                 enabled: match command {
                     UserCommand::Enable { .. } => true,
@@ -148,7 +155,7 @@ async fn change(
                     _ => old.enabled,
                 },
             };
-            user::update(&mut tx, old.id, &draft).await?
+            user::update(&mut tx, &old, &draft).await?
         }
     };
     match done {
@@ -158,6 +165,7 @@ async fn change(
             Ok(Ok(format!("{name}: done")))
         }
         Changed::NotFound => Ok(Err(format!("there is no user '{name}'"))),
+        Changed::Stale => Ok(Err(format!("'{name}' was changed by somebody else at this moment: try again"))),
         Changed::LastAdministrator => {
             Ok(Err("nobody could administer the users any more: make another administrator first".to_owned()))
         }

@@ -39,6 +39,12 @@ pub struct User {
 }
 
 impl User {
+    /// Whether nothing of what a change sets differs.
+    fn is_like(&self, other: &Self) -> bool {
+        (&self.name, &self.display_name, &self.permissions, self.enabled)
+            == (&other.name, &other.display_name, &other.permissions, other.enabled)
+    }
+
     /// Their permissions as a set.
     pub fn permission_set(&self) -> PermissionSet {
         PermissionSet::of_stored(self.permissions.clone())
@@ -87,6 +93,8 @@ pub async fn create(conn: &mut PgConnection, draft: &UserDraft) -> Result<Option
 /// What became of a change.
 #[derive(Debug)]
 pub enum Changed<T> {
+    /// Somebody else has changed them since they were read.
+    Stale,
     /// Done.
     Done(T),
     /// There is no such person.
@@ -95,9 +103,18 @@ pub enum Changed<T> {
     LastAdministrator,
 }
 
-/// Changes a person. A new password, or a person switched off, ends their sessions. Fails on `users_name_unique`.
-pub async fn update(conn: &mut PgConnection, id: UserId, draft: &UserDraft) -> Result<Changed<User>, sqlx::Error> {
+/// Changes a person who was read as `old`; to be called in a transaction. A new password, or a person switched off, ends their sessions. Fails on `users_name_unique`.
+pub async fn update(conn: &mut PgConnection, old: &User, draft: &UserDraft) -> Result<Changed<User>, sqlx::Error> {
+    let id = old.id;
     lock_administrators(conn).await?;
+    // Locked before it is compared, so that of two changes at once the second does not undo the first.
+    sqlx::query!("select id from users where id = $1 for update", id as _).fetch_optional(&mut *conn).await?;
+    match find(conn, id).await? {
+        None => return Ok(Changed::NotFound),
+        Some(now) if !now.is_like(old) => return Ok(Changed::Stale),
+        Some(_) => {}
+    }
+    let before = has_administrator(conn).await?;
     let done = sqlx::query!(
         "update users
             set name = $2, display_name = $3, password_hash = coalesce($4, password_hash), permissions = $5, enabled = $6,
@@ -115,7 +132,7 @@ pub async fn update(conn: &mut PgConnection, id: UserId, draft: &UserDraft) -> R
     if done.rows_affected() == 0 {
         return Ok(Changed::NotFound);
     }
-    if !has_administrator(conn).await? {
+    if before && !has_administrator(conn).await? {
         return Ok(Changed::LastAdministrator);
     }
     if draft.password.is_some() || !draft.enabled {
@@ -127,11 +144,12 @@ pub async fn update(conn: &mut PgConnection, id: UserId, draft: &UserDraft) -> R
 /// Deletes a person, and their sessions.
 pub async fn delete(conn: &mut PgConnection, id: UserId) -> Result<Changed<()>, sqlx::Error> {
     lock_administrators(conn).await?;
+    let before = has_administrator(conn).await?;
     let done = sqlx::query!("delete from users where id = $1", id as _).execute(&mut *conn).await?;
     match done.rows_affected() {
         0 => Ok(Changed::NotFound),
-        _ if has_administrator(conn).await? => Ok(Changed::Done(())),
-        _ => Ok(Changed::LastAdministrator),
+        _ if before && !has_administrator(conn).await? => Ok(Changed::LastAdministrator),
+        _ => Ok(Changed::Done(())),
     }
 }
 

@@ -14,7 +14,7 @@ use common::{
 };
 use ipnet::IpNet;
 
-use super::memory::Memory;
+use super::{Access, memory::Memory};
 
 /// What a request identified itself with.
 #[derive(Clone, Debug)]
@@ -47,14 +47,15 @@ impl Identity {
 #[derive(Clone, Debug)]
 pub struct Caller {
     identity: Identity,
+    access: Access,
     address: IpAddr,
     request_id: String,
 }
 
 impl Caller {
-    /// Whoever was identified, from where, by which request.
-    pub fn new(identity: Identity, address: IpAddr, request_id: &str) -> Self {
-        Self { identity, address, request_id: request_id.to_owned() }
+    /// Whoever was identified, for what, from where, by which request.
+    pub fn new(identity: Identity, access: Access, address: IpAddr, request_id: &str) -> Self {
+        Self { identity, access, address, request_id: request_id.to_owned() }
     }
 
     fn key(&self) -> Option<&ApiKey> {
@@ -137,11 +138,21 @@ impl Caller {
         }
     }
 
-    /// Whether its credential still counts; asked again and again by whoever streams to it.
+    /// Whether it may still do what it was let in for, and still sees the same jobs; asked again and again by whoever
+    /// streams to it.
     pub async fn still_counts(&self, memory: &Memory) -> Result<bool, DbError> {
+        let may = |permissions: &PermissionSet| match self.access {
+            Access::Needs(permission) => permissions.allows(permission),
+            Access::Open | Access::Identified => true,
+        };
         match &self.identity {
-            Identity::Key(_, hash) => Ok(matches!(memory.look_up(hash).await?, Lookup::Valid(_))),
-            Identity::Person(_, session) => Ok(memory.session(*session).await?.is_some()),
+            Identity::Key(key, hash) => Ok(match memory.look_up(hash).await? {
+                Lookup::Valid(now) => now.allows_address(self.address) && may(&now.permissions) && now.jobs == key.jobs,
+                _ => false,
+            }),
+            Identity::Person(_, session) => {
+                Ok(memory.session(*session).await?.is_some_and(|now| may(&now.permissions)))
+            }
         }
     }
 }

@@ -77,7 +77,7 @@ pub async fn admit(State(gate): State<Gate>, mut request: Request, next: Next) -
     let permitted = identified.and_then(|identity| {
         let Some(identity) = identity else { return Ok(None) };
         gate.permit(&identity, request.method(), request.headers())?;
-        Ok(Some(Caller::new(identity, address, &request_id)))
+        Ok(Some(Caller::new(identity, gate.access, address, &request_id)))
     });
     let response = match permitted {
         Ok(caller) => {

@@ -11,7 +11,7 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use common::{
-    api_key::{self, Filter, KeyChange, KeyInfo, KeyLimits, NewApiKey},
+    api_key::{self, Filter, KeyChange, KeyChanged, KeyInfo, KeyLimits, NewApiKey},
     audit::Event,
     connection::FieldProblem,
     id::{ApiKeyId, JobId, Reference},
@@ -288,22 +288,28 @@ pub async fn update(
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
-    let old = find(&state, &id).await?;
-    let body: KeyBody = parse(&raw)?;
-    let only_off = body.enabled == Some(false) && fields_of(&raw)["fields"] == json!(["enabled"]);
-    let whole = body.whole(&state, &caller, Some(&old)).await?;
-    if !only_off {
-        Grant::of(&whole).check(&caller)?;
+    loop {
+        let old = find(&state, &id).await?;
+        let body: KeyBody = parse(&raw)?;
+        let only_off = body.enabled == Some(false) && fields_of(&raw)["fields"] == json!(["enabled"]);
+        let whole = body.whole(&state, &caller, Some(&old)).await?;
+        if !only_off {
+            Grant::of(&whole).check(&caller)?;
+        }
+        let changed = state
+            .change(&caller, async |conn| {
+                let changed = api_key::update(conn, &old, &whole).await?;
+                let event = Event::new("api-key.update", old.id, &whole.name).with(fields_of(&raw));
+                let events = if matches!(changed, KeyChanged::Done(_)) { vec![event] } else { Vec::new() };
+                Ok((changed, events))
+            })
+            .await?;
+        match changed {
+            KeyChanged::Done(key) => return Ok(data(&*key)),
+            KeyChanged::NotFound => return Err(not_found()),
+            KeyChanged::Stale => {}
+        }
     }
-    let key = state
-        .change(&caller, async |conn| {
-            let key = api_key::update(conn, old.id, &whole).await?;
-            let event = Event::new("api-key.update", old.id, &whole.name).with(fields_of(&raw));
-            let events = if key.is_some() { vec![event] } else { Vec::new() };
-            Ok((key, events))
-        })
-        .await?;
-    Ok(data(&key.ok_or_else(not_found)?))
 }
 
 /// Body of a rotation.

@@ -284,14 +284,21 @@ pub async fn get(
     if body["status"] == Status::Pending.as_str() && body["type"] != "Group" {
         body["queuePosition"] = json!(state.queue.position(&state, id).await);
     }
+    let mut stale = body.as_object_mut().and_then(|body| body.remove("stale")).is_some();
     if wants_logs || after.is_some() {
-        let lines = state.ask(async |conn| log::read(conn, id, after).await).await?;
+        // With the database away there are no lines to tell; a reader goes on from where it was.
+        let lines = match state.ask(async |conn| log::read(conn, id, after).await).await {
+            Err(error) if error.is_away() => {
+                stale = true;
+                Vec::new()
+            }
+            lines => lines?,
+        };
         body["logsCursor"] = lines.last().map(|l| l.seq).or(after).unwrap_or(0).to_string().into();
         body["logs"] = json!(lines);
     }
-    let stale = body.as_object_mut().and_then(|body| body.remove("stale"));
     let mut answer = json!({ "success": true, "data": body });
-    if stale.is_some() {
+    if stale {
         answer["stale"] = true.into();
     }
     Ok(Json(answer))

@@ -278,12 +278,12 @@ pub async fn change_password(
         let Some(old) = user::find(conn, id).await? else { return Ok((false, Vec::new())) };
         let draft = UserDraft {
             permissions: old.permission_set(),
-            name: old.name,
-            display_name: old.display_name,
+            name: old.name.clone(),
+            display_name: old.display_name.clone(),
             password: Some(password),
             enabled: old.enabled,
         };
-        let changed = matches!(user::update(conn, id, &draft).await?, Changed::Done(_));
+        let changed = matches!(user::update(conn, &old, &draft).await?, Changed::Done(_));
         let event = Event::new("user.update", id, &draft.name).with(json!({ "fields": ["password"] }));
         Ok((changed, if changed { vec![event] } else { Vec::new() }))
     };

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::{
     Check, data,
-    users::{check_name, check_password, hashed},
+    users::{check_display_name, check_name, check_password, hashed},
 };
 use crate::{
     context::{ClientAddress, RequestId},
@@ -62,6 +62,7 @@ pub async fn set_up(
 ) -> Result<Response, ApiError> {
     let mut check = Check::default();
     check_name(&body.name, &mut check);
+    check_display_name(&body.display_name, &mut check);
     check_password(&body.password, &mut check);
     check.done()?;
     let anybody = state.ask(async |conn| user::anybody(conn).await).await?;

@@ -47,6 +47,13 @@ pub(super) fn check_name(name: &str, check: &mut Check) {
     }
 }
 
+/// A name for people.
+pub(super) fn check_display_name(name: &str, check: &mut Check) {
+    if name.chars().count() > 200 || name.chars().any(char::is_control) {
+        check.refuse("displayName", "must have at most 200 characters and no control character");
+    }
+}
+
 /// A new password.
 pub(super) fn check_password(password: &SecretString, check: &mut Check) {
     if let Some(problem) = password::problem(password) {
@@ -68,9 +75,7 @@ impl UserBody {
         let name = self.name.or(old.map(|o| o.name.clone())).unwrap_or_default();
         check_name(&name, &mut check);
         let display_name = self.display_name.or(old.map(|o| o.display_name.clone())).unwrap_or_default();
-        if display_name.chars().count() > 200 || display_name.chars().any(char::is_control) {
-            check.refuse("displayName", "must have at most 200 characters and no control character");
-        }
+        check_display_name(&display_name, &mut check);
         match &self.password {
             Some(password) => check_password(password, &mut check),
             None if old.is_none() => check.refuse("password", "is required"),
@@ -182,27 +187,30 @@ pub async fn update(
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
-    let old = find(&state, &id).await?;
-    let body: UserBody = parse(&raw)?;
-    let only_off = body.enabled == Some(false) && fields_of(&raw)["fields"] == json!(["enabled"]);
-    let draft = body.draft(&state, Some(&old)).await?;
-    if !only_off {
-        check_unbound(&caller)?;
-        check_grant(&caller, &old.permission_set())?;
-        check_grant(&caller, &draft.permissions)?;
-    }
-    let update = async |conn: &mut sqlx::PgConnection| {
-        let changed = user::update(conn, old.id, &draft).await?;
-        let done = matches!(changed, Changed::Done(_));
-        let event = Event::new("user.update", old.id, &draft.name).with(fields_of(&raw));
-        Ok((changed, if done { vec![event] } else { Vec::new() }))
-    };
-    match state.try_change(&caller, update).await {
-        Ok(Changed::Done(user)) => Ok(data(&user)),
-        Ok(Changed::NotFound) => Err(not_found()),
-        Ok(Changed::LastAdministrator) => Err(last_administrator()),
-        Err(error) if error.constraint() == Some("users_name_unique") => Err(name_taken()),
-        Err(error) => Err(error.into()),
+    loop {
+        let old = find(&state, &id).await?;
+        let body: UserBody = parse(&raw)?;
+        let only_off = body.enabled == Some(false) && fields_of(&raw)["fields"] == json!(["enabled"]);
+        let draft = body.draft(&state, Some(&old)).await?;
+        if !only_off {
+            check_unbound(&caller)?;
+            check_grant(&caller, &old.permission_set())?;
+            check_grant(&caller, &draft.permissions)?;
+        }
+        let update = async |conn: &mut sqlx::PgConnection| {
+            let changed = user::update(conn, &old, &draft).await?;
+            let done = matches!(changed, Changed::Done(_));
+            let event = Event::new("user.update", old.id, &draft.name).with(fields_of(&raw));
+            Ok((changed, if done { vec![event] } else { Vec::new() }))
+        };
+        match state.try_change(&caller, update).await {
+            Ok(Changed::Done(user)) => return Ok(data(&user)),
+            Ok(Changed::Stale) => {}
+            Ok(Changed::NotFound) => return Err(not_found()),
+            Ok(Changed::LastAdministrator) => return Err(last_administrator()),
+            Err(error) if error.constraint() == Some("users_name_unique") => return Err(name_taken()),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -221,7 +229,7 @@ pub async fn delete(
     };
     match state.change(&caller, delete).await? {
         Changed::Done(()) => Ok(Json(json!({ "success": true }))),
-        Changed::NotFound => Err(not_found()),
+        Changed::NotFound | Changed::Stale => Err(not_found()),
         Changed::LastAdministrator => Err(last_administrator()),
     }
 }

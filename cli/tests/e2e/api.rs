@@ -238,7 +238,8 @@ async fn a_nul_which_no_text_of_the_database_holds_is_bad_input() {
         let (status, answer) = cluster.request("GET", path, None).await;
         assert_eq!((status, answer["fields"][0]["field"].as_str()), (400, Some("query")), "{path}: {answer}");
     }
-    let said = "there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create";
+    let said =
+        "there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create";
     let token = cluster.apis[0].0.wait_for_field(said, "token").await;
     let body = json!({ "token": token, "name": "ada", "displayName": "a\u{0}b", "password": "correct horse battery" });
     let (status, answer) = cluster.request("POST", "/api/setup", Some(body)).await;

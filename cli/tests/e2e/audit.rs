@@ -86,13 +86,15 @@ async fn every_change_and_trigger_is_in_the_audit_log_with_who_from_where_and_th
 #[tokio::test(flavor = "multi_thread")]
 async fn every_sign_in_and_every_change_of_people_is_in_the_audit_log() {
     let mut cluster = Cluster::build().workers(0).start().await;
-    let said = "there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create";
+    let said =
+        "there is no user yet: make the administrator with POST /api/setup and this token, or with dbackup user create";
     let token = cluster.apis[0].0.wait_for_field(said, "token").await;
     let password = "correct horse battery";
     let http = reqwest::Client::new();
     let call = async |method: &str, path: &str, cookies: &str, body: Value| {
         let request = http.request(method.parse().expect("a method"), format!("{}{path}", cluster.url(0)));
-        let request = request.header("sec-fetch-site", "same-origin").header("x-request-id", format!("the:{method}:{path}"));
+        let request =
+            request.header("sec-fetch-site", "same-origin").header("x-request-id", format!("the:{method}:{path}"));
         let response = request.header("cookie", cookies).json(&body).send().await.expect("answers");
         let set = response.headers().get_all("set-cookie").iter().filter_map(|c| c.to_str().ok()?.split(';').next());
         let cookies = set.collect::<Vec<_>>().join("; ");

@@ -282,10 +282,8 @@ async fn a_tool_that_does_not_mind_sigterm_is_gone_within_two_seconds_of_a_cance
     let (destination, root) = cluster.local_destination().await;
     let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;
     let running = cluster.trigger(&job).await;
-    until("the tool runs", SOON, || async {
-        (cluster.execution(&running).await["stage"] == "Dumping").then_some(())
-    })
-    .await;
+    until("the tool runs", SOON, || async { (cluster.execution(&running).await["stage"] == "Dumping").then_some(()) })
+        .await;
     cancelled_within_two_seconds(&cluster, 0, &running, &root).await;
     std::fs::remove_dir_all(folder).expect("removes");
 }

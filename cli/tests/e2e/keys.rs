@@ -72,7 +72,9 @@ async fn a_key_that_is_disabled_rotated_expired_or_deleted_is_refused_by_every_p
     use_everywhere(&old).await;
     for (over, key, code) in [("expires_at", &key, "key_expired"), ("previous_until", &old, "key_rotated")] {
         // The key that was rotated first lost its old secret at once.
-        let query = format!("select count(*) from api_keys where name = 'ci' and {over} <= clock_timestamp() and id::text in ('{expiring}', '{fading}')");
+        let query = format!(
+            "select count(*) from api_keys where name = 'ci' and {over} <= clock_timestamp() and id::text in ('{expiring}', '{fading}')"
+        );
         until("the key's time comes", Duration::from_secs(6), || async {
             (cluster.count(&query).await == 1).then_some(())
         })
@@ -334,15 +336,18 @@ async fn the_command_line_binds_a_key_to_jobs_and_networks_and_grants_a_grace() 
     for key in [&key, &second] {
         assert_eq!(status(&cluster, 1, key.trim_end(), "/api/jobs").await.0, 200);
     }
-    for (more, said) in
-        [(["--job", "no-such-job"], "no job"), (["--network", "nowhere"], "network"), (["--permission", "jobs:fly"], "jobs:fly")]
-    {
+    for (more, said) in [
+        (["--job", "no-such-job"], "no job"),
+        (["--network", "nowhere"], "network"),
+        (["--permission", "jobs:fly"], "jobs:fly"),
+    ] {
         let (code, printed, complained) = make(&more);
         assert!(code != Some(0) && printed.is_empty() && complained.contains(said), "{more:?}: {code:?} {complained}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::async_yields_async, reason = "a change goes on while the next is sent")]
 async fn a_key_that_is_disabled_stays_so_when_somebody_renames_it_at_the_same_time() {
     let cluster = Cluster::build().workers(0).start().await;
     let (key, secret) = made(&cluster, json!({ "name": "ci", "permissions": ["jobs:read"] })).await;
@@ -358,7 +363,8 @@ async fn a_key_that_is_disabled_stays_so_when_somebody_renames_it_at_the_same_ti
         let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
         let sent = tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await });
         until("the change waits", Duration::from_secs(10), || async {
-            let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+            let waits =
+                "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
             (cluster.count(waits).await == waiting).then_some(())
         })
         .await;

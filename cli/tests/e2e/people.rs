@@ -417,6 +417,7 @@ async fn two_administrators_cannot_take_the_right_from_each_other_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::async_yields_async, reason = "a change goes on while the next is sent")]
 async fn a_person_who_is_disabled_stays_so_when_somebody_renames_them_at_the_same_time() {
     let cluster = with_administrator().await;
     let (user_id, _) = user(&cluster, &["jobs:read"]).await;
@@ -428,7 +429,8 @@ async fn a_person_who_is_disabled_stays_so_when_somebody_renames_them_at_the_sam
         let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
         let sent = tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await });
         until("the change waits", Duration::from_secs(10), || async {
-            let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+            let waits =
+                "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
             (cluster.count(waits).await == waiting).then_some(())
         })
         .await;
@@ -580,8 +582,7 @@ async fn the_command_line_makes_users_who_can_sign_in() {
         .text("select string_agg(action, ' ' order by seq) from audit_log where actor_kind = 'Administrator'")
         .await;
     assert_eq!(
-        actions,
-        "user.create user.update user.create user.update user.update user.delete signing-key.rotate",
+        actions, "user.create user.update user.create user.update user.update user.delete signing-key.rotate",
         "every change by the command line"
     );
     let (code, list, _) = dbackup(&cluster, &["user", "list"], "");

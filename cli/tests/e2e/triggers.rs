@@ -190,8 +190,7 @@ async fn a_group_is_polled_like_one_run_and_ends_with_its_last_member() {
     let members: Vec<&str> =
         group["data"]["members"].as_array().expect("members").iter().filter_map(|m| m["jobId"].as_str()).collect();
     assert_eq!(members, [one.as_str()], "{group}");
-    let (status, answer) =
-        cluster.request_as(&scoped, "POST", "/api/runs", Some(json!({ "jobs": [one, two] }))).await;
+    let (status, answer) = cluster.request_as(&scoped, "POST", "/api/runs", Some(json!({ "jobs": [one, two] }))).await;
     assert_eq!((status, answer["fields"][0]["field"].as_str()), (404, Some("jobs.1")), "{answer}");
 }
 

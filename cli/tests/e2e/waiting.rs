@@ -54,7 +54,8 @@ async fn a_wait_ends_with_the_run_on_every_process_and_otherwise_after_its_time(
     let_run(&cluster).await;
     for wait in waits {
         let (_, ended) = wait.await.expect("joins");
-        let since_the_end = "select (extract(epoch from clock_timestamp() - max(ended_at)) * 1000)::bigint from executions";
+        let since_the_end =
+            "select (extract(epoch from clock_timestamp() - max(ended_at)) * 1000)::bigint from executions";
         let late = cluster.count(since_the_end).await;
         assert!(late < 2_000, "a wait was answered {late} ms after the end");
         assert_eq!(ended["data"]["status"], "Success", "{ended}");
@@ -304,11 +305,9 @@ async fn waits_and_streams_end_when_the_right_to_them_is_taken_away_and_only_the
     let other = cluster.job(&source, &[&destination], json!({})).await;
     let execution = cluster.trigger(&job).await;
     let path = format!("/api/executions/{execution}");
-    for change in [
-        json!({ "permissions": ["jobs:read"] }),
-        json!({ "jobIds": [other] }),
-        json!({ "networks": ["192.0.2.0/24"] }),
-    ] {
+    for change in
+        [json!({ "permissions": ["jobs:read"] }), json!({ "jobIds": [other] }), json!({ "networks": ["192.0.2.0/24"] })]
+    {
         let made = json!({ "name": "x", "permissions": ["history:read", "jobs:read"] });
         let made = cluster.ok("POST", "/api/api-keys", Some(made)).await;
         let (key, key_path) = (made["key"].as_str().expect("a key").to_owned(), format!("/api/api-keys/{}", id(&made)));

@@ -67,6 +67,13 @@ impl KeyInfo {
         PermissionSet::of_stored(self.permissions.clone())
     }
 
+    /// Whether nothing of what a change sets differs.
+    fn is_like(&self, other: &Self) -> bool {
+        (&self.name, &self.permissions, &self.job_ids, &self.networks)
+            == (&other.name, &other.permissions, &other.job_ids, &other.networks)
+            && (self.rate_limit, self.enabled, self.expires_at) == (other.rate_limit, other.enabled, other.expires_at)
+    }
+
     /// Its networks, parsed.
     pub fn parsed_networks(&self) -> Option<Vec<IpNet>> {
         self.networks.as_deref().map(networks_of_stored)
@@ -220,10 +227,29 @@ pub async fn find(conn: &mut PgConnection, id: ApiKeyId) -> Result<Option<KeyInf
     Ok(page.rows.pop())
 }
 
-/// Changes a key; `None` when it is gone.
-pub async fn update(conn: &mut PgConnection, id: ApiKeyId, change: &KeyChange) -> Result<Option<KeyInfo>, sqlx::Error> {
+/// What became of a change.
+#[derive(Debug)]
+pub enum KeyChanged {
+    /// Done.
+    Done(Box<KeyInfo>),
+    /// There is no such key.
+    NotFound,
+    /// Somebody else has changed it since it was read: the change must be made anew from what it is now.
+    Stale,
+}
+
+/// Changes a key that was read as `old`. To be called in a transaction: the row is locked before it is compared, so
+/// that of two changes at once the second does not undo the first.
+pub async fn update(conn: &mut PgConnection, old: &KeyInfo, change: &KeyChange) -> Result<KeyChanged, sqlx::Error> {
+    let id = old.id;
+    sqlx::query!("select id from api_keys where id = $1 for update", id as _).fetch_optional(&mut *conn).await?;
+    match find(conn, id).await? {
+        None => return Ok(KeyChanged::NotFound),
+        Some(now) if !now.is_like(old) => return Ok(KeyChanged::Stale),
+        Some(_) => {}
+    }
     let networks = text_of(change.networks.as_deref());
-    let done = sqlx::query!(
+    sqlx::query!(
         "update api_keys
             set name = $2, permissions = $3, job_ids = $4, networks = $5, read_limit = $6, write_limit = $7, expires_at = $8, enabled = $9
           where id = $1",
@@ -239,7 +265,7 @@ pub async fn update(conn: &mut PgConnection, id: ApiKeyId, change: &KeyChange) -
     )
     .execute(&mut *conn)
     .await?;
-    if done.rows_affected() == 0 { Ok(None) } else { find(conn, id).await }
+    Ok(find(conn, id).await?.map_or(KeyChanged::NotFound, |key| KeyChanged::Done(Box::new(key))))
 }
 
 /// Gives a key a new secret; the old one is taken for `grace` more, and one from before it no longer. `None` when

@@ -17,7 +17,8 @@ use crate::{
 };
 
 pub use manage::{
-    Filter, KeyChange, KeyInfo, KeyLimits, NewApiKey, Use, create, delete, find, list, record_uses, rotate, update,
+    Filter, KeyChange, KeyChanged, KeyInfo, KeyLimits, NewApiKey, Use, create, delete, find, list, record_uses, rotate,
+    update,
 };
 
 const PREFIX: &str = "dbm_";
