@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use chrono::Utc;
 use clap::Subcommand;
 use common::{
-    api_key::{self, Filter, KeyChange, KeyInfo, NewApiKey},
+    api_key::{self, Filter, KeyChange, KeyChanged, KeyInfo, NewApiKey},
     audit::{self, Actor, Event},
     config::ConfigError,
     db::{ANSWER_TIMEOUT, StartError},
@@ -135,10 +135,15 @@ impl Checked {
                 (secret.expose().to_owned(), Event::new("api-key.create", id, &new.name))
             }
             Checked::Switch(id, _) | Checked::Rotate(id, _) | Checked::Delete(id) => {
-                let Some(key) = api_key::find(&mut tx, *id).await? else {
-                    return Ok(Err(format!("there is no key {id}")));
-                };
-                self.change(&mut tx, &key).await?
+                // Once more from what the key is now, when somebody has changed it meanwhile.
+                loop {
+                    let Some(key) = api_key::find(&mut tx, *id).await? else {
+                        return Ok(Err(format!("there is no key {id}")));
+                    };
+                    if let Some(done) = self.change(&mut tx, &key).await? {
+                        break done;
+                    }
+                }
             }
         };
         audit::record(&mut tx, &Actor::command_line(), &[event]).await?;
@@ -146,12 +151,13 @@ impl Checked {
         Ok(Ok(said))
     }
 
-    async fn change(&self, conn: &mut PgConnection, key: &KeyInfo) -> Result<(String, Event), sqlx::Error> {
+    /// What is printed; `None` when somebody else has changed the key since it was read.
+    async fn change(&self, conn: &mut PgConnection, key: &KeyInfo) -> Result<Option<(String, Event)>, sqlx::Error> {
         let event = |action| Event::new(action, key.id, &key.name);
         match self {
             Checked::Rotate(id, grace) => {
                 let secret = api_key::rotate(conn, *id, *grace).await?.ok_or(sqlx::Error::RowNotFound)?;
-                Ok((secret.expose().to_owned(), event("api-key.rotate")))
+                Ok(Some((secret.expose().to_owned(), event("api-key.rotate"))))
             }
             Checked::Switch(_, enabled) => {
                 let change = KeyChange {
@@ -163,15 +169,15 @@ impl Checked {
                     expires_at: key.expires_at,
                     enabled: *enabled,
                 };
-                api_key::update(conn, key, &change).await?;
-                Ok((
+                let KeyChanged::Done(_) = api_key::update(conn, key, &change).await? else { return Ok(None) };
+                Ok(Some((
                     format!("{} is {}", key.name, if *enabled { "enabled" } else { "disabled" }),
                     event("api-key.update"),
-                ))
+                )))
             }
             _ => {
                 api_key::delete(conn, key.id).await?;
-                Ok((format!("{} is deleted", key.name), event("api-key.delete")))
+                Ok(Some((format!("{} is deleted", key.name), event("api-key.delete"))))
             }
         }
     }

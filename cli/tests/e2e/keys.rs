@@ -1,10 +1,14 @@
 //! API keys over REST and on the command line.
 
-use std::{collections::BTreeSet, process::Command, time::Duration};
+use std::{
+    collections::BTreeSet,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Cluster, binary, id, source::PostgresSource, until};
+use crate::harness::{Cluster, SOON, binary, id, source::PostgresSource, until};
 
 /// A key may be remembered by a process for half a second; the promise is one.
 const REVOKED: Duration = Duration::from_secs(1);
@@ -68,8 +72,14 @@ async fn a_key_that_is_disabled_rotated_expired_or_deleted_is_refused_by_every_p
     let soon = cluster.text("select to_char((clock_timestamp() + interval '3 seconds') at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MSZ')").await;
     cluster.ok("PUT", &format!("/api/api-keys/{expiring}"), Some(json!({ "expiresAt": soon }))).await;
     cluster.ok("POST", &format!("/api/api-keys/{fading}/rotate"), Some(json!({ "graceSeconds": 3 }))).await;
-    use_everywhere(&key).await;
-    use_everywhere(&old).await;
+    // A process forgets everything when it learns of a change: only what is used after that is remembered.
+    let changed = Instant::now();
+    until("every process remembers both", SOON, || async {
+        use_everywhere(&key).await;
+        use_everywhere(&old).await;
+        (changed.elapsed() > Duration::from_millis(700)).then_some(())
+    })
+    .await;
     for (over, key, code) in [("expires_at", &key, "key_expired"), ("previous_until", &old, "key_rotated")] {
         // The key that was rotated first lost its old secret at once.
         let query = format!(
@@ -261,8 +271,8 @@ async fn keys_are_listed_found_changed_and_tell_their_last_use() {
     assert_eq!(cluster.request("GET", "/api/api-keys/nonsense", None).await.0, 404);
 }
 
-/// `dbackup key …`: its exit code, what it printed and what it complained of.
-fn dbackup_key(cluster: &Cluster, args: &[&str]) -> (Option<i32>, String, String) {
+/// `dbackup key …`.
+fn dbackup_key_command(cluster: &Cluster, args: &[&str]) -> Command {
     let mut command = Command::new(binary("dbackup"));
     command
         .env_clear()
@@ -270,7 +280,12 @@ fn dbackup_key(cluster: &Cluster, args: &[&str]) -> (Option<i32>, String, String
         .envs(cluster.env())
         .arg("key")
         .args(args);
-    let output = command.output().expect("dbackup runs");
+    command
+}
+
+/// Its exit code, what it printed and what it complained of.
+fn dbackup_key(cluster: &Cluster, args: &[&str]) -> (Option<i32>, String, String) {
+    let output = dbackup_key_command(cluster, args).output().expect("dbackup runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -353,30 +368,47 @@ async fn a_key_that_is_disabled_stays_so_when_somebody_renames_it_at_the_same_ti
     let (key, secret) = made(&cluster, json!({ "name": "ci", "permissions": ["jobs:read"] })).await;
     let path = format!("/api/api-keys/{key}");
     // Both changes are under way before either is made: they wait for a lock of the test.
-    let mut lock = cluster.pool.begin().await.expect("begins");
-    sqlx::query("select from api_keys where id::text = $1 for update")
-        .bind(&key)
-        .execute(&mut *lock)
-        .await
-        .expect("locks");
-    let change = async |waiting: i64, body: Value| {
-        let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
-        let sent = tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await });
-        until("the change waits", Duration::from_secs(10), || async {
+    let lock = async || {
+        let mut lock = cluster.pool.begin().await.expect("begins");
+        let locked = sqlx::query("select from api_keys where id::text = $1 for update").bind(&key);
+        locked.execute(&mut *lock).await.expect("locks");
+        lock
+    };
+    let waits = async |changes: i64| {
+        until("the change waits", SOON, || async {
             let waits =
                 "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-            (cluster.count(waits).await == waiting).then_some(())
+            (cluster.count(waits).await == changes).then_some(())
         })
         .await;
-        sent
     };
-    let disabled = change(1, json!({ "enabled": false })).await;
-    let renamed = change(2, json!({ "name": "renamed" })).await;
-    lock.commit().await.expect("commits");
+    let change = async |body: Value| {
+        let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
+        tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await })
+    };
+    let locked = lock().await;
+    let disabled = change(json!({ "enabled": false })).await;
+    waits(1).await;
+    let renamed = change(json!({ "name": "renamed" })).await;
+    waits(2).await;
+    locked.commit().await.expect("commits");
     for answer in [disabled, renamed] {
         assert_eq!(answer.await.expect("joins").expect("answers").status(), 200);
     }
     let now = cluster.ok("GET", &path, None).await;
     assert_eq!((now["name"].as_str(), now["enabled"].as_bool()), (Some("renamed"), Some(false)), "{now}");
     refused_everywhere(&cluster, &secret, "key_disabled").await;
+
+    // Nor does the command line say that it disabled a key which somebody's change has kept enabled.
+    cluster.ok("PUT", &path, Some(json!({ "enabled": true }))).await;
+    let locked = lock().await;
+    let renamed = change(json!({ "name": "renamed again" })).await;
+    waits(1).await;
+    let mut disable = dbackup_key_command(&cluster, &["disable", &key]).spawn().expect("dbackup runs");
+    waits(2).await;
+    locked.commit().await.expect("commits");
+    assert_eq!(renamed.await.expect("joins").expect("answers").status(), 200);
+    assert!(disable.wait().expect("ends").success());
+    let now = cluster.ok("GET", &path, None).await;
+    assert_eq!((now["name"].as_str(), now["enabled"].as_bool()), (Some("renamed again"), Some(false)), "{now}");
 }
