@@ -138,8 +138,8 @@ impl Caller {
         }
     }
 
-    /// Whether it may still do what it was let in for, and still sees the same jobs; asked again and again by whoever
-    /// streams to it.
+    /// Whether it may still do what it was let in for, and still sees every job that it saw; asked again and again by
+    /// whoever streams to it.
     pub async fn still_counts(&self, memory: &Memory) -> Result<bool, DbError> {
         let may = |permissions: &PermissionSet| match self.access {
             Access::Needs(permission) => permissions.allows(permission),
@@ -147,12 +147,23 @@ impl Caller {
         };
         match &self.identity {
             Identity::Key(key, hash) => Ok(match memory.look_up(hash).await? {
-                Lookup::Valid(now) => now.allows_address(self.address) && may(&now.permissions) && now.jobs == key.jobs,
+                Lookup::Valid(now) => {
+                    now.allows_address(self.address) && may(&now.permissions) && !is_narrower(&now, key)
+                }
                 _ => false,
             }),
             Identity::Person(_, session) => {
                 Ok(memory.session(*session).await?.is_some_and(|now| may(&now.permissions)))
             }
         }
+    }
+}
+
+/// Whether a key sees fewer jobs than it did.
+fn is_narrower(now: &ApiKey, before: &ApiKey) -> bool {
+    match (&now.jobs, &before.jobs) {
+        (None, _) => false,
+        (Some(_), None) => true,
+        (Some(now), Some(before)) => before.iter().any(|job| !now.contains(job)),
     }
 }

@@ -308,7 +308,7 @@ async fn waits_and_streams_end_when_the_right_to_them_is_taken_away_and_only_the
     for change in
         [json!({ "permissions": ["jobs:read"] }), json!({ "jobIds": [other] }), json!({ "networks": ["192.0.2.0/24"] })]
     {
-        let made = json!({ "name": "x", "permissions": ["history:read", "jobs:read"] });
+        let made = json!({ "name": "x", "permissions": ["history:read", "jobs:read"], "jobIds": [job] });
         let made = cluster.ok("POST", "/api/api-keys", Some(made)).await;
         let (key, key_path) = (made["key"].as_str().expect("a key").to_owned(), format!("/api/api-keys/{}", id(&made)));
         let mut streams = Vec::new();
@@ -318,7 +318,7 @@ async fn waits_and_streams_end_when_the_right_to_them_is_taken_away_and_only_the
             streams.push(events);
         }
         // What takes nothing from them leaves them alone.
-        let more = json!({ "name": "renamed", "permissions": ["history:read"] });
+        let more = json!({ "name": "renamed", "permissions": ["history:read"], "jobIds": null });
         cluster.ok("PUT", &key_path, Some(more)).await;
         let renamed = Instant::now();
         until("every process has asked anew", SOON, || async {
