@@ -1,6 +1,7 @@
 //! People: the first administrator, sign-in, sessions, users.
 
 use std::{
+    collections::BTreeSet,
     io::Write,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -8,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::harness::{Cluster, binary, id, unique, until};
+use crate::harness::{Cluster, binary, id, source::PostgresSource, unique, until};
 
 const PASSWORD: &str = "correct horse battery";
 /// What a process may remember of a session is half a second old; the promise is one.
@@ -92,6 +93,17 @@ async fn over_everywhere(cluster: &Cluster, browser: &Browser) {
             }
         })
         .await;
+    }
+}
+
+/// Has every process remember the session. It forgets everything when it learns of a change, such as the making of
+/// the user: only what is used after that is remembered.
+async fn remembered_everywhere(cluster: &Cluster, browser: &mut Browser) {
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_millis(700) {
+        for api in 0..2 {
+            assert_eq!(browser.page(cluster, api, "GET", "/api/jobs", None).await.0, 200);
+        }
     }
 }
 
@@ -205,9 +217,7 @@ async fn a_session_is_over_on_every_process_within_a_second_when_it_is_revoked_o
         let (user_id, name) = user(&cluster, &["jobs:read"]).await;
         let mut browser = Browser::new();
         let (_, answer) = browser.sign_in(&cluster, 0, &name, PASSWORD).await;
-        for api in 0..2 {
-            assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
-        }
+        remembered_everywhere(&cluster, &mut browser).await;
         let session = answer["data"]["sessionId"].as_str().expect("an id");
         let path = format!("/api/users/{user_id}");
         match end {
@@ -229,9 +239,7 @@ async fn a_session_is_over_on_every_process_within_a_second_when_it_is_revoked_o
     let (user_id, name) = user(&cluster, &["jobs:read"]).await;
     let mut browser = Browser::new();
     browser.sign_in(&cluster, 0, &name, PASSWORD).await;
-    for api in 0..2 {
-        assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
-    }
+    remembered_everywhere(&cluster, &mut browser).await;
     cluster.ok("PUT", &format!("/api/users/{user_id}"), Some(json!({ "permissions": ["settings:read"] }))).await;
     let begin = Instant::now();
     for api in 0..2 {
@@ -384,9 +392,7 @@ async fn a_session_ends_at_its_time_also_where_it_is_remembered() {
         .execute(&cluster.pool)
         .await
         .expect("updates");
-    for api in 0..2 {
-        assert_eq!(browser.page(&cluster, api, "GET", "/api/jobs", None).await.0, 200);
-    }
+    remembered_everywhere(&cluster, &mut browser).await;
     until("its time comes", Duration::from_secs(6), || async {
         (cluster.count("select count(*) from sessions where expires_at <= clock_timestamp()").await == 1).then_some(())
     })
@@ -399,21 +405,42 @@ async fn a_session_ends_at_its_time_also_where_it_is_remembered() {
 async fn two_administrators_cannot_take_the_right_from_each_other_at_once() {
     let cluster = with_administrator().await;
     let one = id(&cluster.ok("GET", "/api/users", None).await[0]);
-    for _ in 0..5 {
-        let (two, _) = user(&cluster, &["*"]).await;
-        let demote = async |api: usize, user: &str| {
-            let url = format!("{}/api/users/{user}", cluster.url(api));
-            let body = json!({ "permissions": ["jobs:read"] });
-            let request = cluster.http.put(url).bearer_auth(&cluster.admin_key).json(&body);
-            request.send().await.expect("answers").status().as_u16()
-        };
-        let mut statuses: [u16; 2] = tokio::join!(demote(0, &one), demote(1, &two)).into();
-        statuses.sort_unstable();
-        assert_eq!(statuses, [200, 409]);
-        // The next round begins with one administrator again.
-        cluster.ok("PUT", &format!("/api/users/{one}"), Some(json!({ "permissions": ["*"] }))).await;
-        cluster.ok("PUT", &format!("/api/users/{two}"), Some(json!({ "permissions": ["jobs:read"] }))).await;
+    let (two, _) = user(&cluster, &["*"]).await;
+    // Both are under way before either is made: they wait for a lock of the test.
+    let lock = locked_users(&cluster).await;
+    let demote = json!({ "permissions": ["jobs:read"] });
+    let sent = [
+        waiting_change(&cluster, 1, &format!("/api/users/{one}"), demote.clone()).await,
+        waiting_change(&cluster, 2, &format!("/api/users/{two}"), demote).await,
+    ];
+    lock.commit().await.expect("commits");
+    let mut statuses = Vec::new();
+    for answer in sent {
+        statuses.push(answer.await.expect("joins"));
     }
+    statuses.sort_unstable();
+    assert_eq!(statuses, [200, 409]);
+}
+
+/// Keeps every change of a user waiting until it is committed.
+async fn locked_users(cluster: &Cluster) -> sqlx::Transaction<'static, sqlx::Postgres> {
+    let mut lock = cluster.pool.begin().await.expect("begins");
+    sqlx::query("select from users for update").execute(&mut *lock).await.expect("locks");
+    lock
+}
+
+/// Sends a change and comes back when so many wait; gives its status.
+async fn waiting_change(cluster: &Cluster, waiting: i64, path: &str, body: Value) -> tokio::task::JoinHandle<u16> {
+    let url = format!("{}{path}", cluster.url(usize::try_from(waiting % 2).expect("small")));
+    let request = cluster.http.put(url).bearer_auth(&cluster.admin_key).json(&body);
+    let sent = tokio::spawn(async move { request.send().await.expect("answers").status().as_u16() });
+    until("the change waits", Duration::from_secs(10), || async {
+        let waits =
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        (cluster.count(waits).await == waiting).then_some(())
+    })
+    .await;
+    sent
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -422,25 +449,14 @@ async fn a_person_who_is_disabled_stays_so_when_somebody_renames_them_at_the_sam
     let cluster = with_administrator().await;
     let (user_id, _) = user(&cluster, &["jobs:read"]).await;
     let path = format!("/api/users/{user_id}");
-    // Both changes are under way before either is made: they wait for a lock of the test.
-    let mut lock = cluster.pool.begin().await.expect("begins");
-    sqlx::query("select from users for update").execute(&mut *lock).await.expect("locks");
-    let change = async |waiting: i64, body: Value| {
-        let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
-        let sent = tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await });
-        until("the change waits", Duration::from_secs(10), || async {
-            let waits =
-                "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-            (cluster.count(waits).await == waiting).then_some(())
-        })
-        .await;
-        sent
-    };
-    let disabled = change(1, json!({ "enabled": false })).await;
-    let renamed = change(2, json!({ "displayName": "Ada" })).await;
+    let lock = locked_users(&cluster).await;
+    let sent = [
+        waiting_change(&cluster, 1, &path, json!({ "enabled": false })).await,
+        waiting_change(&cluster, 2, &path, json!({ "displayName": "Ada" })).await,
+    ];
     lock.commit().await.expect("commits");
-    for answer in [disabled, renamed] {
-        assert_eq!(answer.await.expect("joins").expect("answers").status(), 200);
+    for answer in sent {
+        assert_eq!(answer.await.expect("joins"), 200);
     }
     let now = cluster.ok("GET", &path, None).await;
     assert_eq!((now["displayName"].as_str(), now["enabled"].as_bool()), (Some("Ada"), Some(false)), "{now}");
@@ -509,6 +525,34 @@ async fn where_there_is_no_administrator_among_the_users_they_are_changed_all_th
     let changed = cluster.ok("PUT", &path, Some(json!({ "displayName": "Ada" }))).await;
     assert_eq!(changed["displayName"], "Ada", "{changed}");
     cluster.ok("DELETE", &path, None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_a_person_triggers_is_manual_and_names_them_and_their_idempotency_keys_are_their_own() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let mut made = BTreeSet::new();
+    let mut names = Vec::new();
+    for n in 0..2 {
+        let (_, name) = user(&cluster, &["jobs:execute", "history:read"]).await;
+        let mut browser = Browser::new();
+        browser.sign_in(&cluster, n, &name, PASSWORD).await;
+        for api in 0..2 {
+            let url = format!("{}/api/jobs/{job}/run", cluster.url(api));
+            let headers = [("sec-fetch-site", "same-origin"), ("idempotency-key", "nightly")];
+            let (status, answer) = browser.call("POST", &url, Some(json!({})), &headers).await;
+            assert_eq!(status, 200, "{answer}");
+            made.insert(answer["executionId"].as_str().expect("an id").to_owned());
+        }
+        names.push(name);
+    }
+    assert_eq!(made.len(), 2, "one for each person: {made:?}");
+    for (execution, name) in made.iter().zip(&names) {
+        let execution = cluster.execution(execution).await;
+        assert_eq!(execution["trigger"], json!({ "type": "Manual", "label": name }), "{execution}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -96,6 +96,13 @@ async fn a_full_queue_refuses_with_429_and_a_stored_key_still_wins() {
     assert_eq!(cluster.count("select count(*) from executions").await, 3);
     let (status, replayed, _) = trigger_with_key(&cluster, 1, &job, "first", json!({})).await;
     assert_eq!((status, replayed), (200, true));
+    // A refusal is not kept: the same request is a new one when there is room.
+    assert_eq!(trigger_with_key(&cluster, 0, &job, "late", json!({})).await.0, 429);
+    let waiting = cluster.text("select id::text from executions order by seq desc limit 1").await;
+    cluster.ok("POST", &format!("/api/executions/{waiting}/cancel"), None).await;
+    let (status, replayed, made) = trigger_with_key(&cluster, 1, &job, "late", json!({})).await;
+    assert_eq!((status, replayed), (200, false), "{made}");
+    assert_eq!(cluster.execution(made["executionId"].as_str().expect("an id")).await["status"], "Pending");
 }
 
 #[tokio::test(flavor = "multi_thread")]
