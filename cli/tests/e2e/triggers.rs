@@ -28,6 +28,7 @@ async fn a_young_enough_backup_or_a_run_that_waits_is_reused_but_never_one_that_
     let waiting = futures::future::join_all((0..20).map(|_| trigger_with(&cluster, &job, young.clone()))).await;
     assert!(waiting.iter().all(|a| a["reused"] == true && a["executionId"] == first["executionId"]), "{waiting:?}");
     assert_eq!(cluster.count("select count(*) from executions").await, 1);
+    assert_eq!(cluster.count("select count(*) from audit_log where action = 'execution.reuse'").await, 20);
 
     // One that runs may have taken its snapshot before the request.
     sqlx::query("update executions set status = 'Running', started_at = clock_timestamp(), last_token = 1")

@@ -171,20 +171,27 @@ async fn no_acknowledged_trigger_is_lost_when_an_api_process_and_redis_are_kille
             Some(answer["executionId"].as_str().expect("an id").to_owned())
         }
     };
-    let triggers: Vec<_> = (0..300).map(|n| tokio::spawn(send(n % 2, n))).collect();
-    until("some are acknowledged", SOON, || async {
-        (cluster.count("select count(*) from executions").await > 20).then_some(())
+    let mut acknowledged = futures::future::join_all((0..100).map(|n| send(n % 2, n))).await;
+    assert!(acknowledged.iter().all(Option::is_some), "all are answered while nothing is wrong");
+    // The others are under way when the process dies: they wait for a lock of the test.
+    let mut lock = cluster.pool.begin().await.expect("begins");
+    sqlx::query("select from jobs for update").execute(&mut *lock).await.expect("locks");
+    let triggers: Vec<_> = (100..300).map(|n| tokio::spawn(send(n % 2, n))).collect();
+    until("both processes wait for the lock", SOON, || async {
+        let waiting =
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        (cluster.count(waiting).await == 2).then_some(())
     })
     .await;
     redis.kill();
     let retries: Vec<_> = (0..300).map(|n| send(1, n)).collect();
     cluster.apis[0].0.kill().await;
-    let mut acknowledged = Vec::new();
+    lock.commit().await.expect("commits");
     for trigger in triggers {
         acknowledged.push(trigger.await.expect("joins"));
     }
     let lost = acknowledged.iter().filter(|answer| answer.is_none()).count();
-    assert!(lost > 0, "nothing was under way when the process was killed: this proved nothing");
+    assert_eq!(lost, 100, "those of the process that died");
     let again = futures::future::join_all(retries).await;
     for (n, (first, again)) in acknowledged.iter().zip(&again).enumerate() {
         let again = again.as_ref().expect("the other process answers");
