@@ -11,7 +11,6 @@ use common::{
     execution::{self, Execution},
     id::ExecutionId,
 };
-use serde_json::Value;
 use tokio::time::{Duration, Instant};
 
 use crate::{
@@ -19,7 +18,7 @@ use crate::{
     error::ApiError,
     rate_limit::Decision,
     state::AppState,
-    watch::{Seen, body_of, find_with_artifacts},
+    watch::{Seen, Shown, find_with_artifacts},
 };
 
 /// Time between two looks whether the caller's credential still counts.
@@ -52,7 +51,7 @@ pub async fn until_over(
     caller: &Caller,
     id: ExecutionId,
     until: Instant,
-) -> Result<Arc<Value>, ApiError> {
+) -> Result<Arc<Shown>, ApiError> {
     // Registered before the question, or an end in between is missed.
     let mut watched = state.watcher.watch(id);
     let (first, mut body) = look(state, id).await?;
@@ -80,11 +79,11 @@ pub async fn until_over(
     }
 }
 
-async fn look(state: &AppState, id: ExecutionId) -> Result<(Option<Execution>, Arc<Value>), DbError> {
+async fn look(state: &AppState, id: ExecutionId) -> Result<(Option<Execution>, Arc<Shown>), DbError> {
     let ask = async |conn: &mut sqlx::PgConnection| find_with_artifacts(conn, &[id]).await;
     let (mut executions, artifacts) = state.db.within(ANSWER_TIMEOUT, ask).await?;
     let execution = executions.pop();
-    let body = execution.as_ref().map(|execution| Arc::new(body_of(execution, &artifacts))).unwrap_or_default();
+    let body = execution.as_ref().map(|execution| Arc::new(Shown::of(execution, &artifacts))).unwrap_or_default();
     if let Some(execution) = &execution {
         state.known.remember(execution, &body);
     }
@@ -92,14 +91,14 @@ async fn look(state: &AppState, id: ExecutionId) -> Result<(Option<Execution>, A
 }
 
 /// As [`until_over`] for a poll, which survives trouble: with the database away it gets the last state that this
-/// process knows, marked as stale, or is held until the database is back.
+/// process knows, marked as stale in its data, or is held until the database is back.
 pub async fn for_poll(
     state: &AppState,
     caller: &Caller,
     id: ExecutionId,
     until: Instant,
     hold_until: Instant,
-) -> Result<Arc<Value>, ApiError> {
+) -> Result<Arc<Shown>, ApiError> {
     loop {
         let refused = match until_over(state, caller, id, until).await {
             Err(error) if error.is_away() => error,
@@ -108,9 +107,9 @@ pub async fn for_poll(
         if let Some((execution, body)) = state.known.get(id)
             && caller.sees_execution(&execution)
         {
-            let mut body = (*body).clone();
-            body["stale"] = true.into();
-            return Ok(Arc::new(body));
+            let mut data = body.data.clone();
+            data["stale"] = true.into();
+            return Ok(Arc::new(Shown { data, ..Shown::default() }));
         }
         let Ok(_held) = state.held.try_acquire() else { return Err(refused) };
         if Instant::now() + RETRY > hold_until {
@@ -129,12 +128,12 @@ pub struct LastKnown(Mutex<Known>);
 
 #[derive(Default)]
 struct Known {
-    states: HashMap<ExecutionId, (Arc<Execution>, Arc<Value>)>,
+    states: HashMap<ExecutionId, (Arc<Execution>, Arc<Shown>)>,
     order: VecDeque<ExecutionId>,
 }
 
 impl LastKnown {
-    fn remember(&self, execution: &Execution, body: &Arc<Value>) {
+    fn remember(&self, execution: &Execution, body: &Arc<Shown>) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let state = (Arc::new(execution.clone()), body.clone());
         if known.states.insert(execution.id, state).is_none() {
@@ -147,7 +146,7 @@ impl LastKnown {
         }
     }
 
-    fn get(&self, id: ExecutionId) -> Option<(Arc<Execution>, Arc<Value>)> {
+    fn get(&self, id: ExecutionId) -> Option<(Arc<Execution>, Arc<Shown>)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).states.get(&id).cloned()
     }
 }

@@ -26,7 +26,7 @@ use crate::{
     error::ApiError,
     extract::{Segment, cursor},
     state::AppState,
-    watch::{MOST_RECENT, Seen, body_of, find_with_artifacts},
+    watch::{MOST_RECENT, Seen, Shown, find_with_artifacts},
 };
 
 /// Time between two looks whether the caller's credential still counts.
@@ -120,7 +120,7 @@ impl Follower<'_> {
         let execution = executions.into_iter().next().ok_or(Gone)?;
         self.catch_up().await?;
         watched.follow_log(self.after);
-        self.tell_status(body_of(&execution, &artifacts)).await?;
+        self.tell_status(Shown::of(&execution, &artifacts).data).await?;
         let mut over = execution.status.is_over();
         while !over {
             let Seen { execution, body, lines, lines_after } = watched.seen().await;
@@ -133,7 +133,7 @@ impl Follower<'_> {
             if over {
                 self.catch_up().await?;
             }
-            self.tell_status((*body).clone()).await?;
+            self.tell_status(body.data.clone()).await?;
         }
         self.send(Event::default().event("end").data("{}")).await
     }

@@ -202,7 +202,7 @@ impl Accepted {
         if let Some(until) = wait {
             // Acknowledged already: what goes wrong with the waiting must not look like a failed trigger.
             if let Ok(seen) = waiting::until_over(state, caller, self.id, until).await {
-                body["data"] = (*seen).clone();
+                body["data"] = seen.data.clone();
             }
         }
         let mut response = Json(body).into_response();
@@ -273,15 +273,19 @@ pub async fn get(
     Query(query): Query<PollQuery>,
     Extension(HoldUntil(hold_until)): Extension<HoldUntil>,
     decision: Option<Extension<Decision>>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Response, ApiError> {
     let (wants_logs, after, wait) = (query.wants_logs()?, query.logs_after()?, query.wait()?);
     let id = execution_id(&id)?;
     let pace = decision.map_or(Duration::ZERO, |Extension(decision)| waiting::pace(&decision));
     // A client that asked to wait is answered then; one that only polls a lot, before its hold is over.
     let until = (Instant::now() + wait).max((Instant::now() + pace).min(hold_until));
     let seen = waiting::for_poll(&state, &caller, id, until, hold_until).await?;
-    let mut body = (*seen).clone();
-    if body["status"] == Status::Pending.as_str() && body["type"] != "Group" {
+    let pending = seen.data["status"] == Status::Pending.as_str() && seen.data["type"] != "Group";
+    if !(pending || wants_logs || after.is_some() || seen.data.get("stale").is_some()) {
+        return Ok(([(header::CONTENT_TYPE, "application/json")], seen.answer.clone()).into_response());
+    }
+    let mut body = seen.data.clone();
+    if pending {
         body["queuePosition"] = json!(state.queue.position(&state, id).await);
     }
     let mut stale = body.as_object_mut().and_then(|body| body.remove("stale")).is_some();
@@ -301,7 +305,7 @@ pub async fn get(
     if stale {
         answer["stale"] = true.into();
     }
-    Ok(Json(answer))
+    Ok(Json(answer).into_response())
 }
 
 /// Query of the list.
