@@ -71,11 +71,9 @@ impl HttpArgs {
     }
 }
 
-/// A network, or one address.
 fn network(text: &str) -> Result<IpNet, ConfigError> {
     let text = text.trim();
-    let parsed = text.parse().ok().or_else(|| text.parse().ok().map(|address: std::net::IpAddr| address.into()));
-    parsed.ok_or_else(|| {
+    common::network::parse(text).ok_or_else(|| {
         ConfigError(format!("DBACKUP_TRUSTED_PROXIES: '{text}' is neither an address nor a network such as 10.0.0.0/8"))
     })
 }

@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 use utoipa::{
     Modify, OpenApi, ToSchema,
     openapi::{
-        Content, Ref, RefOr, Response as Answer, ResponseBuilder,
-        path::Operation,
+        Content, Object, Ref, RefOr, Required, Response as Answer, ResponseBuilder, Type,
+        path::{Operation, ParameterBuilder, ParameterIn},
         security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme},
     },
 };
@@ -338,6 +338,13 @@ fn complete(operation: &mut Operation, route: &Route) {
         }
     }
     if route.path.contains('{') {
+        let id = ParameterBuilder::new()
+            .name("id")
+            .parameter_in(ParameterIn::Path)
+            .required(Required::True)
+            .description(Some("id, or slug where the thing has one"))
+            .schema(Some(Object::with_type(Type::String)));
+        operation.parameters.get_or_insert_default().insert(0, id.build().into());
         failures.push(("404", "there is no such thing, or the key may not see it"));
     }
     if route.path == "/api/runs" {

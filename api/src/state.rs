@@ -102,11 +102,11 @@ impl AppState {
     }
 
     /// Changes something, and writes the audit log in the same transaction: neither is there without the other. A
-    /// change without events is rolled back.
+    /// change without an event is rolled back.
     pub async fn change<T>(
         &self,
         caller: &Caller,
-        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Vec<Event>), sqlx::Error>,
+        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Option<Event>), sqlx::Error>,
     ) -> Result<T, ApiError> {
         Ok(self.try_change(caller, change).await?)
     }
@@ -115,7 +115,7 @@ impl AppState {
     pub async fn try_change<T>(
         &self,
         caller: &Caller,
-        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Vec<Event>), sqlx::Error>,
+        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Option<Event>), sqlx::Error>,
     ) -> Result<T, DbError> {
         self.change_by(&caller.actor(), change).await
     }
@@ -124,13 +124,13 @@ impl AppState {
     pub async fn change_by<T>(
         &self,
         actor: &Actor,
-        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Vec<Event>), sqlx::Error>,
+        change: impl AsyncFnOnce(&mut PgConnection) -> Result<(T, Option<Event>), sqlx::Error>,
     ) -> Result<T, DbError> {
         let ask = async |conn: &mut PgConnection| {
             let mut tx = conn.begin().await?;
-            let (done, events) = change(&mut tx).await?;
-            if !events.is_empty() {
-                audit::record(&mut tx, actor, &events).await?;
+            let (done, event) = change(&mut tx).await?;
+            if event.is_some() {
+                audit::record(&mut tx, actor, event.as_slice()).await?;
                 tx.commit().await?;
             }
             Ok(done)

@@ -5,12 +5,12 @@ use std::{path::PathBuf, time::Duration};
 use chrono::Utc;
 use clap::Subcommand;
 use common::{
-    api_key::{self, Filter, KeyChange, KeyChanged, KeyInfo, NewApiKey},
+    api_key::{self, Filter, KeyChanged, KeyDraft, KeyInfo},
     audit::{self, Actor, Event},
     config::ConfigError,
     db::{ANSWER_TIMEOUT, StartError},
     id::{ApiKeyId, Reference},
-    job,
+    job, network,
     permission::PermissionSet,
 };
 use sqlx::{Connection, PgConnection};
@@ -85,7 +85,7 @@ pub async fn run(data: Option<PathBuf>, command: KeyCommand) -> Result<(), Start
 }
 
 enum Checked {
-    Create((NewApiKey, Vec<String>)),
+    Create((KeyDraft, Vec<String>)),
     List,
     Switch(ApiKeyId, bool),
     Rotate(ApiKeyId, Duration),
@@ -96,23 +96,23 @@ fn id_of(key: &OneKey) -> Result<ApiKeyId, ConfigError> {
     key.id.parse().map_err(|_| ConfigError(format!("'{}' is not the id of a key: dbackup key list shows them", key.id)))
 }
 
-fn check(create: CreateKey) -> Result<(NewApiKey, Vec<String>), ConfigError> {
+fn check(create: CreateKey) -> Result<(KeyDraft, Vec<String>), ConfigError> {
     let CreateKey { name, permissions, jobs, networks, expires_in_days } = create;
     if name.trim().is_empty() || name.chars().count() > 200 || name.chars().any(char::is_control) {
         return Err(ConfigError("--name: must have 1 to 200 characters and no control character".into()));
     }
     let permissions = PermissionSet::parse(&permissions).map_err(|e| ConfigError(format!("--permission: {e}")))?;
     let network = |text: &String| {
-        let parsed = text.parse().ok().or_else(|| text.parse().ok().map(|address: std::net::IpAddr| address.into()));
-        parsed.ok_or_else(|| ConfigError(format!("--network: '{text}' is not a network such as 10.0.0.0/8")))
+        network::parse(text)
+            .ok_or_else(|| ConfigError(format!("--network: '{text}' is not a network such as 10.0.0.0/8")))
     };
     let networks: Vec<_> = networks.iter().map(network).collect::<Result<_, _>>()?;
-    let new = NewApiKey {
+    let new = KeyDraft {
         name,
         permissions,
         networks: (!networks.is_empty()).then_some(networks),
         expires_at: expires_in_days.map(|days| Utc::now() + chrono::Duration::days(days.into())),
-        ..NewApiKey::default()
+        ..KeyDraft::default()
     };
     Ok((new, jobs))
 }
@@ -131,7 +131,7 @@ impl Checked {
                         None => return Ok(Err(format!("--job: there is no job '{name}'"))),
                     }
                 }
-                let (id, secret) = api_key::create(&mut tx, &new).await?;
+                let (id, secret) = api_key::create(&mut tx, &new, None).await?;
                 (secret.expose().to_owned(), Event::new("api-key.create", id, &new.name))
             }
             Checked::Switch(id, _) | Checked::Rotate(id, _) | Checked::Delete(id) => {
@@ -160,15 +160,7 @@ impl Checked {
                 Ok(Some((secret.expose().to_owned(), event("api-key.rotate"))))
             }
             Checked::Switch(_, enabled) => {
-                let change = KeyChange {
-                    name: key.name.clone(),
-                    permissions: key.permission_set(),
-                    jobs: key.job_ids.clone(),
-                    networks: key.parsed_networks(),
-                    limits: key.rate_limit,
-                    expires_at: key.expires_at,
-                    enabled: *enabled,
-                };
+                let change = KeyDraft { enabled: *enabled, ..KeyDraft::from(key) };
                 let KeyChanged::Done(_) = api_key::update(conn, key, &change).await? else { return Ok(None) };
                 Ok(Some((
                     format!("{} is {}", key.name, if *enabled { "enabled" } else { "disabled" }),

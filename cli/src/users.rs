@@ -144,17 +144,12 @@ async fn change(
             Changed::LastAdministrator => Changed::LastAdministrator,
         },
         (command, Some(old)) => {
-            let draft = UserDraft {
-                permissions: old.permission_set(),
-                name: old.name.clone(),
-                display_name: old.display_name.clone(),
-                password,
-                enabled: match command {
-                    UserCommand::Enable { .. } => true,
-                    UserCommand::Disable { .. } => false,
-                    _ => old.enabled,
-                },
+            let enabled = match command {
+                UserCommand::Enable { .. } => true,
+                UserCommand::Disable { .. } => false,
+                _ => old.enabled,
             };
+            let draft = UserDraft { password, enabled, ..UserDraft::from(&old) };
             user::update(&mut tx, &old, &draft).await?
         }
     };

@@ -16,6 +16,7 @@ pub mod execution;
 pub mod id;
 pub mod job;
 pub mod label;
+pub mod network;
 pub mod page;
 pub mod password;
 pub mod permission;

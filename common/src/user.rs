@@ -66,6 +66,19 @@ pub struct UserDraft {
     pub enabled: bool,
 }
 
+impl From<&User> for UserDraft {
+    /// A change that changes nothing.
+    fn from(user: &User) -> Self {
+        Self {
+            name: user.name.clone(),
+            display_name: user.display_name.clone(),
+            password: None,
+            permissions: user.permission_set(),
+            enabled: user.enabled,
+        }
+    }
+}
+
 /// Whether a name may be signed in with: 1 to 100 of letters, digits and `.-_@+`, in small letters.
 pub fn is_valid_name(name: &str) -> bool {
     let fits = |c: char| (c.is_alphanumeric() && !c.is_uppercase()) || ".-_@+".contains(c);

@@ -11,11 +11,11 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use common::{
-    api_key::{self, Filter, KeyChange, KeyChanged, KeyInfo, KeyLimits, NewApiKey},
+    api_key::{self, Filter, KeyChanged, KeyDraft, KeyInfo, KeyLimits},
     audit::Event,
     connection::FieldProblem,
     id::{ApiKeyId, JobId, Reference},
-    job,
+    job, network,
     permission::PermissionSet,
 };
 use ipnet::IpNet;
@@ -63,46 +63,39 @@ pub struct LimitsBody {
 
 impl KeyBody {
     /// The key as it shall be, with what is left out taken from `old`.
-    async fn whole(self, state: &AppState, caller: &Caller, old: Option<&KeyInfo>) -> Result<KeyChange, ApiError> {
+    async fn whole(self, state: &AppState, caller: &Caller, old: Option<&KeyInfo>) -> Result<KeyDraft, ApiError> {
         let mut check = Check::default();
-        let jobs = match self.job_ids {
-            None => old.and_then(|old| old.job_ids.clone()),
-            Some(None) => None,
-            Some(Some(names)) => Some(jobs_of(state, caller, &names, &mut check).await?),
-        };
-        let permissions = match (&self.permissions, old) {
-            (Some(names), _) => PermissionSet::parse(names).unwrap_or_else(|problem| {
+        let mut whole = old.map(KeyDraft::from).unwrap_or_default();
+        if let Some(name) = self.name {
+            whole.name = name;
+        }
+        if let Some(names) = self.job_ids {
+            whole.jobs = match names {
+                Some(names) => Some(jobs_of(state, caller, &names, &mut check).await?),
+                None => None,
+            };
+        }
+        if let Some(names) = self.permissions {
+            whole.permissions = PermissionSet::parse(&names).unwrap_or_else(|problem| {
                 check.refuse("permissions", &problem);
                 PermissionSet::default()
-            }),
-            (None, Some(old)) => old.permission_set(),
-            (None, None) => PermissionSet::default(),
-        };
-        let networks = match self.networks {
-            None => old.and_then(KeyInfo::parsed_networks),
-            Some(None) => None,
-            Some(Some(networks)) => Some(networks_of(&networks, &mut check)),
-        };
-        let limits = match self.rate_limit {
-            None => old.map(|old| old.rate_limit).unwrap_or_default(),
-            Some(limits) => limits.map(|l| KeyLimits { read: l.read, write: l.write }).unwrap_or_default(),
-        };
-        let whole = KeyChange {
-            name: self.name.or(old.map(|old| old.name.clone())).unwrap_or_default(),
-            permissions,
-            jobs,
-            networks,
-            limits,
-            expires_at: self.expires_at.unwrap_or(old.and_then(|old| old.expires_at)),
-            enabled: self.enabled.or(old.map(|old| old.enabled)).unwrap_or(true),
-        };
+            });
+        }
+        if let Some(networks) = self.networks {
+            whole.networks = networks.map(|networks| networks_of(&networks, &mut check));
+        }
+        if let Some(limits) = self.rate_limit {
+            whole.limits = limits.map(|l| KeyLimits { read: l.read, write: l.write }).unwrap_or_default();
+        }
+        whole.expires_at = self.expires_at.unwrap_or(whole.expires_at);
+        whole.enabled = self.enabled.unwrap_or(whole.enabled);
         check_whole(&whole, &mut check);
         check.done()?;
         Ok(whole)
     }
 }
 
-fn check_whole(key: &KeyChange, check: &mut Check) {
+fn check_whole(key: &KeyDraft, check: &mut Check) {
     check.name(&key.name);
     if key.name.chars().any(char::is_control) {
         check.refuse("name", "must have no control character");
@@ -147,7 +140,7 @@ fn networks_of(networks: &[String], check: &mut Check) -> Vec<IpNet> {
         check.refuse("networks", "must name between 1 and 100 networks, or be null for all");
     }
     let parsed = networks.iter().enumerate().filter_map(|(position, text)| {
-        let network = text.parse().ok().or_else(|| text.parse().ok().map(|address: std::net::IpAddr| address.into()));
+        let network = network::parse(text);
         if network.is_none() {
             check.refuse(&format!("networks.{position}"), "must be a network such as 10.0.0.0/8, or an address");
         }
@@ -156,62 +149,33 @@ fn networks_of(networks: &[String], check: &mut Check) -> Vec<IpNet> {
     parsed.collect()
 }
 
-/// What would be granted.
-struct Grant<'a> {
-    permissions: &'a PermissionSet,
-    jobs: Option<&'a [JobId]>,
-    networks: Option<&'a [IpNet]>,
-    expires_at: Option<DateTime<Utc>>,
-}
-
-impl<'a> Grant<'a> {
-    fn of(key: &'a KeyChange) -> Self {
-        Self {
-            permissions: &key.permissions,
-            jobs: key.jobs.as_deref(),
-            networks: key.networks.as_deref(),
-            expires_at: key.expires_at,
-        }
+/// Refuses what the caller does not hold itself, with the field that goes too far.
+fn check_grant(caller: &Caller, key: &KeyDraft) -> Result<(), ApiError> {
+    let mut fields = Vec::new();
+    let lacking = caller.permissions().lacking(&key.permissions);
+    if !lacking.is_empty() {
+        fields.push(FieldProblem::new("permissions", format!("you do not hold {} yourself", lacking.join(", "))));
     }
-
-    /// Refuses what the caller does not hold itself, with the field that goes too far.
-    fn check(&self, caller: &Caller) -> Result<(), ApiError> {
-        let mut fields = Vec::new();
-        let lacking = caller.permissions().lacking(self.permissions);
-        if !lacking.is_empty() {
-            fields.push(FieldProblem::new("permissions", format!("you do not hold {} yourself", lacking.join(", "))));
-        }
-        if caller.only().is_some_and(|mine| self.jobs.is_none_or(|jobs| jobs.iter().any(|job| !mine.contains(job)))) {
-            fields.push(FieldProblem::new("jobIds", "must name only jobs that you see yourself"));
-        }
-        let inside = |network: &IpNet, mine: &[IpNet]| mine.iter().any(|own| own.contains(network));
-        if caller
-            .networks()
-            .is_some_and(|mine| self.networks.is_none_or(|n| n.iter().any(|network| !inside(network, mine))))
-        {
-            fields.push(FieldProblem::new("networks", "must lie inside the networks that you may call from"));
-        }
-        if caller.expires_at().is_some_and(|mine| self.expires_at.is_none_or(|theirs| theirs > mine)) {
-            fields.push(FieldProblem::new("expiresAt", "must not be later than your own"));
-        }
-        if fields.is_empty() {
-            return Ok(());
-        }
-        let text: Vec<String> = fields.iter().map(|f| format!("{}: {}", f.field, f.message)).collect();
-        let error = format!("nobody grants what they do not hold: {}", text.join("; "));
-        Err(ApiError::new(StatusCode::FORBIDDEN, "grant_exceeds", error).with_fields(fields))
+    if caller.only().is_some_and(|mine| key.jobs.as_ref().is_none_or(|jobs| jobs.iter().any(|job| !mine.contains(job))))
+    {
+        fields.push(FieldProblem::new("jobIds", "must name only jobs that you see yourself"));
     }
-}
-
-fn may_grant(caller: &Caller, key: &KeyInfo) -> Result<(), ApiError> {
-    let (permissions, networks) = (key.permission_set(), key.parsed_networks());
-    let grant = Grant {
-        permissions: &permissions,
-        jobs: key.job_ids.as_deref(),
-        networks: networks.as_deref(),
-        expires_at: key.expires_at,
-    };
-    grant.check(caller)
+    let inside = |network: &IpNet, mine: &[IpNet]| mine.iter().any(|own| own.contains(network));
+    if caller
+        .networks()
+        .is_some_and(|mine| key.networks.as_ref().is_none_or(|n| n.iter().any(|network| !inside(network, mine))))
+    {
+        fields.push(FieldProblem::new("networks", "must lie inside the networks that you may call from"));
+    }
+    if caller.expires_at().is_some_and(|mine| key.expires_at.is_none_or(|theirs| theirs > mine)) {
+        fields.push(FieldProblem::new("expiresAt", "must not be later than your own"));
+    }
+    if fields.is_empty() {
+        return Ok(());
+    }
+    let text: Vec<String> = fields.iter().map(|f| format!("{}: {}", f.field, f.message)).collect();
+    let error = format!("nobody grants what they do not hold: {}", text.join("; "));
+    Err(ApiError::new(StatusCode::FORBIDDEN, "grant_exceeds", error).with_fields(fields))
 }
 
 fn not_found() -> ApiError {
@@ -250,58 +214,50 @@ pub async fn create(
     Body(body): Body<KeyBody>,
 ) -> Result<Response, ApiError> {
     let whole = body.whole(&state, &caller, None).await?;
-    Grant::of(&whole).check(&caller)?;
+    check_grant(&caller, &whole)?;
     if !whole.enabled {
         return Err(ApiError::invalid(vec![FieldProblem::new("enabled", "a new key is enabled: leave it out")]));
     }
-    let new = NewApiKey {
-        name: whole.name,
-        permissions: whole.permissions,
-        jobs: whole.jobs,
-        networks: whole.networks,
-        limits: whole.limits,
-        expires_at: whole.expires_at,
-        created_by: Some(caller.name().to_owned()),
-    };
     let (key, secret) = state
         .change(&caller, async |conn| {
-            let (id, secret) = api_key::create(conn, &new).await?;
+            let (id, secret) = api_key::create(conn, &whole, Some(caller.name())).await?;
             let key = api_key::find(conn, id).await?.ok_or(sqlx::Error::RowNotFound)?;
-            let event = Event::new("api-key.create", id, &new.name).with(json!({ "permissions": key.permissions }));
-            Ok(((key, secret), vec![event]))
+            let event = Event::new("api-key.create", id, &whole.name).with(json!({ "permissions": key.permissions }));
+            Ok(((key, secret), Some(event)))
         })
         .await?;
     Ok((StatusCode::CREATED, data(&with_secret(&key, secret.expose()))).into_response())
 }
 
 /// One key.
-#[utoipa::path(get, path = "/api/api-keys/{id}", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<KeyInfo>)))]
+#[utoipa::path(get, path = "/api/api-keys/{id}", tag = "api-keys", responses((status = 200, body = Data<KeyInfo>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, &id).await?))
 }
 
 /// Changes some fields. Switching a key off or taking rights away needs no rights of its own.
-#[utoipa::path(put, path = "/api/api-keys/{id}", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = KeyBody, responses((status = 200, body = Data<KeyInfo>)))]
+#[utoipa::path(put, path = "/api/api-keys/{id}", tag = "api-keys", request_body = KeyBody, responses((status = 200, body = Data<KeyInfo>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
+    let sent = fields_of(&raw);
     loop {
         let old = find(&state, &id).await?;
         let body: KeyBody = parse(&raw)?;
-        let only_off = body.enabled == Some(false) && fields_of(&raw)["fields"] == json!(["enabled"]);
+        let only_off = body.enabled == Some(false) && sent["fields"] == json!(["enabled"]);
         let whole = body.whole(&state, &caller, Some(&old)).await?;
         if !only_off {
-            Grant::of(&whole).check(&caller)?;
+            check_grant(&caller, &whole)?;
         }
         let changed = state
             .change(&caller, async |conn| {
                 let changed = api_key::update(conn, &old, &whole).await?;
-                let event = Event::new("api-key.update", old.id, &whole.name).with(fields_of(&raw));
-                let events = if matches!(changed, KeyChanged::Done(_)) { vec![event] } else { Vec::new() };
-                Ok((changed, events))
+                let event = Event::new("api-key.update", old.id, &whole.name).with(sent.clone());
+                let done = matches!(changed, KeyChanged::Done(_));
+                Ok((changed, done.then_some(event)))
             })
             .await?;
         match changed {
@@ -325,7 +281,7 @@ pub struct RotateBody {
 const MOST_GRACE: u64 = 2_592_000;
 
 /// Gives a key a new secret; the old one counts for the grace period, or no more.
-#[utoipa::path(post, path = "/api/api-keys/{id}/rotate", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = Option<RotateBody>, responses((status = 200, body = Data<KeyWithSecret>)))]
+#[utoipa::path(post, path = "/api/api-keys/{id}/rotate", tag = "api-keys", request_body = Option<RotateBody>, responses((status = 200, body = Data<KeyWithSecret>)))]
 pub async fn rotate(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -333,7 +289,7 @@ pub async fn rotate(
     Body(body): Body<RotateBody>,
 ) -> Result<Json<Value>, ApiError> {
     let old = find(&state, &id).await?;
-    may_grant(&caller, &old)?;
+    check_grant(&caller, &KeyDraft::from(&old))?;
     if body.grace_seconds > MOST_GRACE {
         return Err(ApiError::invalid(vec![FieldProblem::new("graceSeconds", "must be at most 2592000 (30 days)")]));
     }
@@ -343,8 +299,8 @@ pub async fn rotate(
             let key = api_key::find(conn, old.id).await?;
             let event =
                 Event::new("api-key.rotate", old.id, &old.name).with(json!({ "graceSeconds": body.grace_seconds }));
-            let events = if secret.is_some() { vec![event] } else { Vec::new() };
-            Ok((key.zip(secret), events))
+            let done = secret.is_some();
+            Ok((key.zip(secret), done.then_some(event)))
         })
         .await?;
     let (key, secret) = rotated.ok_or_else(not_found)?;
@@ -352,7 +308,7 @@ pub async fn rotate(
 }
 
 /// Deletes a key.
-#[utoipa::path(delete, path = "/api/api-keys/{id}", tag = "api-keys", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
+#[utoipa::path(delete, path = "/api/api-keys/{id}", tag = "api-keys", responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -362,8 +318,7 @@ pub async fn delete(
     let deleted = state
         .change(&caller, async |conn| {
             let deleted = api_key::delete(conn, old.id).await?;
-            let events = if deleted { vec![Event::new("api-key.delete", old.id, &old.name)] } else { Vec::new() };
-            Ok((deleted, events))
+            Ok((deleted, deleted.then(|| Event::new("api-key.delete", old.id, &old.name))))
         })
         .await?;
     if deleted { Ok(Json(json!({ "success": true }))) } else { Err(not_found()) }

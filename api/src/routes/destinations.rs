@@ -91,8 +91,8 @@ pub async fn create(
     let made = state
         .change(&caller, async |conn| {
             let made = destination::create(conn, &state.key, &draft).await?;
-            let events = made.iter().map(|m| Event::new("destination.create", m.id, &m.name)).collect();
-            Ok((made, events))
+            let event = made.as_ref().map(|m| Event::new("destination.create", m.id, &m.name));
+            Ok((made, event))
         })
         .await?;
     let made =
@@ -101,13 +101,13 @@ pub async fn create(
 }
 
 /// One destination.
-#[utoipa::path(get, path = "/api/destinations/{id}", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<Destination>)))]
+#[utoipa::path(get, path = "/api/destinations/{id}", tag = "destinations", responses((status = 200, body = Data<Destination>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, id).await?))
 }
 
 /// Changes some fields.
-#[utoipa::path(put, path = "/api/destinations/{id}", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = DestinationBody, responses((status = 200, body = Data<Destination>)))]
+#[utoipa::path(put, path = "/api/destinations/{id}", tag = "destinations", request_body = DestinationBody, responses((status = 200, body = Data<Destination>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -128,16 +128,15 @@ pub async fn update(
     let updated = state
         .change(&caller, async |conn| {
             let updated = destination::update(conn, &state.key, id, &draft).await?;
-            let events =
-                updated.iter().map(|u| Event::new("destination.update", id, &u.name).with(fields_of(&raw))).collect();
-            Ok((updated, events))
+            let event = updated.as_ref().map(|u| Event::new("destination.update", id, &u.name).with(fields_of(&raw)));
+            Ok((updated, event))
         })
         .await?;
     Ok(data(&updated.ok_or_else(|| ApiError::not_found("Destination", "destination_not_found"))?))
 }
 
 /// Deletes a destination that no job uses.
-#[utoipa::path(delete, path = "/api/destinations/{id}", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
+#[utoipa::path(delete, path = "/api/destinations/{id}", tag = "destinations", responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -147,8 +146,7 @@ pub async fn delete(
     let deleted = state
         .try_change(&caller, async |conn| {
             let deleted = destination::delete(conn, old.id).await?;
-            let events = if deleted { vec![Event::new("destination.delete", old.id, &old.name)] } else { Vec::new() };
-            Ok((deleted, events))
+            Ok((deleted, deleted.then(|| Event::new("destination.delete", old.id, &old.name))))
         })
         .await;
     match deleted {
@@ -162,7 +160,7 @@ pub async fn delete(
 }
 
 /// Has a worker write to it; the first time this leaves the marker of a local store.
-#[utoipa::path(post, path = "/api/destinations/{id}/test", tag = "destinations", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<TestResult>)))]
+#[utoipa::path(post, path = "/api/destinations/{id}/test", tag = "destinations", responses((status = 200, body = Data<TestResult>)))]
 pub async fn test(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     let destination = find(&state, id).await?;
     connection_test(&state, Target::Destination(destination.id), &destination.pool).await

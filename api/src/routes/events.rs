@@ -75,7 +75,7 @@ async fn over(state: &AppState, caller: &Caller, sender: &mpsc::Sender<Event>) {
 }
 
 /// The status of one execution and the lines of its log, each as it comes, then `end`.
-#[utoipa::path(get, path = "/api/executions/{id}/events", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one"), ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")), responses((status = 200, content_type = "text/event-stream", body = String)))]
+#[utoipa::path(get, path = "/api/executions/{id}/events", tag = "executions", params(("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")), responses((status = 200, content_type = "text/event-stream", body = String)))]
 pub async fn one(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

@@ -119,7 +119,7 @@ pub fn idempotency(headers: &HeaderMap, caller: &Caller, body: &[u8]) -> Result<
 }
 
 /// Triggers a job.
-#[utoipa::path(post, path = "/api/jobs/{id}/run", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one"), ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), request_body = Option<RunBody>, responses((status = 200, body = Triggered)))]
+#[utoipa::path(post, path = "/api/jobs/{id}/run", tag = "executions", params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), request_body = Option<RunBody>, responses((status = 200, body = Triggered)))]
 pub async fn trigger(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -265,7 +265,7 @@ impl PollQuery {
 }
 
 /// The state of an execution: what the contract's scripts poll.
-#[utoipa::path(get, path = "/api/executions/{id}", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one"), PollQuery), responses((status = 200, body = Polled)))]
+#[utoipa::path(get, path = "/api/executions/{id}", tag = "executions", params(PollQuery), responses((status = 200, body = Polled)))]
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -355,7 +355,7 @@ pub async fn list(
 }
 
 /// Asks an execution, or every member of a group, to stop.
-#[utoipa::path(post, path = "/api/executions/{id}/cancel", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
+#[utoipa::path(post, path = "/api/executions/{id}/cancel", tag = "executions", responses((status = 200, body = Done)))]
 pub async fn cancel(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -371,7 +371,7 @@ pub async fn cancel(
         }
         let stopped = done.iter().any(|(_, done)| matches!(done, Cancelled::Ended | Cancelled::Requested));
         let event = Event::new("execution.cancel", execution.id, &execution.job_name);
-        Ok((done, if stopped { vec![event] } else { Vec::new() }))
+        Ok((done, stopped.then_some(event)))
     };
     let done = state.change(&caller, change).await?;
     let of = |wanted: Cancelled| done.iter().filter(|(_, done)| *done == wanted).map(|(id, _)| *id).collect::<Vec<_>>();
@@ -392,7 +392,7 @@ pub async fn cancel(
 }
 
 /// Runs the job of an execution that has ended once more, with the same labels and priority.
-#[utoipa::path(post, path = "/api/executions/{id}/retry", tag = "executions", params(("id" = String, Path, description = "id, or slug where the thing has one"), ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), responses((status = 200, body = Triggered)))]
+#[utoipa::path(post, path = "/api/executions/{id}/retry", tag = "executions", params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), responses((status = 200, body = Triggered)))]
 pub async fn retry(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,

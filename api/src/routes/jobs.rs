@@ -199,11 +199,11 @@ pub async fn create(
     let draft = body.draft(None, source, destinations)?;
     let create = async |conn: &mut sqlx::PgConnection| {
         let created = job::create(conn, &draft).await?;
-        let events = match &created {
-            Created::Job(job) => vec![Event::new("job.create", job.id, &job.name)],
-            Created::SlugTaken => Vec::new(),
+        let event = match &created {
+            Created::Job(job) => Some(Event::new("job.create", job.id, &job.name)),
+            Created::SlugTaken => None,
         };
-        Ok((created, events))
+        Ok((created, event))
     };
     match state.change(&caller, create).await? {
         Created::Job(job) => Ok(created(&*job)),
@@ -212,7 +212,7 @@ pub async fn create(
 }
 
 /// One job.
-#[utoipa::path(get, path = "/api/jobs/{id}", tag = "jobs", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<Job>)))]
+#[utoipa::path(get, path = "/api/jobs/{id}", tag = "jobs", responses((status = 200, body = Data<Job>)))]
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -222,7 +222,7 @@ pub async fn get(
 }
 
 /// Changes some fields.
-#[utoipa::path(put, path = "/api/jobs/{id}", tag = "jobs", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = JobBody, responses((status = 200, body = Data<Job>)))]
+#[utoipa::path(put, path = "/api/jobs/{id}", tag = "jobs", request_body = JobBody, responses((status = 200, body = Data<Job>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -237,15 +237,15 @@ pub async fn update(
     let updated = state
         .change(&caller, async |conn| {
             let updated = job::update(conn, id, &draft).await?;
-            let events = updated.iter().map(|u| Event::new("job.update", id, &u.name).with(fields_of(&raw))).collect();
-            Ok((updated, events))
+            let event = updated.as_ref().map(|u| Event::new("job.update", id, &u.name).with(fields_of(&raw)));
+            Ok((updated, event))
         })
         .await?;
     Ok(data(&updated.ok_or_else(not_found)?))
 }
 
 /// Deletes a job; its artifacts and history stay.
-#[utoipa::path(delete, path = "/api/jobs/{id}", tag = "jobs", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
+#[utoipa::path(delete, path = "/api/jobs/{id}", tag = "jobs", responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -255,7 +255,7 @@ pub async fn delete(
     let delete = async |conn: &mut sqlx::PgConnection| {
         let deleted = job::delete(conn, old.id).await?;
         let gone = deleted == Deleted::Done;
-        Ok((deleted, if gone { vec![Event::new("job.delete", old.id, &old.name)] } else { Vec::new() }))
+        Ok((deleted, gone.then(|| Event::new("job.delete", old.id, &old.name))))
     };
     match state.change(&caller, delete).await? {
         Deleted::Done => Ok(Json(json!({ "success": true }))),

@@ -116,14 +116,14 @@ pub async fn sign_in(
         // What was typed may be a password in the wrong field: only the name of somebody who exists is written down.
         let actor = from.actor("Anonymous", known, if known.is_some() { &name } else { "unknown name" });
         let event = Event { action: "session.refuse", target_id: None, target_name: None, details: json!({}) };
-        state.change_by(&actor, async |_| Ok(((), vec![event]))).await?;
+        state.change_by(&actor, async |_| Ok(((), Some(event)))).await?;
         return Err(refused());
     };
     let agent = headers.get(header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let begin = async |conn: &mut sqlx::PgConnection| {
         let fresh = session::begin(conn, id, from.address, agent).await?;
         let event = Event::new("session.create", fresh.id, &name);
-        Ok((fresh, vec![event]))
+        Ok((fresh, Some(event)))
     };
     let fresh = state.change_by(&from.actor("User", Some(id), &name), begin).await?;
     signed_in(&state, fresh, from.tls).await
@@ -161,9 +161,9 @@ pub async fn refresh(State(state): State<AppState>, from: From, headers: HeaderM
         let event = match &renewed {
             Renewed::Fresh(fresh) => Event::new("session.renew", fresh.id, ""),
             Renewed::Stolen(user) => Event::new("session.stolen", user, ""),
-            Renewed::Unknown => return Ok((renewed, Vec::new())),
+            Renewed::Unknown => return Ok((renewed, None)),
         };
-        Ok((renewed, vec![event]))
+        Ok((renewed, Some(event)))
     };
     match state.change_by(&actor, renew).await? {
         Renewed::Fresh(fresh) => signed_in(&state, fresh, from.tls).await,
@@ -194,7 +194,7 @@ fn person(caller: &Caller) -> Result<(UserId, SessionId), ApiError> {
 async fn end(state: &AppState, caller: &Caller, id: SessionId, of: Option<UserId>) -> Result<bool, ApiError> {
     let end = async |conn: &mut sqlx::PgConnection| {
         let ended = session::end(conn, id, of).await?;
-        Ok((ended, if ended { vec![Event::new("session.delete", id, caller.name())] } else { Vec::new() }))
+        Ok((ended, ended.then(|| Event::new("session.delete", id, caller.name()))))
     };
     state.change(caller, end).await
 }
@@ -231,7 +231,7 @@ pub async fn list(
 }
 
 /// Ends a session: one's own, or anybody's for whoever may write users.
-#[utoipa::path(delete, path = "/api/sessions/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
+#[utoipa::path(delete, path = "/api/sessions/{id}", tag = "people", responses((status = 200, body = Done)))]
 pub async fn revoke(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -275,17 +275,11 @@ pub async fn change_password(
     }
     let password = hashed(&state, body.password).await?;
     let change = async |conn: &mut sqlx::PgConnection| {
-        let Some(old) = user::find(conn, id).await? else { return Ok((false, Vec::new())) };
-        let draft = UserDraft {
-            permissions: old.permission_set(),
-            name: old.name.clone(),
-            display_name: old.display_name.clone(),
-            password: Some(password),
-            enabled: old.enabled,
-        };
+        let Some(old) = user::find(conn, id).await? else { return Ok((false, None)) };
+        let draft = UserDraft { password: Some(password), ..UserDraft::from(&old) };
         let changed = matches!(user::update(conn, &old, &draft).await?, Changed::Done(_));
         let event = Event::new("user.update", id, &draft.name).with(json!({ "fields": ["password"] }));
-        Ok((changed, if changed { vec![event] } else { Vec::new() }))
+        Ok((changed, changed.then_some(event)))
     };
     if !state.change(&caller, change).await? {
         return Err(refused());

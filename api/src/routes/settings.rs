@@ -28,9 +28,9 @@ pub async fn change(
     let changed = async |conn: &mut sqlx::PgConnection| match setting::change(conn, &change).await {
         // No setting is a secret, so the log tells what they became.
         Ok(settings) => {
-            Ok((Ok(settings), vec![Event::new("settings.update", "settings", "settings").with(json!(change))]))
+            Ok((Ok(settings), Some(Event::new("settings.update", "settings", "settings").with(json!(change)))))
         }
-        Err(ChangeError::Refused(refused)) => Ok((Err(refused), Vec::new())),
+        Err(ChangeError::Refused(refused)) => Ok((Err(refused), None)),
         Err(ChangeError::Database(error)) => Err(error),
     };
     let settings = state.change(&caller, changed).await?.map_err(|refused| match refused {

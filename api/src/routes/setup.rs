@@ -85,11 +85,11 @@ pub async fn set_up(
     };
     let set_up = async |conn: &mut sqlx::PgConnection| {
         let set_up = user::set_up(conn, &state.key, &body.token, &draft).await?;
-        let events = match &set_up {
-            SetUp::Done(user) => vec![Event::new("user.set-up", user.id, &user.name)],
-            SetUp::AlreadyDone | SetUp::WrongToken => Vec::new(),
+        let event = match &set_up {
+            SetUp::Done(user) => Some(Event::new("user.set-up", user.id, &user.name)),
+            SetUp::AlreadyDone | SetUp::WrongToken => None,
         };
-        Ok((set_up, events))
+        Ok((set_up, event))
     };
     match state.change_by(&actor, set_up).await? {
         SetUp::Done(user) => Ok((StatusCode::CREATED, data(&user)).into_response()),

@@ -97,8 +97,8 @@ pub async fn create(
     let made = state
         .change(&caller, async |conn| {
             let made = source::create(conn, &state.key, &draft).await?;
-            let events = made.iter().map(|m| Event::new("source.create", m.id, &m.name)).collect();
-            Ok((made, events))
+            let event = made.as_ref().map(|m| Event::new("source.create", m.id, &m.name));
+            Ok((made, event))
         })
         .await?;
     let made = made.ok_or_else(|| ApiError::conflict("slug_taken", "another source has this slug: choose another"))?;
@@ -106,13 +106,13 @@ pub async fn create(
 }
 
 /// One source.
-#[utoipa::path(get, path = "/api/sources/{id}", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<Source>)))]
+#[utoipa::path(get, path = "/api/sources/{id}", tag = "sources", responses((status = 200, body = Data<Source>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, id).await?))
 }
 
 /// Changes some fields.
-#[utoipa::path(put, path = "/api/sources/{id}", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = SourceBody, responses((status = 200, body = Data<Source>)))]
+#[utoipa::path(put, path = "/api/sources/{id}", tag = "sources", request_body = SourceBody, responses((status = 200, body = Data<Source>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -133,16 +133,15 @@ pub async fn update(
     let updated = state
         .change(&caller, async |conn| {
             let updated = source::update(conn, &state.key, id, &draft).await?;
-            let events =
-                updated.iter().map(|u| Event::new("source.update", id, &u.name).with(fields_of(&raw))).collect();
-            Ok((updated, events))
+            let event = updated.as_ref().map(|u| Event::new("source.update", id, &u.name).with(fields_of(&raw)));
+            Ok((updated, event))
         })
         .await?;
     Ok(data(&updated.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))?))
 }
 
 /// Deletes a source that no job uses.
-#[utoipa::path(delete, path = "/api/sources/{id}", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
+#[utoipa::path(delete, path = "/api/sources/{id}", tag = "sources", responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -152,8 +151,7 @@ pub async fn delete(
     let deleted = state
         .try_change(&caller, async |conn| {
             let deleted = source::delete(conn, old.id).await?;
-            let events = if deleted { vec![Event::new("source.delete", old.id, &old.name)] } else { Vec::new() };
-            Ok((deleted, events))
+            Ok((deleted, deleted.then(|| Event::new("source.delete", old.id, &old.name))))
         })
         .await;
     match deleted {
@@ -167,7 +165,7 @@ pub async fn delete(
 }
 
 /// Has a worker sign in and look at every database.
-#[utoipa::path(post, path = "/api/sources/{id}/test", tag = "sources", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<TestResult>)))]
+#[utoipa::path(post, path = "/api/sources/{id}/test", tag = "sources", responses((status = 200, body = Data<TestResult>)))]
 pub async fn test(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     let source = find(&state, id).await?;
     connection_test(&state, Target::Source(source.id), &source.pool).await

@@ -166,31 +166,32 @@ pub async fn create(
             let event = |user: &User| {
                 Event::new("user.create", user.id, &user.name).with(json!({ "permissions": user.permissions }))
             };
-            let events = made.iter().map(event).collect();
-            Ok((made, events))
+            let event = made.as_ref().map(event);
+            Ok((made, event))
         })
         .await?;
     Ok(created(&made.ok_or_else(name_taken)?))
 }
 
 /// One user.
-#[utoipa::path(get, path = "/api/users/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Data<User>)))]
+#[utoipa::path(get, path = "/api/users/{id}", tag = "people", responses((status = 200, body = Data<User>)))]
 pub async fn get(State(state): State<AppState>, Segment(id): Segment) -> Result<Json<Value>, ApiError> {
     Ok(data(&find(&state, &id).await?))
 }
 
 /// Changes some fields. Who may do more than the caller can only be switched off.
-#[utoipa::path(put, path = "/api/users/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), request_body = UserBody, responses((status = 200, body = Data<User>)))]
+#[utoipa::path(put, path = "/api/users/{id}", tag = "people", request_body = UserBody, responses((status = 200, body = Data<User>)))]
 pub async fn update(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
+    let sent = fields_of(&raw);
     loop {
         let old = find(&state, &id).await?;
         let body: UserBody = parse(&raw)?;
-        let only_off = body.enabled == Some(false) && fields_of(&raw)["fields"] == json!(["enabled"]);
+        let only_off = body.enabled == Some(false) && sent["fields"] == json!(["enabled"]);
         let draft = body.draft(&state, Some(&old)).await?;
         if !only_off {
             check_unbound(&caller)?;
@@ -200,8 +201,8 @@ pub async fn update(
         let update = async |conn: &mut sqlx::PgConnection| {
             let changed = user::update(conn, &old, &draft).await?;
             let done = matches!(changed, Changed::Done(_));
-            let event = Event::new("user.update", old.id, &draft.name).with(fields_of(&raw));
-            Ok((changed, if done { vec![event] } else { Vec::new() }))
+            let event = Event::new("user.update", old.id, &draft.name).with(sent.clone());
+            Ok((changed, done.then_some(event)))
         };
         match state.try_change(&caller, update).await {
             Ok(Changed::Done(user)) => return Ok(data(&user)),
@@ -215,7 +216,7 @@ pub async fn update(
 }
 
 /// Deletes a user, and ends their sessions.
-#[utoipa::path(delete, path = "/api/users/{id}", tag = "people", params(("id" = String, Path, description = "id, or slug where the thing has one")), responses((status = 200, body = Done)))]
+#[utoipa::path(delete, path = "/api/users/{id}", tag = "people", responses((status = 200, body = Done)))]
 pub async fn delete(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
@@ -225,7 +226,7 @@ pub async fn delete(
     let delete = async |conn: &mut sqlx::PgConnection| {
         let changed = user::delete(conn, old.id).await?;
         let done = matches!(changed, Changed::Done(()));
-        Ok((changed, if done { vec![Event::new("user.delete", old.id, &old.name)] } else { Vec::new() }))
+        Ok((changed, done.then(|| Event::new("user.delete", old.id, &old.name))))
     };
     match state.change(&caller, delete).await? {
         Changed::Done(()) => Ok(Json(json!({ "success": true }))),

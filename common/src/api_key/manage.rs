@@ -63,7 +63,7 @@ pub struct KeyInfo {
 
 impl KeyInfo {
     /// Its permissions as a set.
-    pub fn permission_set(&self) -> PermissionSet {
+    fn permission_set(&self) -> PermissionSet {
         PermissionSet::of_stored(self.permissions.clone())
     }
 
@@ -73,16 +73,11 @@ impl KeyInfo {
             == (&other.name, &other.permissions, &other.job_ids, &other.networks)
             && (self.rate_limit, self.enabled, self.expires_at) == (other.rate_limit, other.enabled, other.expires_at)
     }
-
-    /// Its networks, parsed.
-    pub fn parsed_networks(&self) -> Option<Vec<IpNet>> {
-        self.networks.as_deref().map(networks_of_stored)
-    }
 }
 
-/// A key about to be made.
-#[derive(Clone, Debug, Default)]
-pub struct NewApiKey {
+/// A whole key to be stored, but for its secret.
+#[derive(Clone, Debug)]
+pub struct KeyDraft {
     /// Name for people.
     pub name: String,
     /// What it may do.
@@ -95,51 +90,67 @@ pub struct NewApiKey {
     pub limits: KeyLimits,
     /// Refused from this moment on.
     pub expires_at: Option<DateTime<Utc>>,
-    /// Name of the caller who makes it.
-    pub created_by: Option<String>,
-}
-
-/// A key as it shall be; the secret stays.
-#[derive(Clone, Debug)]
-pub struct KeyChange {
-    /// See [`NewApiKey`], for this and what follows.
-    pub name: String,
-    /// What it may do.
-    pub permissions: PermissionSet,
-    /// The only jobs it sees.
-    pub jobs: Option<Vec<JobId>>,
-    /// The only networks.
-    pub networks: Option<Vec<IpNet>>,
-    /// Limits of its own.
-    pub limits: KeyLimits,
-    /// Refused from this moment on.
-    pub expires_at: Option<DateTime<Utc>>,
     /// Whether it may be used.
     pub enabled: bool,
+}
+
+impl Default for KeyDraft {
+    /// It may be used, but for nothing yet.
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            permissions: PermissionSet::default(),
+            jobs: None,
+            networks: None,
+            limits: KeyLimits::default(),
+            expires_at: None,
+            enabled: true,
+        }
+    }
+}
+
+impl From<&KeyInfo> for KeyDraft {
+    /// A change that changes nothing.
+    fn from(key: &KeyInfo) -> Self {
+        Self {
+            name: key.name.clone(),
+            permissions: key.permission_set(),
+            jobs: key.job_ids.clone(),
+            networks: key.networks.as_deref().map(networks_of_stored),
+            limits: key.rate_limit,
+            expires_at: key.expires_at,
+            enabled: key.enabled,
+        }
+    }
 }
 
 fn text_of(networks: Option<&[IpNet]>) -> Option<Vec<String>> {
     networks.map(|networks| networks.iter().map(IpNet::to_string).collect())
 }
 
-/// Stores a new key and returns it with the plain text, which is not stored.
-pub async fn create(conn: &mut PgConnection, new: &NewApiKey) -> Result<(ApiKeyId, PlainKey), sqlx::Error> {
+/// Stores a new key, made by the caller of this name, and returns it with the plain text, which is not stored.
+pub async fn create(
+    conn: &mut PgConnection,
+    draft: &KeyDraft,
+    created_by: Option<&str>,
+) -> Result<(ApiKeyId, PlainKey), sqlx::Error> {
     let (id, plain) = (ApiKeyId::new(), PlainKey::generate());
-    let networks = text_of(new.networks.as_deref());
+    let networks = text_of(draft.networks.as_deref());
     sqlx::query!(
-        "insert into api_keys (id, name, secret_hash, hint, permissions, job_ids, networks, read_limit, write_limit, expires_at, created_by)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        "insert into api_keys (id, name, secret_hash, hint, permissions, job_ids, networks, read_limit, write_limit, expires_at, enabled, created_by)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
         id as _,
-        new.name,
+        draft.name,
         &plain.hash().0[..],
         plain.hint(),
-        &new.permissions.names(),
-        new.jobs.as_deref() as _,
+        &draft.permissions.names(),
+        draft.jobs.as_deref() as _,
         networks.as_deref(),
-        new.limits.read,
-        new.limits.write,
-        new.expires_at,
-        new.created_by,
+        draft.limits.read,
+        draft.limits.write,
+        draft.expires_at,
+        draft.enabled,
+        created_by,
     )
     .execute(conn)
     .await?;
@@ -227,7 +238,7 @@ pub async fn find(conn: &mut PgConnection, id: ApiKeyId) -> Result<Option<KeyInf
     Ok(page.rows.pop())
 }
 
-/// What became of a change.
+/// What became of a draft.
 #[derive(Debug)]
 pub enum KeyChanged {
     /// Done.
@@ -240,7 +251,7 @@ pub enum KeyChanged {
 
 /// Changes a key that was read as `old`. To be called in a transaction: the row is locked before it is compared, so
 /// that of two changes at once the second does not undo the first.
-pub async fn update(conn: &mut PgConnection, old: &KeyInfo, change: &KeyChange) -> Result<KeyChanged, sqlx::Error> {
+pub async fn update(conn: &mut PgConnection, old: &KeyInfo, draft: &KeyDraft) -> Result<KeyChanged, sqlx::Error> {
     let id = old.id;
     sqlx::query!("select id from api_keys where id = $1 for update", id as _).fetch_optional(&mut *conn).await?;
     match find(conn, id).await? {
@@ -248,20 +259,20 @@ pub async fn update(conn: &mut PgConnection, old: &KeyInfo, change: &KeyChange) 
         Some(now) if !now.is_like(old) => return Ok(KeyChanged::Stale),
         Some(_) => {}
     }
-    let networks = text_of(change.networks.as_deref());
+    let networks = text_of(draft.networks.as_deref());
     sqlx::query!(
         "update api_keys
             set name = $2, permissions = $3, job_ids = $4, networks = $5, read_limit = $6, write_limit = $7, expires_at = $8, enabled = $9
           where id = $1",
         id as _,
-        change.name,
-        &change.permissions.names(),
-        change.jobs.as_deref() as _,
+        draft.name,
+        &draft.permissions.names(),
+        draft.jobs.as_deref() as _,
         networks.as_deref(),
-        change.limits.read,
-        change.limits.write,
-        change.expires_at,
-        change.enabled,
+        draft.limits.read,
+        draft.limits.write,
+        draft.expires_at,
+        draft.enabled,
     )
     .execute(&mut *conn)
     .await?;

@@ -17,8 +17,7 @@ use crate::{
 };
 
 pub use manage::{
-    Filter, KeyChange, KeyChanged, KeyInfo, KeyLimits, NewApiKey, Use, create, delete, find, list, record_uses, rotate,
-    update,
+    Filter, KeyChanged, KeyDraft, KeyInfo, KeyLimits, Use, create, delete, find, list, record_uses, rotate, update,
 };
 
 const PREFIX: &str = "dbm_";

@@ -20,7 +20,7 @@ use std::{
 };
 
 use common::{
-    api_key::{self, NewApiKey},
+    api_key::{self, KeyDraft},
     permission::PermissionSet,
     seal::SealKey,
 };
@@ -304,8 +304,8 @@ impl Cluster {
     pub async fn scoped_key(&self, permissions: &[&str], jobs: Option<Vec<common::id::JobId>>) -> String {
         let mut conn = self.pool.acquire().await.expect("a connection");
         let permissions = PermissionSet::parse(permissions).expect("permissions");
-        let new = NewApiKey { name: "test".to_owned(), permissions, jobs, ..NewApiKey::default() };
-        api_key::create(&mut conn, &new).await.expect("a key").1.expose().to_owned()
+        let new = KeyDraft { name: "test".to_owned(), permissions, jobs, ..KeyDraft::default() };
+        api_key::create(&mut conn, &new, None).await.expect("a key").1.expose().to_owned()
     }
 
     /// A request with the administrator's key to one of the API processes, in turn.
