@@ -12,10 +12,17 @@ use axum::{
     middleware::Next,
     response::Response,
 };
-use common::telemetry::{TraceContext, trace_id};
+use common::{
+    audit::Actor,
+    telemetry::{TraceContext, trace_id},
+};
 use tracing::Instrument;
 
-use crate::{client_address::client_address, error::ErrorBody, state::AppState};
+use crate::{
+    client_address::client_address,
+    error::{ErrorBody, INTERNAL},
+    state::AppState,
+};
 
 /// Header with the request's id, the caller's where it is sane.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -31,24 +38,36 @@ const SECURITY_HEADERS: [(HeaderName, &str); 5] = [
     (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
 ];
 
-/// The id of the request.
+/// Where a request comes from. Everything takes it from the request's extensions.
 #[derive(Clone, Debug)]
-pub struct RequestId(pub String);
+pub struct Visitor {
+    /// The address of the client.
+    pub address: IpAddr,
+    /// Whether the client speaks TLS: a trusted proxy says so.
+    pub tls: bool,
+    /// The id of the request.
+    pub request_id: String,
+}
 
-/// The address of the client.
-#[derive(Clone, Copy, Debug)]
-pub struct ClientAddress(pub IpAddr);
+impl Visitor {
+    /// As the audit log names whoever sent the request.
+    pub fn actor(&self, kind: &'static str, id: Option<uuid::Uuid>, name: &str) -> Actor {
+        Actor {
+            kind,
+            id,
+            name: name.to_owned(),
+            address: Some(self.address),
+            request_id: Some(self.request_id.clone()),
+        }
+    }
+}
 
-/// Whether the client speaks TLS: a trusted proxy says so.
-#[derive(Clone, Copy, Debug)]
-pub struct ClientTls(pub bool);
-
-fn request_id(headers: &HeaderMap) -> RequestId {
+fn request_id(headers: &HeaderMap) -> String {
     let sane = |id: &&str| {
         (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b))
     };
     let given = headers.get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(sane);
-    RequestId(given.map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned))
+    given.map_or_else(|| uuid::Uuid::now_v7().to_string(), str::to_owned)
 }
 
 fn trace_context(headers: &HeaderMap) -> TraceContext {
@@ -69,14 +88,12 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
         "request",
         otel.name = %format!("{method} {route}"), otel.kind = "server",
         http.request.method = %method, http.route = %route, http.response.status_code = tracing::field::Empty,
-        request_id = %id.0, client.address = %address,
+        request_id = %id, client.address = %address,
     );
     trace_context(request.headers()).adopt(&span);
-    request.extensions_mut().insert(id.clone());
-    request.extensions_mut().insert(ClientAddress(address));
     let https = request.headers().get("x-forwarded-proto").is_some_and(|proto| proto == "https");
     let trusted = state.trusted_proxies.iter().any(|network| network.contains(&peer.to_canonical()));
-    request.extensions_mut().insert(ClientTls(https && trusted));
+    request.extensions_mut().insert(Visitor { address, tls: https && trusted, request_id: id.clone() });
     let mut response = next.run(request).instrument(span.clone()).await;
 
     let status = response.status();
@@ -85,7 +102,7 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
         response = envelope(response, &id);
     }
     let headers = response.headers_mut();
-    for (name, value) in [(REQUEST_ID, id.0.as_str()), (TRACE_ID, &trace_id(&span))] {
+    for (name, value) in [(REQUEST_ID, id.as_str()), (TRACE_ID, &trace_id(&span))] {
         if let Ok(value) = HeaderValue::from_str(value) {
             headers.insert(name, value);
         }
@@ -106,20 +123,20 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
 }
 
 /// Every failure has the same form, also one that a layer made without a body.
-fn envelope(mut response: Response, id: &RequestId) -> Response {
+fn envelope(mut response: Response, id: &str) -> Response {
     let status = response.status();
     let body = response.extensions_mut().remove::<ErrorBody>().unwrap_or_else(|| {
         let (code, error) = match status {
             StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "the body is too large"),
             StatusCode::SERVICE_UNAVAILABLE => ("timeout", "the request took too long; try again"),
             StatusCode::METHOD_NOT_ALLOWED => ("method_not_allowed", "this path has no such method"),
-            s if s.is_server_error() => ("internal_error", "internal error; the log has it under this requestId"),
+            s if s.is_server_error() => INTERNAL,
             _ => ("bad_request", "the request is not understood"),
         };
         ErrorBody { success: false, error: error.to_owned(), code, fields: Vec::new(), execution_id: None }
     });
     let mut json = serde_json::to_value(&body).unwrap_or_default();
-    json["requestId"] = id.0.clone().into();
+    json["requestId"] = id.into();
     let (mut parts, _) = response.into_parts();
     parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     parts.headers.remove(header::CONTENT_LENGTH);

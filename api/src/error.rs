@@ -7,6 +7,8 @@ use axum::{
 use common::{connection::FieldProblem, db::DbError};
 use serde::Serialize;
 
+/// Code and text of what clients are told of a bug.
+pub const INTERNAL: (&str, &str) = ("internal_error", "internal error; the log has it under this requestId");
 const DATABASE_AWAY: &str = "database_away";
 
 /// An answer that is not a success.
@@ -40,6 +42,11 @@ impl ApiError {
     pub fn new(status: StatusCode, code: &'static str, error: impl Into<String>) -> Self {
         let body = ErrorBody { success: false, error: error.into(), code, fields: Vec::new(), execution_id: None };
         Self { status, body, retry_after_seconds: None }
+    }
+
+    /// 500: a bug, of which the log tells.
+    pub fn internal() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, INTERNAL.0, INTERNAL.1)
     }
 
     /// 404 of a noun.
@@ -131,11 +138,7 @@ impl From<DbError> for ApiError {
             }
             None => tracing::error!(error = %common::error::Chain(&error), "a statement failed"),
         }
-        ApiError::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal_error",
-            "internal error; the log has it under this requestId",
-        )
+        ApiError::internal()
     }
 }
 

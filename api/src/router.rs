@@ -15,7 +15,7 @@ use tower_http::{catch_panic::CatchPanicLayer, limit::RequestBodyLimitLayer, tim
 
 use crate::{
     auth::{self, Access, Gate, HOLD},
-    context::{self, ClientAddress},
+    context::{self, Visitor},
     error::ApiError,
     openapi,
     rate_limit::LimitClass,
@@ -170,19 +170,19 @@ fn surrounded(router: Router<AppState>, state: AppState) -> Router {
         .with_state(state)
 }
 
-async fn unknown_route(state: State<AppState>, address: Extension<ClientAddress>, method: Method) -> ApiError {
+async fn unknown_route(state: State<AppState>, visitor: Extension<Visitor>, method: Method) -> ApiError {
     let error = ApiError::new(StatusCode::NOT_FOUND, "route_not_found", "there is no such route");
-    stray(&state, &address, &method).await.err().unwrap_or(error)
+    stray(&state, &visitor, &method).await.err().unwrap_or(error)
 }
 
-async fn wrong_method(state: State<AppState>, address: Extension<ClientAddress>, method: Method) -> ApiError {
+async fn wrong_method(state: State<AppState>, visitor: Extension<Visitor>, method: Method) -> ApiError {
     let error = ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path has no such method");
-    stray(&state, &address, &method).await.err().unwrap_or(error)
+    stray(&state, &visitor, &method).await.err().unwrap_or(error)
 }
 
-async fn stray(state: &AppState, address: &ClientAddress, method: &Method) -> Result<(), ApiError> {
+async fn stray(state: &AppState, visitor: &Visitor, method: &Method) -> Result<(), ApiError> {
     let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
-    auth::limit_stray(state, if reads { LimitClass::Read } else { LimitClass::Write }, address.0).await
+    auth::limit_stray(state, if reads { LimitClass::Read } else { LimitClass::Write }, visitor.address).await
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> axum::response::Response {

@@ -7,7 +7,7 @@ use std::{
 
 use axum::http::StatusCode;
 use common::{
-    db::{ANSWER_TIMEOUT, DbError},
+    db::ANSWER_TIMEOUT,
     execution::{self, Execution},
     id::ExecutionId,
 };
@@ -17,14 +17,15 @@ use crate::{
     auth::{Caller, HOLD},
     error::ApiError,
     rate_limit::Decision,
+    routes::executions::not_found,
     state::AppState,
-    watch::{Seen, Shown, find_with_artifacts},
+    watch::{Shown, find_with_artifacts},
 };
 
-/// Time between two looks whether the caller's credential still counts.
-const REVOKED: Duration = Duration::from_millis(500);
+/// Longest time between two looks whether a held request fits.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Time between two tries to reach a database that is away.
-const RETRY: Duration = Duration::from_millis(250);
+pub const RETRY: Duration = Duration::from_millis(250);
 /// States remembered for when the database is away.
 const MOST_KNOWN: usize = 4_096;
 /// Positions in the queue that are told.
@@ -41,8 +42,29 @@ pub fn pace(decision: &Decision) -> Duration {
     HOLD.min(decision.window / 3).mul_f64(((used - 0.1) / 0.7).clamp(0.0, 1.0))
 }
 
-fn not_found() -> ApiError {
-    ApiError::not_found("Execution", "execution_not_found")
+/// Waits, as one of the requests that this process holds; gives `refusal` when it may not, or no longer.
+pub async fn hold(state: &AppState, wait: Duration, until: Instant, refusal: ApiError) -> Result<(), ApiError> {
+    let Ok(_held) = state.held.try_acquire() else { return Err(refusal) };
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(refusal);
+    }
+    // Those who wait for the same moment must not come back in one burst, and a setting may change meanwhile.
+    let wait = wait.clamp(Duration::from_millis(20), LOOK_AGAIN).mul_f64(rand::random_range(1.0..1.1));
+    tokio::select! {
+        () = tokio::time::sleep(wait.min(left)) => Ok(()),
+        () = state.stop.cancelled() => Err(refusal),
+    }
+}
+
+/// An execution that the caller may see, with its answer.
+pub async fn look(state: &AppState, caller: &Caller, id: ExecutionId) -> Result<(Execution, Arc<Shown>), ApiError> {
+    let ask = async |conn: &mut sqlx::PgConnection| find_with_artifacts(conn, &[id]).await;
+    let (mut executions, artifacts) = state.ask(ask).await?;
+    let execution = executions.pop().filter(|execution| caller.sees_execution(execution)).ok_or_else(not_found)?;
+    let shown = Arc::new(Shown::of(&execution, &artifacts));
+    state.known.remember(&execution, &shown);
+    Ok((execution, shown))
 }
 
 /// The state of an execution at its end, or at `until`.
@@ -52,42 +74,33 @@ pub async fn until_over(
     id: ExecutionId,
     until: Instant,
 ) -> Result<Arc<Shown>, ApiError> {
+    if until <= Instant::now() {
+        // A plain poll: nobody waits, so nobody has to look for it again.
+        return Ok(look(state, caller, id).await?.1);
+    }
     // Registered before the question, or an end in between is missed.
     let mut watched = state.watcher.watch(id);
-    let (first, mut body) = look(state, id).await?;
-    let first = first.filter(|execution| caller.sees_execution(execution)).ok_or_else(not_found)?;
+    let (first, mut shown) = look(state, caller, id).await?;
     if first.status.is_over() {
-        return Ok(body);
+        return Ok(shown);
     }
-    let mut revoked = tokio::time::interval_at(Instant::now() + REVOKED, REVOKED);
+    let revoked = caller.loses_its_right(&state.memory);
+    tokio::pin!(revoked);
     loop {
         tokio::select! {
-            Seen { execution, body: seen, .. } = watched.seen() => {
-                body = seen;
-                if execution.status.is_over() {
-                    return Ok(body);
+            seen = watched.seen() => {
+                shown = seen.body;
+                if seen.execution.status.is_over() {
+                    return Ok(shown);
                 }
             }
-            () = tokio::time::sleep_until(until) => return Ok(body),
-            () = state.stop.cancelled() => return Ok(body),
-            _ = revoked.tick() => {
-                if !caller.still_counts(&state.memory).await.unwrap_or(true) {
-                    return Err(ApiError::new(StatusCode::UNAUTHORIZED, "key_revoked", "the right to wait for this was taken away"));
-                }
+            () = tokio::time::sleep_until(until) => return Ok(shown),
+            () = state.stop.cancelled() => return Ok(shown),
+            () = &mut revoked => {
+                return Err(ApiError::new(StatusCode::UNAUTHORIZED, "key_revoked", "the right to wait for this was taken away"));
             }
         }
     }
-}
-
-async fn look(state: &AppState, id: ExecutionId) -> Result<(Option<Execution>, Arc<Shown>), DbError> {
-    let ask = async |conn: &mut sqlx::PgConnection| find_with_artifacts(conn, &[id]).await;
-    let (mut executions, artifacts) = state.db.within(ANSWER_TIMEOUT, ask).await?;
-    let execution = executions.pop();
-    let body = execution.as_ref().map(|execution| Arc::new(Shown::of(execution, &artifacts))).unwrap_or_default();
-    if let Some(execution) = &execution {
-        state.known.remember(execution, &body);
-    }
-    Ok((execution, body))
 }
 
 /// As [`until_over`] for a poll, which survives trouble: with the database away it gets the last state that this
@@ -111,14 +124,7 @@ pub async fn for_poll(
             data["stale"] = true.into();
             return Ok(Arc::new(Shown { data, ..Shown::default() }));
         }
-        let Ok(_held) = state.held.try_acquire() else { return Err(refused) };
-        if Instant::now() + RETRY > hold_until {
-            return Err(refused);
-        }
-        tokio::select! {
-            () = tokio::time::sleep(RETRY) => {}
-            () = state.stop.cancelled() => return Err(refused),
-        }
+        hold(state, RETRY, hold_until, refused).await?;
     }
 }
 

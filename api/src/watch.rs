@@ -211,6 +211,11 @@ impl Inner {
         };
         let ((executions, artifacts), lines, listed) = self.db.within(TIMEOUT, ask).await?;
         self.publish(executions, &artifacts, lines);
+        if only.is_none() {
+            // What is on no list any more will not change: it is forgotten, however long somebody listens.
+            let still: HashSet<ExecutionId> = listed.iter().map(|execution| execution.id).collect();
+            known.retain(|id, _| still.contains(id));
+        }
         for execution in listed {
             let state = (format!("{:?}{}", execution.status, execution.stage), execution.progress);
             if known.insert(execution.id, state.clone()) != Some(state) {

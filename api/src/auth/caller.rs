@@ -1,7 +1,5 @@
 //! The caller of a request, as handlers see it: the holder of a key, or a person who is signed in.
 
-use std::net::IpAddr;
-
 use chrono::{DateTime, Utc};
 use common::{
     api_key::{ApiKey, HashedKey, Lookup},
@@ -13,8 +11,13 @@ use common::{
     session::SignedIn,
 };
 use ipnet::IpNet;
+use tokio::time::{Duration, Instant, interval_at};
 
 use super::{Access, memory::Memory};
+use crate::context::Visitor;
+
+/// Time between two looks whether a caller's credential still counts.
+const REVOKED: Duration = Duration::from_millis(500);
 
 /// What a request identified itself with.
 #[derive(Clone, Debug)]
@@ -48,14 +51,13 @@ impl Identity {
 pub struct Caller {
     identity: Identity,
     access: Access,
-    address: IpAddr,
-    request_id: String,
+    visitor: Visitor,
 }
 
 impl Caller {
     /// Whoever was identified, for what, from where, by which request.
-    pub fn new(identity: Identity, access: Access, address: IpAddr, request_id: &str) -> Self {
-        Self { identity, access, address, request_id: request_id.to_owned() }
+    pub fn new(identity: Identity, access: Access, visitor: Visitor) -> Self {
+        Self { identity, access, visitor }
     }
 
     fn key(&self) -> Option<&ApiKey> {
@@ -129,18 +131,23 @@ impl Caller {
 
     /// As the audit log names it.
     pub fn actor(&self) -> Actor {
-        Actor {
-            kind: if self.key().is_some() { "ApiKey" } else { "User" },
-            id: Some(self.id().0),
-            name: self.name().to_owned(),
-            address: Some(self.address),
-            request_id: Some(self.request_id.clone()),
+        let kind = if self.key().is_some() { "ApiKey" } else { "User" };
+        self.visitor.actor(kind, Some(self.id().0), self.name())
+    }
+
+    /// Comes to its end when the caller may no longer do what it was let in for, or sees fewer jobs: whoever waits or
+    /// streams watches it. While the database is away nothing is told anyway, so nothing is taken away either.
+    pub async fn loses_its_right(&self, memory: &Memory) {
+        let mut tick = interval_at(Instant::now() + REVOKED, REVOKED);
+        loop {
+            tick.tick().await;
+            if !self.still_counts(memory).await.unwrap_or(true) {
+                return;
+            }
         }
     }
 
-    /// Whether it may still do what it was let in for, and still sees every job that it saw; asked again and again by
-    /// whoever streams to it.
-    pub async fn still_counts(&self, memory: &Memory) -> Result<bool, DbError> {
+    async fn still_counts(&self, memory: &Memory) -> Result<bool, DbError> {
         let may = |permissions: &PermissionSet| match self.access {
             Access::Needs(permission) => permissions.allows(permission),
             Access::Open | Access::Identified => true,
@@ -148,7 +155,7 @@ impl Caller {
         match &self.identity {
             Identity::Key(key, hash) => Ok(match memory.look_up(hash).await? {
                 Lookup::Valid(now) => {
-                    now.allows_address(self.address) && may(&now.permissions) && !is_narrower(&now, key)
+                    now.allows_address(self.visitor.address) && may(&now.permissions) && !is_narrower(&now, key)
                 }
                 _ => false,
             }),

@@ -7,6 +7,7 @@ pub mod token;
 use std::{net::IpAddr, time::Duration};
 
 use axum::{
+    Extension,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, Method, StatusCode, header},
     middleware::Next,
@@ -21,17 +22,15 @@ use tokio::time::Instant;
 pub use caller::{Caller, Identity};
 
 use crate::{
-    context::{ClientAddress, RequestId},
+    context::Visitor,
     error::ApiError,
     rate_limit::{Decision, LimitClass, Subject},
     state::AppState,
+    waiting,
 };
 
 /// Longest time that a poll is held before it is refused or answered with a failure.
 pub const HOLD: Duration = Duration::from_secs(20);
-
-/// Longest time between two looks whether a held poll fits.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// When a held poll must be answered.
 #[derive(Clone, Copy, Debug)]
@@ -60,10 +59,14 @@ pub struct Gate {
 }
 
 /// The middleware of every route.
-pub async fn admit(State(gate): State<Gate>, mut request: Request, next: Next) -> Response {
+pub async fn admit(
+    State(gate): State<Gate>,
+    Extension(visitor): Extension<Visitor>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let hold_until = Instant::now() + HOLD;
-    let address = request.extensions().get::<ClientAddress>().map_or(IpAddr::from([0, 0, 0, 0]), |a| a.0);
-    let request_id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
+    let address = visitor.address;
     let identified = match gate.access {
         Access::Open => Ok(None),
         Access::Identified | Access::Needs(_) => gate.identify(request.headers(), address, hold_until).await.map(Some),
@@ -77,7 +80,7 @@ pub async fn admit(State(gate): State<Gate>, mut request: Request, next: Next) -
     let permitted = identified.and_then(|identity| {
         let Some(identity) = identity else { return Ok(None) };
         gate.permit(&identity, request.method(), request.headers())?;
-        Ok(Some(Caller::new(identity, gate.access, address, &request_id)))
+        Ok(Some(Caller::new(identity, gate.access, visitor)))
     });
     let response = match permitted {
         Ok(caller) => {
@@ -116,7 +119,7 @@ impl Gate {
         loop {
             match self.identify_once(headers, address).await {
                 Err(error) if self.limit == LimitClass::Poll && error.is_away() => {
-                    self.hold(Duration::from_millis(250), hold_until, error).await?;
+                    waiting::hold(&self.state, waiting::RETRY, hold_until, error).await?;
                 }
                 identity => return identity,
             }
@@ -205,22 +208,7 @@ impl Gate {
             if self.limit != LimitClass::Poll {
                 return Err((refused, decision));
             }
-            self.hold(decision.reset, hold_until, refused).await.map_err(|error| (error, decision))?;
-        }
-    }
-
-    /// Waits, as one of the requests that this process holds; gives `refusal` when it may not.
-    async fn hold(&self, wait: Duration, until: Instant, refusal: ApiError) -> Result<(), ApiError> {
-        let Ok(_held) = self.state.held.try_acquire() else { return Err(refusal) };
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(refusal);
-        }
-        // Those who wait for the same moment must not come back in one burst, and a setting may change meanwhile.
-        let wait = wait.clamp(Duration::from_millis(20), LOOK_AGAIN).mul_f64(rand::random_range(1.0..1.1));
-        tokio::select! {
-            () = tokio::time::sleep(wait.min(left)) => Ok(()),
-            () = self.state.stop.cancelled() => Err(refusal),
+            waiting::hold(&self.state, decision.reset, hold_until, refused).await.map_err(|error| (error, decision))?;
         }
     }
 }

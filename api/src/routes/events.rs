@@ -17,20 +17,19 @@ use futures::Stream;
 use serde_json::{Value, json};
 use tokio::{
     sync::{broadcast::error::RecvError, mpsc},
-    time::{Duration, Instant, interval_at},
+    time::Duration,
 };
 
-use super::executions::find;
+use super::executions::execution_id;
 use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Segment, cursor},
     state::AppState,
-    watch::{MOST_RECENT, Seen, Shown, find_with_artifacts},
+    waiting,
+    watch::{MOST_RECENT, Seen, Shown, Watched},
 };
 
-/// Time between two looks whether the caller's credential still counts.
-const REVOKED: Duration = Duration::from_millis(500);
 /// A comment this often keeps proxies from cutting a quiet stream.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Events that wait for a slow client; then its stream waits, and nobody else.
@@ -57,18 +56,8 @@ fn stream(receiver: mpsc::Receiver<Event>) -> Answer {
 
 /// Waits for what ends every stream: a credential that counts no more, the end of the process, a client that left.
 async fn over(state: &AppState, caller: &Caller, sender: &mpsc::Sender<Event>) {
-    let revoked = async {
-        let mut tick = interval_at(Instant::now() + REVOKED, REVOKED);
-        loop {
-            tick.tick().await;
-            // While the database is away nothing is told anyway.
-            if !caller.still_counts(&state.memory).await.unwrap_or(true) {
-                return;
-            }
-        }
-    };
     tokio::select! {
-        () = revoked => {}
+        () = caller.loses_its_right(&state.memory) => {}
         () = state.stop.cancelled() => {}
         () = sender.closed() => {}
     }
@@ -84,13 +73,16 @@ pub async fn one(
 ) -> Result<Answer, ApiError> {
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("x"));
     let after = cursor(last).map_err(|_| ApiError::malformed("Last-Event-ID", "is not the id of an event"))?;
-    let id = find(&state, &caller, &id).await?.id;
+    let id = execution_id(&id)?;
+    // Registered before the first look, or what happens in between is missed.
+    let watched = state.watcher.watch(id);
+    let (execution, shown) = waiting::look(&state, &caller, id).await?;
     let (sender, receiver) = mpsc::channel(BUFFER);
     tokio::spawn(async move {
         let mut follower =
             Follower { state: &state, sender: &sender, id, after: after.unwrap_or(0), status: Value::Null };
         tokio::select! {
-            _ = follower.follow() => {}
+            _ = follower.follow(watched, execution.status.is_over(), &shown) => {}
             () = over(&state, &caller, &sender) => {}
         }
     });
@@ -111,17 +103,10 @@ struct Follower<'a> {
 struct Gone;
 
 impl Follower<'_> {
-    async fn follow(&mut self) -> Result<(), Gone> {
-        // Registered before the first look, or what happens in between is missed.
-        let mut watched = self.state.watcher.watch(self.id);
-        let id = self.id;
-        let ask = async |conn: &mut sqlx::PgConnection| find_with_artifacts(conn, &[id]).await;
-        let (executions, artifacts) = self.state.ask(ask).await.map_err(|_| Gone)?;
-        let execution = executions.into_iter().next().ok_or(Gone)?;
+    async fn follow(&mut self, mut watched: Watched, mut over: bool, shown: &Shown) -> Result<(), Gone> {
         self.catch_up().await?;
         watched.follow_log(self.after);
-        self.tell_status(Shown::of(&execution, &artifacts).data).await?;
-        let mut over = execution.status.is_over();
+        self.tell_status(shown.data.clone()).await?;
         while !over {
             let Seen { execution, body, lines, lines_after } = watched.seen().await;
             // A look may have been missed, or have begun elsewhere: then the lines between are read here.

@@ -217,7 +217,8 @@ impl Accepted {
     }
 }
 
-fn not_found() -> ApiError {
+/// 404 of an execution, also of one that the caller may not see.
+pub fn not_found() -> ApiError {
     ApiError::not_found("Execution", "execution_not_found")
 }
 

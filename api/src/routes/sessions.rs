@@ -1,7 +1,5 @@
 //! `/api/session` and `/api/sessions`: people sign in and out.
 
-use std::net::IpAddr;
-
 use axum::{
     Extension, Json,
     extract::State,
@@ -9,7 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use common::{
-    audit::{Actor, Event},
+    audit::Event,
     connection::FieldProblem,
     id::{SessionId, UserId},
     password,
@@ -30,7 +28,7 @@ use crate::{
         Caller, other_origin,
         token::{self, REFRESH_COOKIE, TOKEN_SECONDS},
     },
-    context::{ClientAddress, ClientTls, RequestId},
+    context::Visitor,
     error::ApiError,
     extract::{Body, ListQuery, Query, Segment},
     openapi::{Data, Done, Identified, SignedInBody},
@@ -45,37 +43,6 @@ pub struct SignInBody {
     name: String,
     #[schema(value_type = String)]
     password: SecretString,
-}
-
-/// Where a request comes from.
-pub struct From {
-    address: IpAddr,
-    request_id: String,
-    tls: bool,
-}
-
-impl<S: Send + Sync> axum::extract::FromRequestParts<S> for From {
-    type Rejection = std::convert::Infallible;
-    async fn from_request_parts(parts: &mut axum::http::request::Parts, _: &S) -> Result<Self, Self::Rejection> {
-        let extensions = &parts.extensions;
-        Ok(Self {
-            address: extensions.get::<ClientAddress>().map_or(IpAddr::from([0, 0, 0, 0]), |a| a.0),
-            request_id: extensions.get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default(),
-            tls: extensions.get::<ClientTls>().is_some_and(|tls| tls.0),
-        })
-    }
-}
-
-impl From {
-    fn actor(&self, kind: &'static str, id: Option<UserId>, name: &str) -> Actor {
-        Actor {
-            kind,
-            id: id.map(|id| id.0),
-            name: name.to_owned(),
-            address: Some(self.address),
-            request_id: Some(self.request_id.clone()),
-        }
-    }
 }
 
 fn refused() -> ApiError {
@@ -96,7 +63,7 @@ async fn is_right(state: &AppState, stored: Option<user::Credentials>, password:
 #[utoipa::path(post, path = "/api/session", tag = "people", request_body = SignInBody, responses((status = 200, body = Data<SignedInBody>)))]
 pub async fn sign_in(
     State(state): State<AppState>,
-    from: From,
+    Extension(visitor): Extension<Visitor>,
     headers: HeaderMap,
     Body(body): Body<SignInBody>,
 ) -> Result<Response, ApiError> {
@@ -114,30 +81,27 @@ pub async fn sign_in(
     let known = stored.as_ref().map(|stored| stored.id);
     let Some(id) = is_right(&state, stored, body.password).await else {
         // What was typed may be a password in the wrong field: only the name of somebody who exists is written down.
-        let actor = from.actor("Anonymous", known, if known.is_some() { &name } else { "unknown name" });
+        let actor =
+            visitor.actor("Anonymous", known.map(|id| id.0), if known.is_some() { &name } else { "unknown name" });
         let event = Event { action: "session.refuse", target_id: None, target_name: None, details: json!({}) };
         state.change_by(&actor, async |_| Ok(((), Some(event)))).await?;
         return Err(refused());
     };
     let agent = headers.get(header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let begin = async |conn: &mut sqlx::PgConnection| {
-        let fresh = session::begin(conn, id, from.address, agent).await?;
+        let fresh = session::begin(conn, id, visitor.address, agent).await?;
         let event = Event::new("session.create", fresh.id, &name);
         Ok((fresh, Some(event)))
     };
-    let fresh = state.change_by(&from.actor("User", Some(id), &name), begin).await?;
-    signed_in(&state, fresh, from.tls).await
+    let fresh = state.change_by(&visitor.actor("User", Some(id.0), &name), begin).await?;
+    signed_in(&state, fresh, visitor.tls).await
 }
 
 async fn signed_in(state: &AppState, fresh: Fresh, tls: bool) -> Result<Response, ApiError> {
     let keys = state.memory.signing_keys(&state.key).await?;
     let token = token::issue(&keys, &state.instance, fresh.user, fresh.id).ok_or_else(|| {
         tracing::error!("no signing key opens with this encryption key");
-        ApiError::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal_error",
-            "internal error; the log has it under this requestId",
-        )
+        ApiError::internal()
     })?;
     let user = state.ask(async |conn| user::find(conn, fresh.user).await).await?.ok_or_else(refused)?;
     let mut response =
@@ -148,16 +112,20 @@ async fn signed_in(state: &AppState, fresh: Fresh, tls: bool) -> Result<Response
 
 /// Renews a session by its refresh cookie, which is replaced.
 #[utoipa::path(post, path = "/api/session/refresh", tag = "people", responses((status = 200, body = Data<SignedInBody>)))]
-pub async fn refresh(State(state): State<AppState>, from: From, headers: HeaderMap) -> Result<Response, ApiError> {
+pub async fn refresh(
+    State(state): State<AppState>,
+    Extension(visitor): Extension<Visitor>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
     if !token::is_same_origin(&headers) {
         return Err(other_origin());
     }
     let over = || ApiError::new(StatusCode::UNAUTHORIZED, "session_over", "the session is over: sign in");
     let presented = token::cookie(&headers, REFRESH_COOKIE).filter(|t| !t.is_empty()).ok_or_else(over)?;
     let presented = SecretString::from(presented);
-    let actor = from.actor("Anonymous", None, "a refresh token");
+    let actor = visitor.actor("Anonymous", None, "a refresh token");
     let renew = async |conn: &mut sqlx::PgConnection| {
-        let renewed = session::renew(conn, &presented, from.address).await?;
+        let renewed = session::renew(conn, &presented, visitor.address).await?;
         let event = match &renewed {
             Renewed::Fresh(fresh) => Event::new("session.renew", fresh.id, ""),
             Renewed::Stolen(user) => Event::new("session.stolen", user, ""),
@@ -166,9 +134,9 @@ pub async fn refresh(State(state): State<AppState>, from: From, headers: HeaderM
         Ok((renewed, Some(event)))
     };
     match state.change_by(&actor, renew).await? {
-        Renewed::Fresh(fresh) => signed_in(&state, fresh, from.tls).await,
+        Renewed::Fresh(fresh) => signed_in(&state, fresh, visitor.tls).await,
         Renewed::Stolen(user) => {
-            tracing::warn!(%user, address = %from.address, "a refresh token was used twice: its session is ended");
+            tracing::warn!(%user, address = %visitor.address, "a refresh token was used twice: its session is ended");
             Err(over())
         }
         Renewed::Unknown => Err(over()),
@@ -204,12 +172,12 @@ async fn end(state: &AppState, caller: &Caller, id: SessionId, of: Option<UserId
 pub async fn sign_out(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    from: From,
+    Extension(visitor): Extension<Visitor>,
 ) -> Result<Response, ApiError> {
     let (user, session) = person(&caller)?;
     end(&state, &caller, session, Some(user)).await?;
     let mut response = Json(json!({ "success": true })).into_response();
-    token::clear_cookies(response.headers_mut(), from.tls);
+    token::clear_cookies(response.headers_mut(), visitor.tls);
     Ok(response)
 }
 
@@ -262,7 +230,7 @@ pub struct PasswordBody {
 pub async fn change_password(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    from: From,
+    Extension(visitor): Extension<Visitor>,
     Body(body): Body<PasswordBody>,
 ) -> Result<Response, ApiError> {
     let (id, _) = person(&caller)?;
@@ -285,6 +253,6 @@ pub async fn change_password(
         return Err(refused());
     }
     let mut response = Json(json!({ "success": true, "message": "sign in with the new password" })).into_response();
-    token::clear_cookies(response.headers_mut(), from.tls);
+    token::clear_cookies(response.headers_mut(), visitor.tls);
     Ok(response)
 }

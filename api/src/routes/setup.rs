@@ -7,7 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use common::{
-    audit::{Actor, Event},
+    audit::Event,
     permission::PermissionSet,
     user::{self, SetUp, User, UserDraft},
 };
@@ -20,7 +20,7 @@ use super::{
     users::{check_display_name, check_name, check_password, hashed},
 };
 use crate::{
-    context::{ClientAddress, RequestId},
+    context::Visitor,
     error::ApiError,
     extract::Body,
     openapi::{Data, SetUpNeeded},
@@ -56,8 +56,7 @@ pub async fn needed(State(state): State<AppState>) -> Result<Json<Value>, ApiErr
 #[utoipa::path(post, path = "/api/setup", tag = "people", request_body = SetUpBody, responses((status = 201, body = Data<User>)))]
 pub async fn set_up(
     State(state): State<AppState>,
-    Extension(ClientAddress(address)): Extension<ClientAddress>,
-    Extension(RequestId(request_id)): Extension<RequestId>,
+    Extension(visitor): Extension<Visitor>,
     Body(body): Body<SetUpBody>,
 ) -> Result<Response, ApiError> {
     let mut check = Check::default();
@@ -76,13 +75,7 @@ pub async fn set_up(
         permissions: PermissionSet::parse(&["*"]).unwrap_or_default(),
         enabled: true,
     };
-    let actor = Actor {
-        kind: "Anonymous",
-        id: None,
-        name: draft.name.clone(),
-        address: Some(address),
-        request_id: Some(request_id),
-    };
+    let actor = visitor.actor("Anonymous", None, &draft.name);
     let set_up = async |conn: &mut sqlx::PgConnection| {
         let set_up = user::set_up(conn, &state.key, &body.token, &draft).await?;
         let event = match &set_up {
