@@ -319,19 +319,11 @@ async fn a_list_is_paged_by_cursor_and_an_insert_between_pages_shifts_nothing() 
     let mut path = "/api/executions?limit=3&status=Pending".to_owned();
     let mut seen = Vec::new();
     loop {
-        let response = cluster
-            .http
-            .get(format!("{}{path}", cluster.url(0)))
-            .bearer_auth(&cluster.admin_key)
-            .send()
-            .await
-            .expect("answers");
-        let link = response.headers().get("link").map(|l| l.to_str().expect("text").to_owned());
-        let body: Value = response.json().await.expect("JSON");
-        seen.extend(body["data"].as_array().expect("rows").iter().map(id));
+        let (page, next) = cluster.page(&path).await;
+        seen.extend(page);
         cluster.trigger(&job).await;
-        let Some(link) = link else { break };
-        path = link.trim_start_matches('<').split('>').next().expect("a URL").to_owned();
+        let Some(next) = next else { break };
+        path = next;
     }
     triggered.reverse();
     assert_eq!(seen, triggered, "newest first, each once");
@@ -342,19 +334,13 @@ async fn a_list_is_paged_by_cursor_and_an_insert_between_pages_shifts_nothing() 
 
 /// The ids on every page, from the first to the one without a next.
 async fn all_pages(cluster: &Cluster, first: &str) -> Vec<Vec<String>> {
-    let mut path = first.to_owned();
-    let mut pages = Vec::new();
-    loop {
-        let request = cluster.http.get(format!("{}{path}", cluster.url(0))).bearer_auth(&cluster.admin_key);
-        let response = request.send().await.expect("answers");
-        let link = response.headers().get("link").map(|l| l.to_str().expect("text").to_owned());
-        let body: Value = response.json().await.expect("JSON");
-        // Jobs are a bare array.
-        let rows = body.as_array().or(body["data"].as_array()).unwrap_or_else(|| panic!("{path}: {body}"));
-        pages.push(rows.iter().map(id).collect());
-        let Some(link) = link else { return pages };
-        path = link.trim_start_matches('<').split('>').next().expect("a URL").to_owned();
+    let (mut pages, mut next) = (Vec::new(), Some(first.to_owned()));
+    while let Some(path) = next {
+        let (page, after) = cluster.page(&path).await;
+        pages.push(page);
+        next = after;
     }
+    pages
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,13 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    process::Command,
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 
-use crate::harness::{Cluster, SOON, binary, id, source::PostgresSource, until};
+use crate::harness::{Cluster, SOON, id, source::PostgresSource, until};
 
 /// A key may be remembered by a process for half a second; the promise is one.
 const REVOKED: Duration = Duration::from_secs(1);
@@ -222,21 +221,11 @@ async fn keys_are_listed_found_changed_and_tell_their_last_use() {
     for n in 0..5 {
         names.insert(made(&cluster, json!({ "name": format!("key {n}"), "permissions": ["jobs:read"] })).await.0);
     }
-    let mut path = "/api/api-keys?limit=2&name=KEY".to_owned();
-    let mut seen = Vec::new();
-    loop {
-        let response = cluster
-            .http
-            .get(format!("{}{path}", cluster.url(0)))
-            .bearer_auth(&cluster.admin_key)
-            .send()
-            .await
-            .expect("answers");
-        let link = response.headers().get("link").map(|l| l.to_str().expect("text").to_owned());
-        let page: Value = response.json().await.expect("JSON");
-        seen.extend(page["data"].as_array().expect("rows").iter().map(id));
-        let Some(link) = link else { break };
-        path = link.trim_start_matches('<').split('>').next().expect("a URL").to_owned();
+    let (mut seen, mut next) = (Vec::new(), Some("/api/api-keys?limit=2&name=KEY".to_owned()));
+    while let Some(path) = next {
+        let (page, after) = cluster.page(&path).await;
+        seen.extend(page);
+        next = after;
     }
     assert_eq!((seen.len(), seen.iter().cloned().collect()), (5, names));
 
@@ -272,22 +261,8 @@ async fn keys_are_listed_found_changed_and_tell_their_last_use() {
 }
 
 /// `dbackup key …`.
-fn dbackup_key_command(cluster: &Cluster, args: &[&str]) -> Command {
-    let mut command = Command::new(binary("dbackup"));
-    command
-        .env_clear()
-        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-        .envs(cluster.env())
-        .arg("key")
-        .args(args);
-    command
-}
-
-/// Its exit code, what it printed and what it complained of.
 fn dbackup_key(cluster: &Cluster, args: &[&str]) -> (Option<i32>, String, String) {
-    let output = dbackup_key_command(cluster, args).output().expect("dbackup runs");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code(), text(&output.stdout), text(&output.stderr))
+    cluster.dbackup(&[&["key"], args].concat(), "")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -404,7 +379,7 @@ async fn a_key_that_is_disabled_stays_so_when_somebody_renames_it_at_the_same_ti
     let locked = lock().await;
     let renamed = change(json!({ "name": "renamed again" })).await;
     waits(1).await;
-    let mut disable = dbackup_key_command(&cluster, &["disable", &key]).spawn().expect("dbackup runs");
+    let mut disable = cluster.command(&["key", "disable", &key]).spawn().expect("dbackup runs");
     waits(2).await;
     locked.commit().await.expect("commits");
     assert_eq!(renamed.await.expect("joins").expect("answers").status(), 200);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use api::auth::Access;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::harness::{Cluster, id, unique};
 
@@ -24,10 +24,6 @@ async fn one_more(cluster: &Cluster) {
     cluster.ok("POST", "/api/session", Some(json!({ "name": name, "password": PASSWORD }))).await;
 }
 
-fn rows(body: &Value) -> Vec<String> {
-    body.as_array().or(body["data"].as_array()).unwrap_or_else(|| panic!("no rows in {body}")).iter().map(id).collect()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_list_is_paged_and_an_insert_between_two_pages_shifts_nothing() {
     let cluster = Cluster::build().workers(0).start().await;
@@ -43,19 +39,11 @@ async fn every_list_is_paged_and_an_insert_between_two_pages_shifts_nothing() {
         one_more(&cluster).await;
     }
     for list in lists {
-        let get = async |path: &str| {
-            let request = cluster.http.get(format!("{}{path}", cluster.url(0))).bearer_auth(&cluster.admin_key);
-            let response = request.send().await.expect("answers");
-            assert_eq!(response.status(), 200, "{path}");
-            let link = response.headers().get("link").map(|link| link.to_str().expect("text").to_owned());
-            let next = link.map(|link| link.trim_start_matches('<').split('>').next().expect("a URL").to_owned());
-            (rows(&response.json().await.expect("JSON")), next)
-        };
-        let (before, _) = get(&format!("{list}?limit=1000")).await;
+        let (before, _) = cluster.page(&format!("{list}?limit=1000")).await;
         assert!(before.len() >= 5, "{list}: {before:?}");
         let (mut seen, mut next) = (Vec::new(), Some(format!("{list}?limit=2")));
         while let Some(path) = next.filter(|_| seen.len() < before.len()) {
-            let (page, after) = get(&path).await;
+            let (page, after) = cluster.page(&path).await;
             assert!(page.len() <= 2, "{path}: {page:?}");
             if seen.is_empty() {
                 one_more(&cluster).await;

@@ -3,6 +3,7 @@
 
 pub mod audit;
 pub mod otlp;
+pub mod people;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
@@ -335,6 +336,20 @@ impl Cluster {
         let (status, answer) = self.request(method, path, body).await;
         assert!(status < 300, "{method} {path}: {status} {answer}");
         answer.get("data").cloned().unwrap_or(answer)
+    }
+
+    /// One page of a list: the ids on it and the path of the next, if there is one.
+    pub async fn page(&self, path: &str) -> (Vec<String>, Option<String>) {
+        let request = self.http.get(format!("{}{path}", self.url(0))).bearer_auth(&self.admin_key);
+        let response = request.send().await.unwrap_or_else(|e| panic!("{path}: {e}"));
+        assert_eq!(response.status(), 200, "{path}");
+        let link = response.headers().get("link").map(|link| link.to_str().expect("text").to_owned());
+        let next = link.map(|link| link.trim_start_matches('<').split('>').next().expect("a URL").to_owned());
+        let body: Value = response.json().await.expect("JSON");
+        // Jobs are a bare array.
+        let rows = if path.starts_with("/api/jobs?") || path == "/api/jobs" { &body } else { &body["data"] };
+        let rows = rows.as_array().unwrap_or_else(|| panic!("{path}: no rows in {body}"));
+        (rows.iter().map(id).collect(), next)
     }
 
     /// Makes a source; gives its id.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     os::unix::process::CommandExt,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
@@ -16,7 +16,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::until;
+use super::{Cluster, until};
 
 /// A program in the target folder, beside this test.
 pub fn binary(name: &str) -> PathBuf {
@@ -170,4 +170,24 @@ pub fn children_of(pid: Pid) -> Vec<Pid> {
 pub fn is_alive(pid: Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+impl Cluster {
+    /// `dbackup` on this cluster.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binary("dbackup"));
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).envs(&self.env).args(args);
+        command
+    }
+
+    /// Runs `dbackup` with this on its standard input; gives its exit code, what it printed and what it complained of.
+    pub fn dbackup(&self, args: &[&str], input: &str) -> (Option<i32>, String, String) {
+        let mut command = self.command(args);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("dbackup runs");
+        child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("writes");
+        let output = child.wait_with_output().expect("ends");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    }
 }
