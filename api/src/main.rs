@@ -8,6 +8,11 @@ use common::{config, db::Db, queue::Wakeups, seal::SealKey, shutdown, telemetry:
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+/// Many small pieces of an answer are made and freed by threads that did not make each other's: the system's allocator
+/// took a third of the time of two thousand answers at once.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Serves the REST API. Secrets come by environment: DATABASE_URL, DBACKUP_ENCRYPTION_KEY.
 #[derive(Parser)]
 #[command(name = "dbackup-api", version)]

@@ -12,6 +12,10 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use common::config;
 
+/// As in dbackup-api, which `up` runs.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Database backups by REST: run all of it in one process, or administer an instance.
 #[derive(Parser)]
 #[command(name = "dbackup", version)]
