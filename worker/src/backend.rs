@@ -130,7 +130,7 @@ impl Claimer {
             .await?;
         let count = claims.len();
         for (claim, slot) in claims.into_iter().zip(slots) {
-            let lease = Arc::new(Lease::new(claim, sent));
+            let lease = Arc::new(Lease::new(claim, sent, self.shared.config.timing.fence, self.shared.config.freeze));
             self.shared.keeper.keep(&lease);
             let claimed = Claimed { lease, _slot: Arc::new(slot) };
             if self.stop.is_cancelled() {

@@ -25,6 +25,9 @@ pub struct WorkerArgs {
     /// First pause before a failed run is tried again; doubles each time, in milliseconds
     #[arg(long, env = "DBACKUP_RETRY_PAUSE_MS", default_value_t = 10_000)]
     pub retry_pause_ms: u64,
+    /// How long a run stands still when the service's database does not answer, before it is killed, in seconds
+    #[arg(long, env = "DBACKUP_FREEZE_SECONDS", default_value_t = 600)]
+    pub freeze_seconds: u64,
     /// How long a dump of PostgreSQL waits for a table that somebody has locked before it fails, in seconds
     #[arg(long, env = "DBACKUP_LOCK_WAIT_SECONDS", default_value_t = 300)]
     pub lock_wait_seconds: u32,
@@ -54,6 +57,8 @@ pub struct WorkerConfig {
     pub drain: Duration,
     /// First pause before a retry.
     pub retry_pause: Duration,
+    /// How long a run may stand still without a heartbeat before it is killed.
+    pub freeze: Duration,
     /// Longest wait of a dump for a locked table.
     pub lock_wait: Duration,
     /// Where PostgreSQL's tools are looked for.
@@ -90,6 +95,12 @@ impl WorkerArgs {
                 timing.heartbeat_timeout.as_millis()
             ));
         }
+        if self.freeze_seconds > 3_600 {
+            return fail(format!(
+                "DBACKUP_FREEZE_SECONDS is {} but must be at most 3600; 0 kills at once",
+                self.freeze_seconds
+            ));
+        }
         // PostgreSQL takes 0 for "wait for ever", and no more milliseconds than fit into an int.
         if !(1..=86_400).contains(&self.lock_wait_seconds) {
             return fail(format!(
@@ -108,6 +119,7 @@ impl WorkerArgs {
             local_paths: self.local_paths,
             drain: Duration::from_secs(self.drain_seconds),
             retry_pause: Duration::from_millis(self.retry_pause_ms),
+            freeze: Duration::from_secs(self.freeze_seconds),
             lock_wait: Duration::from_secs(self.lock_wait_seconds.into()),
             postgres_bin: if self.postgres_bin.is_empty() { default_postgres_bin() } else { self.postgres_bin },
             mariadb_bin: if self.mariadb_bin.is_empty() { search_path() } else { self.mariadb_bin },

@@ -39,12 +39,7 @@ pub struct Keeper {
 impl Keeper {
     /// Starts the heartbeat, which goes on until `end`: that is after the drain, not at its beginning.
     pub fn start(db: Db, timing: Timing, wakeups: &Wakeups, end: CancellationToken) -> std::io::Result<Arc<Self>> {
-        let keeper = Arc::new(Self {
-            leases: Mutex::default(),
-            fence: Fence::start(timing.fence)?,
-            hurry: Notify::new(),
-            timing,
-        });
+        let keeper = Arc::new(Self { leases: Mutex::default(), fence: Fence::start()?, hurry: Notify::new(), timing });
         tokio::spawn(end.clone().run_until_cancelled_owned(keeper.clone().beat(db, wakeups.clone())));
         tokio::spawn(end.run_until_cancelled_owned(keeper.clone().hear_cancels(wakeups.clone())));
         Ok(keeper)
@@ -85,6 +80,7 @@ impl Keeper {
     async fn beat(self: Arc<Self>, db: Db, wakeups: Wakeups) {
         let mut conn: Option<PgConnection> = None;
         let mut last;
+        let mut silence = Silence::default();
         loop {
             let leases = self.all();
             // Not short-circuited: every flag must be taken.
@@ -97,24 +93,21 @@ impl Keeper {
                         .await;
                 match asked {
                     Ok(Ok(alive)) => {
+                        silence.over();
                         self.learn(&leases, &alive, sent);
                         if changed {
                             wakeups.tell(Notice::Changed(leases.iter().map(|l| l.claim.execution).collect()));
                         }
                     }
                     Ok(Err(error)) => {
-                        tracing::warn!(%error, runs = runs.len(), "a heartbeat failed");
+                        silence.goes_on(runs.len(), &error);
                         conn = None;
                         // Sooner than the next one is due: the fence does not wait.
                         tokio::time::sleep(self.timing.heartbeat / 8).await;
                         continue;
                     }
                     Err(_) => {
-                        tracing::warn!(
-                            runs = runs.len(),
-                            "a heartbeat was not answered within {} ms",
-                            self.timing.heartbeat_timeout.as_millis()
-                        );
+                        silence.goes_on(runs.len(), &"no answer in time");
                         conn = None;
                         continue;
                     }
@@ -156,7 +149,13 @@ impl Keeper {
                     }
                 }
                 // It may have finished while we asked: then it is no longer kept, and cutting it does nothing.
-                None if self.leases().contains_key(&lease.claim.token) => lease.cut(),
+                None if self.leases().contains_key(&lease.claim.token) => {
+                    tracing::error!(
+                        execution = %lease.claim.execution, token = %lease.claim.token,
+                        "the lease was lost: the run was ended, since another worker may have it"
+                    );
+                    lease.cut();
+                }
                 None => {}
             }
         }
@@ -175,6 +174,25 @@ impl Keeper {
                 Ok(_) | Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => return,
             }
+        }
+    }
+}
+
+/// Heartbeats that fail one after the other are told once, and then when they are answered again.
+#[derive(Default)]
+struct Silence(Option<Instant>);
+
+impl Silence {
+    fn goes_on(&mut self, runs: usize, why: &dyn std::fmt::Display) {
+        if self.0.is_none() {
+            tracing::warn!(runs, error = %why, "a heartbeat failed; trying again until one is answered");
+            self.0 = Some(Instant::now());
+        }
+    }
+
+    fn over(&mut self) {
+        if let Some(since) = self.0.take() {
+            tracing::info!(after_ms = since.elapsed().as_millis(), "heartbeats are answered again");
         }
     }
 }

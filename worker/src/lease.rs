@@ -34,7 +34,16 @@ pub struct ProcessGroups(Mutex<Groups>);
 #[derive(Debug, Default)]
 struct Groups {
     alive: BTreeSet<i32>,
-    closed: bool,
+    allowed: Allowed,
+}
+
+/// What the groups may do, those that are added later too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Allowed {
+    #[default]
+    Run,
+    StandStill,
+    Nothing,
 }
 
 impl ProcessGroups {
@@ -42,8 +51,10 @@ impl ProcessGroups {
     #[must_use]
     pub fn add(&self, group: i32) -> bool {
         let mut groups = lock(&self.0);
-        if groups.closed {
-            return false;
+        match groups.allowed {
+            Allowed::Nothing => return false,
+            Allowed::StandStill => send(group, Signal::SIGSTOP),
+            Allowed::Run => {}
         }
         groups.alive.insert(group)
     }
@@ -56,16 +67,38 @@ impl ProcessGroups {
     /// Sends a signal to every group.
     pub fn signal(&self, signal: Signal) {
         for group in &lock(&self.0).alive {
-            // ESRCH: it ended by itself.
-            let _ = killpg(Pid::from_raw(*group), signal);
+            send(*group, signal);
         }
     }
 
     /// Kills every group, and every one that is added later.
     pub fn kill(&self) {
-        lock(&self.0).closed = true;
-        self.signal(Signal::SIGKILL);
+        self.allow(Allowed::Nothing, Signal::SIGKILL);
     }
+
+    /// Has every group stand still, and every one that is added later.
+    fn freeze(&self) {
+        self.allow(Allowed::StandStill, Signal::SIGSTOP);
+    }
+
+    /// Lets the groups go on.
+    fn thaw(&self) {
+        self.allow(Allowed::Run, Signal::SIGCONT);
+    }
+
+    fn allow(&self, allowed: Allowed, signal: Signal) {
+        let mut groups = lock(&self.0);
+        // What is dead stays dead.
+        if groups.allowed != Allowed::Nothing || allowed == Allowed::Nothing {
+            groups.allowed = allowed;
+            groups.alive.iter().for_each(|group| send(*group, signal));
+        }
+    }
+}
+
+fn send(group: i32, signal: Signal) {
+    // ESRCH: it ended by itself.
+    let _ = killpg(Pid::from_raw(group), signal);
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -85,11 +118,30 @@ pub struct Lease {
     changed: std::sync::atomic::AtomicBool,
     /// When the newest acknowledged heartbeat was *sent*: only from then on is the lease known to last.
     acknowledged: watch::Sender<Instant>,
+    /// How long after that the run may be active.
+    fence: Duration,
+    /// Since when the run stands still, and how long it may.
+    frozen: watch::Sender<Option<Instant>>,
+    most_frozen: Mutex<Duration>,
+}
+
+/// What the fence made of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fenced {
+    /// It goes on, until then at least.
+    Active(Instant),
+    /// It stands still now.
+    Froze,
+    /// It stands still, until then at most.
+    Frozen(Instant),
+    /// It is over: it stood still for too long.
+    Cut,
 }
 
 impl Lease {
-    /// A lease whose claim was sent at `sent`.
-    pub fn new(claim: Claim, sent: Instant) -> Self {
+    /// A lease whose claim was sent at `sent`: its run may be active for `fence` after that and after each acknowledged
+    /// heartbeat, and then stands still for `most_frozen` before it ends.
+    pub fn new(claim: Claim, sent: Instant, fence: Duration, most_frozen: Duration) -> Self {
         Self {
             claim,
             groups: ProcessGroups::default(),
@@ -98,6 +150,9 @@ impl Lease {
             progress: Mutex::new((Stage::Initializing, 0)),
             changed: false.into(),
             acknowledged: watch::channel(sent).0,
+            fence,
+            frozen: watch::channel(None).0,
+            most_frozen: Mutex::new(most_frozen),
         }
     }
 
@@ -164,18 +219,75 @@ impl Lease {
         self.changed.load(std::sync::atomic::Ordering::Relaxed)
     }
 
-    /// A heartbeat sent at `sent` was acknowledged.
+    /// A heartbeat sent at `sent` was acknowledged: a run that stands still goes on.
     pub fn acknowledge(&self, sent: Instant) {
         self.acknowledged.send_if_modified(|last| {
             let newer = sent > *last;
             *last = sent.max(*last);
             newer
         });
+        self.frozen.send_if_modified(|frozen| {
+            // Under the lock of `enforce`. An answer that was long on its way proves nothing about now.
+            let Some(since) = frozen.filter(|_| self.falls_at() > Instant::now()) else { return false };
+            self.groups.thaw();
+            tracing::warn!(
+                execution = %self.claim.execution, token = %self.claim.token, frozen_ms = since.elapsed().as_millis(),
+                "the lease was revived: the run goes on"
+            );
+            *frozen = None;
+            true
+        });
     }
 
     /// When the run's activity must end unless another heartbeat is acknowledged.
-    pub fn fence_at(&self, fence: Duration) -> Instant {
-        *self.acknowledged.borrow() + fence
+    fn falls_at(&self) -> Instant {
+        *self.acknowledged.borrow() + self.fence
+    }
+
+    /// Stops the run's activity here and now, on the caller's thread, when its time is up.
+    pub fn enforce(&self, now: Instant) -> Fenced {
+        let mut fenced = Fenced::Active(self.falls_at());
+        self.frozen.send_if_modified(|frozen| {
+            let falls_at = self.falls_at();
+            fenced = match *frozen {
+                None if falls_at > now => Fenced::Active(falls_at),
+                None if self.most_frozen().is_zero() => Fenced::Cut,
+                None => {
+                    self.groups.freeze();
+                    *frozen = Some(now);
+                    Fenced::Froze
+                }
+                Some(since) if since + self.most_frozen() > now => Fenced::Frozen(since + self.most_frozen()),
+                Some(_) => Fenced::Cut,
+            };
+            fenced == Fenced::Froze
+        });
+        if fenced == Fenced::Cut {
+            self.cut();
+        }
+        fenced
+    }
+
+    fn most_frozen(&self) -> Duration {
+        *lock(&self.most_frozen)
+    }
+
+    /// The run cannot stand still for longer than this: something it is connected to would give it up.
+    pub fn limit_freeze(&self, most: Duration) {
+        let mut most_frozen = lock(&self.most_frozen);
+        *most_frozen = most.min(*most_frozen);
+    }
+
+    /// Waits until the run stands still, and gives since when.
+    pub async fn frozen(&self) -> Instant {
+        let mut frozen = self.frozen.subscribe();
+        let since = frozen.wait_for(Option::is_some).await.ok().and_then(|frozen| *frozen);
+        since.unwrap_or_else(Instant::now)
+    }
+
+    /// Waits until the run may be active.
+    pub async fn thawed(&self) {
+        let _ = self.frozen.subscribe().wait_for(Option::is_none).await;
     }
 
     /// Waits for a heartbeat that was sent after `since`.

@@ -11,6 +11,7 @@
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use common::{
+    db::ANSWER_TIMEOUT,
     execution::{
         Stage,
         claim::{self, Assignment},
@@ -29,7 +30,7 @@ use crate::{
     lease::{Lease, Stop},
     pipeline::{self, Attempt, Staging},
     run_log::RunLog,
-    service::Shared,
+    service::{Shared, patiently},
 };
 
 /// What a tool gets between SIGTERM and SIGKILL when somebody cancels: all of it is to be over within two seconds.
@@ -39,13 +40,20 @@ const CANCEL_GRACE: Duration = Duration::from_millis(1_200);
 pub async fn run(shared: Shared, claimed: Claimed) {
     let lease = claimed.lease.clone();
     let (log, log_writer) = RunLog::start(shared.db.clone(), lease.clone());
-    let (ending, span) = match assignment(&shared, &lease).await {
-        Ok(assignment) => {
+    let read = tokio::select! {
+        biased;
+        _ = lease.stopped() => None,
+        read = assignment(&shared, &lease) => Some(read),
+    };
+    let (ending, span) = match read {
+        Some(Ok(assignment)) => {
             let span = span_of(&assignment, &shared);
             let ending = attempt(&shared, &lease, &assignment, &log).instrument(span.clone()).await;
             (ending, span)
         }
-        Err(error) => (failed(&lease, error, &shared, 1), Span::none()),
+        Some(Err(error)) => (failed(&lease, error, &shared, 1), Span::none()),
+        // Nothing was begun; a cancel is recorded from its request.
+        None => (Ending::Released, Span::none()),
     };
     tell_log(&log, &ending);
     drop(log);
@@ -64,7 +72,8 @@ pub async fn abandon(shared: &Shared, lease: &Lease) {
 
 async fn assignment(shared: &Shared, lease: &Lease) -> Result<Assignment, RunError> {
     let claim = lease.claim;
-    let read = shared.db.within(common::db::ANSWER_TIMEOUT, async |conn| claim::assignment(conn, claim).await).await?;
+    let read =
+        patiently(|| shared.db.within(ANSWER_TIMEOUT, async |conn| claim::assignment(conn, claim).await)).await?;
     read.ok_or_else(|| RunError::give_up("job_gone", "the job was deleted before its run began"))
 }
 
@@ -101,7 +110,7 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
             .map_err(|_| RunError::retry("lease_lost", "the lease was lost before the backup was published"))?;
         pipeline::publish(attempt, staged).await
     };
-    let work = AssertUnwindSafe(work).catch_unwind();
+    let work = AssertUnwindSafe(unless_frozen(lease, log, work)).catch_unwind();
     let result = {
         tokio::pin!(work);
         let limit = Duration::from_secs(u64::try_from(assignment.job.timeout_seconds).unwrap_or(u64::MAX));
@@ -136,6 +145,21 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
             None => failed(lease, error, shared, assignment.claim.attempt),
         },
         Err(stop) => stopped(lease, stop, assignment),
+    }
+}
+
+/// Does `work`, but while the run is frozen: then it is not polled, so that it neither reads nor writes.
+async fn unless_frozen<T>(lease: &Lease, log: &RunLog, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    loop {
+        let since = tokio::select! {
+            biased;
+            since = lease.frozen() => since,
+            done = &mut work => return done,
+        };
+        log.warn("DBackup's own database does not answer: the run stands still until it does");
+        lease.thawed().await;
+        log.info(format!("the run goes on after {:.1} s", since.elapsed().as_secs_f64()));
     }
 }
 
@@ -185,13 +209,13 @@ fn tell_log(log: &RunLog, ending: &Ending) {
     }
 }
 
-/// How long an end that the database does not take is tried again. A success is worth more patience: its
-/// objects lie in their destinations already, and nobody else can publish them.
+/// How long an end that the database does not take is tried again, at least; as long as a run may be frozen. A success
+/// lies in its destinations already, and nobody else can publish it.
 const RECORD_PATIENCE: Duration = Duration::from_secs(60);
 
 async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
     let claim = lease.claim;
-    let give_up = tokio::time::Instant::now() + RECORD_PATIENCE;
+    let give_up = tokio::time::Instant::now() + RECORD_PATIENCE.max(shared.config.freeze);
     let mut pause = Duration::from_millis(100);
     let finished = loop {
         match shared.db.within(Duration::from_secs(5), async |conn| finish::finish(conn, claim, &ending).await).await {

@@ -12,7 +12,7 @@ use common::{
 };
 use tokio::{sync::mpsc, task::JoinHandle};
 
-use crate::lease::Lease;
+use crate::lease::{Lease, Stop};
 
 /// Lines are readable at most this late.
 const GATHER: Duration = Duration::from_millis(300);
@@ -32,7 +32,7 @@ impl RunLog {
     /// Starts the writing task; it ends when the last [`RunLog`] is dropped and everything is written.
     pub fn start(db: Db, lease: Arc<Lease>) -> (Self, JoinHandle<()>) {
         let (lines, receiver) = mpsc::channel(1024);
-        let writer = tokio::spawn(write(db, lease.claim, receiver));
+        let writer = tokio::spawn(write(db, lease.clone(), receiver));
         (Self { lease, lines }, writer)
     }
 
@@ -65,7 +65,7 @@ impl RunLog {
     }
 }
 
-async fn write(db: Db, claim: Claim, mut receiver: mpsc::Receiver<NewLine>) {
+async fn write(db: Db, lease: Arc<Lease>, mut receiver: mpsc::Receiver<NewLine>) {
     let mut batch = Vec::new();
     let mut written = 0;
     let mut open = true;
@@ -76,7 +76,7 @@ async fn write(db: Db, claim: Claim, mut receiver: mpsc::Receiver<NewLine>) {
             batch.retain(|line| matches!(line.level, Level::Error | Level::Success));
         }
         if !batch.is_empty() {
-            store(&db, claim, &batch).await;
+            store(&db, &lease, &batch).await;
         }
         written += batch.len();
         batch.clear();
@@ -97,15 +97,22 @@ async fn gather(receiver: &mut mpsc::Receiver<NewLine>, batch: &mut Vec<NewLine>
     true
 }
 
-async fn store(db: &Db, claim: Claim, batch: &[NewLine]) {
-    for _ in 0..3 {
+/// Writes a batch. While the database is away it is kept: the lines of an outage are worth the most.
+async fn store(db: &Db, lease: &Lease, batch: &[NewLine]) {
+    let claim = lease.claim;
+    let mut pause = GATHER;
+    while lease.stop_reason() != Some(Stop::Lost) {
         match db.within(Duration::from_secs(5), async |conn| append(conn, claim.token, batch).await).await {
-            Ok(true) => return,
-            // Another worker has the run; its log is not ours to write.
-            Ok(false) => return,
+            // Not taken: another worker has the run, and its log is not ours to write.
+            Ok(_) => return,
+            Err(error) if error.is_passing() => {
+                tracing::debug!(execution = %claim.execution, error = %common::error::Chain(&error), "log lines wait for the database");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(2));
+            }
             Err(error) => {
                 tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&error), "log lines could not be written");
-                tokio::time::sleep(GATHER).await;
+                return;
             }
         }
     }

@@ -3,7 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use apalis::{layers::WorkerBuilderExt, prelude::*};
-use common::{db::Db, execution::ticker::Rescuer, queue::Wakeups, seal::SealKey};
+use common::{
+    db::{Db, DbError},
+    execution::ticker::Rescuer,
+    queue::Wakeups,
+    seal::SealKey,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -27,6 +32,23 @@ pub struct Shared {
     pub wakeups: Wakeups,
     /// Keeps the leases.
     pub keeper: Arc<Keeper>,
+}
+
+/// Time between two tries of a run to reach the service's database.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
+
+/// Asks the service's database for a run. While it is away the run waits: its lease may still be revived, and when it is
+/// lost, or the run is stopped, this is dropped with the run.
+pub async fn patiently<T, F>(ask: impl Fn() -> F) -> Result<T, DbError>
+where
+    F: Future<Output = Result<T, DbError>>,
+{
+    loop {
+        match ask().await {
+            Err(error) if error.is_passing() => tokio::time::sleep(ASK_AGAIN).await,
+            answer => return answer,
+        }
+    }
 }
 
 /// Extra time after the drain for runs to clean up behind themselves.

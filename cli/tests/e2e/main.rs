@@ -12,6 +12,7 @@ mod configuration;
 mod contract;
 mod destinations;
 mod failover;
+mod freeze;
 mod keys;
 mod lifecycle;
 mod limits;

@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::harness::{
-    Cluster, SOON, id, postgres_url,
+    Cluster, SOON, id, postgres_port,
     proxy::{Mode, Proxy},
     source::PostgresSource,
-    sql, unique, until,
+    until,
 };
 
 /// A cluster where nothing runs yet, and a job.
@@ -350,12 +350,8 @@ async fn waits_and_streams_end_when_the_right_to_them_is_taken_away_and_only_the
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_database_away_a_poll_gets_the_last_known_state_or_is_held_for_twenty_seconds() {
-    let database = unique("away");
-    sql("postgres", &format!("create database {database}")).await;
-    let mut url = url::Url::parse(&postgres_url(&database)).expect("a URL");
-    let proxy = Proxy::start(url.port().expect("a port")).await;
-    url.set_port(Some(proxy.port)).expect("a port");
-    let cluster = Cluster::build().workers(0).on(url.into()).start().await;
+    let proxy = Proxy::start(postgres_port()).await;
+    let cluster = Cluster::build().workers(0).database_at(proxy.port).start().await;
     let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
     let destination = json!({ "name": "d", "kind": "local", "config": { "root": cluster.scratch } });
     let destination = id(&cluster.ok("POST", "/api/destinations", Some(destination)).await);

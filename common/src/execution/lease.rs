@@ -67,14 +67,19 @@ pub enum Rescue {
 /// database was unbroken for a whole lease: after an outage of the database the runs that live must get the
 /// chance to revive their leases first.
 ///
+/// A statement may lie in the network for as long as an outage lasts and be carried out at its end, before any heartbeat
+/// is. So the database's clock is asked first, and the statement does nothing when it arrives more than `patience`
+/// after that answer.
+///
 /// It needs no gate, since it only ever lowers the number of leases. The execution is locked before its lease
 /// (the lock order), and the lease's time is looked at again under the lock: a heartbeat may have won.
-pub async fn rescue(conn: &mut PgConnection) -> Result<Vec<Rescue>, sqlx::Error> {
+pub async fn rescue(conn: &mut PgConnection, patience: Duration) -> Result<Vec<Rescue>, sqlx::Error> {
+    let asked = sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(&mut *conn).await?;
     let rows = sqlx::query!(
         r#"with expired as materialized (
                select e.id, l.token
                  from execution_leases l join executions e on e.id = l.execution_id
-                where l.expires_at < clock_timestamp()
+                where l.expires_at < clock_timestamp() and clock_timestamp() < $2
                 order by e.id
                   for update of e skip locked
            ), dead as (
@@ -106,7 +111,8 @@ pub async fn rescue(conn: &mut PgConnection) -> Result<Vec<Rescue>, sqlx::Error>
                  from closed
            )
            select id as "id!: ExecutionId", status as "status!" from closed"#,
-        MAX_RESCUES
+        MAX_RESCUES,
+        asked + patience,
     )
     .fetch_all(conn)
     .await?;

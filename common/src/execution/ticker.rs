@@ -94,7 +94,8 @@ impl Rescuer {
     }
 
     async fn rescue(&self) -> Result<usize, DbError> {
-        let rescued = self.db.within(self.timing.heartbeat_timeout, async |conn| rescue(conn).await).await?;
+        let limit = self.timing.heartbeat_timeout;
+        let rescued = self.db.within(limit, async |conn| rescue(conn, limit).await).await?;
         tell(&rescued, &self.wakeups);
         Ok(rescued.len())
     }

@@ -25,7 +25,12 @@ use futures::{
 use tokio::{io::AsyncReadExt, process::ChildStdout, sync::mpsc};
 use tracing::Instrument;
 
-use crate::{failure::RunError, lease::Lease, run_log::RunLog, service::Shared};
+use crate::{
+    failure::RunError,
+    lease::Lease,
+    run_log::RunLog,
+    service::{Shared, patiently},
+};
 use compress::Compressed;
 use dump::{Dump, Inspected};
 use manifest::{FORMAT_VERSION, Manifest, ManifestObject};
@@ -61,11 +66,11 @@ impl Staging {
         let staged = Staged { store: target.store.clone(), path: path.to_owned(), upload_id: upload };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(staged);
         let claim = attempt.assignment.claim;
-        let recorded = attempt
-            .shared
-            .db
-            .within(ANSWER_TIMEOUT, async |conn| staged_object::record(conn, claim, target.id, path, upload_id).await)
-            .await?;
+        let db = &attempt.shared.db;
+        let recorded = patiently(|| {
+            db.within(ANSWER_TIMEOUT, async |conn| staged_object::record(conn, claim, target.id, path, upload_id).await)
+        })
+        .await?;
         if recorded { Ok(()) } else { Err(RunError::retry("lease_lost", "the lease was lost")) }
     }
 
@@ -142,6 +147,9 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
         .map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", assignment.source.slug)))?;
     let dump = Dump::new(&shared.config, access);
     let inspected = dump.inspect(&lease.groups, log).instrument(tracing::info_span!("source.inspect")).await?;
+    if let Some(most) = inspected.most_frozen {
+        lease.limit_freeze(most);
+    }
     log.info(format!(
         "{} {} with {}; about {} bytes in {} database(s)",
         assignment.source.engine.as_str(),

@@ -2,6 +2,7 @@
 //! that `make test` starts, with a database of its own for each test.
 
 pub mod audit;
+pub mod held;
 pub mod otlp;
 pub mod people;
 pub mod postgres;
@@ -56,6 +57,18 @@ fn variable(name: &str) -> String {
 pub fn postgres_url(database: &str) -> String {
     let mut url = url::Url::parse(&variable("POSTGRES_URL")).expect("POSTGRES_URL is a URL");
     url.set_path(database);
+    url.into()
+}
+
+/// Port of the test's PostgreSQL.
+pub fn postgres_port() -> u16 {
+    url::Url::parse(&postgres_url("postgres")).expect("a URL").port().expect("a port")
+}
+
+/// A database's URL with another port: a proxy's.
+pub fn at_port(url: &str, port: u16) -> String {
+    let mut url = url::Url::parse(url).expect("a URL");
+    url.set_port(Some(port)).expect("a port");
     url.into()
 }
 
@@ -123,12 +136,19 @@ pub struct Builder {
     limit: i32,
     rate_limits: Value,
     database_url: Option<String>,
+    database_port: Option<u16>,
 }
 
 impl Builder {
     /// On a database of a server of the test's own.
     pub fn on(mut self, url: String) -> Self {
         self.database_url = Some(url);
+        self
+    }
+
+    /// Its processes reach their database at this port: a proxy's. The test itself goes past it.
+    pub fn database_at(mut self, port: u16) -> Self {
+        self.database_port = Some(port);
         self
     }
 
@@ -186,6 +206,10 @@ impl Builder {
         std::fs::create_dir(&scratch).expect("a scratch folder");
         std::fs::create_dir(scratch.join("backups")).expect("a folder");
         let pool = PgPoolOptions::new().max_connections(4).connect(&database_url).await.expect("connects");
+        let database_url = match self.database_port {
+            Some(port) => at_port(&database_url, port),
+            None => database_url,
+        };
         let key_text = SealKey::generate();
         let mut env = self.env;
         for (name, value) in [
@@ -263,7 +287,7 @@ impl Cluster {
         }
         let none = json!({ "limit": 1_000_000 });
         let rate_limits = json!({ "read": none, "write": none, "signIn": none });
-        Builder { apis: 2, workers: 2, env, limit: 4, rate_limits, database_url: None }
+        Builder { apis: 2, workers: 2, env, limit: 4, rate_limits, database_url: None, database_port: None }
     }
 
     /// The default.

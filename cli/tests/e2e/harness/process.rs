@@ -168,8 +168,17 @@ pub fn children_of(pid: Pid) -> Vec<Pid> {
 
 /// Whether a process lives; a zombie does not.
 pub fn is_alive(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    state(pid).is_some_and(|state| state != 'Z')
+}
+
+/// Whether a process lives and does nothing, since somebody stopped it.
+pub fn stands_still(pid: Pid) -> bool {
+    state(pid) == Some('T')
+}
+
+fn state(pid: Pid) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 impl Cluster {

@@ -1,6 +1,9 @@
 //! MariaDB and MySQL by `mariadb-dump` or `mysqldump --single-transaction`: consistent for InnoDB tables.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use chrono::DateTime;
 use common::source::{Engine, SourceAccess, TlsMode};
@@ -12,7 +15,7 @@ use crate::{failure::RunError, lease::ProcessGroups};
 /// Last line of a whole dump.
 pub const LAST_LINE: &[u8] = b"-- Dump completed";
 
-const QUESTION: &str = "select 'server', version(), unix_timestamp(now(6)); \
+const QUESTION: &str = "select 'server', version(), unix_timestamp(now(6)), @@net_write_timeout; \
      select 'database', s.schema_name, coalesce(sum(t.data_length + t.index_length), 0) \
        from information_schema.schemata s left join information_schema.tables t on t.table_schema = s.schema_name \
       group by s.schema_name; \
@@ -84,10 +87,10 @@ fn read_answer(
     let mut encrypted = false;
     for line in answer.lines() {
         match line.split('\t').collect::<Vec<_>>()[..] {
-            ["server", version, at] => {
+            ["server", version, at, write_timeout] => {
                 #[allow(clippy::cast_possible_truncation, reason = "microseconds of our century fit")]
                 let at = at.parse::<f64>().ok().and_then(|at| DateTime::from_timestamp_micros((at * 1e6) as i64));
-                server = at.map(|at| (version.to_owned(), at));
+                server = at.map(|at| (version.to_owned(), at, write_timeout.parse().unwrap_or(60)));
             }
             ["database", name, size] => {
                 sizes.insert(name.to_owned(), size.parse::<f64>().unwrap_or(0.0));
@@ -96,7 +99,7 @@ fn read_answer(
             _ => {}
         }
     }
-    let Some((server_version, snapshot_at)) = server else {
+    let Some((server_version, snapshot_at, write_timeout)) = server else {
         return Err(RunError::retry("source_failed", "the server's answer about its version was not understood"));
     };
     // MariaDB's tools take `ssl` for a wish and go on in the clear where the server has none.
@@ -117,7 +120,9 @@ fn read_answer(
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate")]
         databases.push(Database { name: name.clone(), estimate: *size as u64 });
     }
-    Ok(Inspected { server_version, tool_version, tool, snapshot_at, databases })
+    // A server that cannot send to a tool that stands still gives it up after net_write_timeout.
+    let most_frozen = Some(Duration::from_secs(write_timeout) * 5 / 6);
+    Ok(Inspected { server_version, tool_version, tool, snapshot_at, databases, most_frozen })
 }
 
 /// The dump of one database, without `create database` or `use`, so that it can be restored under another name.

@@ -48,6 +48,8 @@ pub struct Inspected {
     pub snapshot_at: DateTime<Utc>,
     /// Every database that will be dumped.
     pub databases: Vec<Database>,
+    /// How long the server keeps a connection to a tool that takes nothing; `None` for ever.
+    pub most_frozen: Option<Duration>,
 }
 
 /// One database.

@@ -56,7 +56,14 @@ pub async fn inspect(
     }
     let (tool, warning) = choose(&tools, major)?;
     Ok((
-        Inspected { server_version: version, tool_version: tool.version, tool: tool.path, snapshot_at, databases },
+        Inspected {
+            server_version: version,
+            tool_version: tool.version,
+            tool: tool.path,
+            snapshot_at,
+            databases,
+            most_frozen: None,
+        },
         warning,
     ))
 }
