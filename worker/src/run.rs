@@ -245,3 +245,45 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
     shared.wakeups.tell(Notice::Changed(vec![claim.execution]));
     shared.wakeups.tell(Notice::Work);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicU32, Ordering},
+        time::Instant,
+    };
+
+    use common::{
+        execution::claim::{Claim, Token},
+        id::ExecutionId,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_frozen_run_is_not_polled_until_a_heartbeat_is_acknowledged() {
+        let claim = Claim { execution: ExecutionId::new(), token: Token(1), slot: 1, attempt: 1 };
+        let second = Duration::from_secs(1);
+        let lease = Arc::new(Lease::new(claim, Instant::now(), second * 60, second * 600));
+        let (began, steps, log) = (Instant::now(), AtomicU32::new(0), RunLog::unheard(lease.clone()));
+        let work = async {
+            while steps.fetch_add(1, Ordering::Relaxed) < 1_000 {
+                tokio::task::yield_now().await;
+            }
+        };
+        let freeze = async {
+            lease.enforce(began + second * 61);
+            let before = steps.load(Ordering::Relaxed);
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(steps.load(Ordering::Relaxed), before, "it went on while it was frozen");
+            lease.acknowledge(Instant::now());
+        };
+        tokio::join!(unless_frozen(&lease, &log, work), async {
+            tokio::task::yield_now().await;
+            freeze.await;
+        });
+        assert_eq!(steps.load(Ordering::Relaxed), 1_001);
+    }
+}

@@ -36,6 +36,12 @@ impl RunLog {
         (Self { lease, lines }, writer)
     }
 
+    /// A log that nobody writes.
+    #[cfg(test)]
+    pub fn unheard(lease: Arc<Lease>) -> Self {
+        Self { lease, lines: mpsc::channel(1).0 }
+    }
+
     /// The claim whose log this is.
     pub fn claim(&self) -> Claim {
         self.lease.claim

@@ -279,6 +279,16 @@ mod tests {
     }
 
     #[test]
+    fn a_dump_stands_still_for_less_than_the_server_waits_for_it() {
+        let config = serde_json::json!({ "username": "u", "databases": ["shop"] });
+        let config = serde_json::from_value(config).expect("a config");
+        let access = SourceAccess { engine: Engine::Mariadb, config, password: None };
+        let answer = "server\t10.11.1-MariaDB\t1736937000.5\t60\ndatabase\tshop\t16384\nSsl_cipher\t\n";
+        let inspected = read_answer(&access, answer, PathBuf::new(), String::new()).expect("understood");
+        assert_eq!(inspected.most_frozen, Some(Duration::from_secs(50)));
+    }
+
+    #[test]
     fn a_password_of_any_characters_stays_one_value_of_the_option_file() {
         assert_eq!(quote("p#a\"s\\s\nw"), "\"p#a\\\"s\\\\s\\nw\"");
     }
