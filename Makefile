@@ -43,7 +43,7 @@ openapi: ## write docs/openapi.json anew from the handlers
 fuzz-api: ## random requests against every operation of the API (schemathesis)
 	@.dev/fuzz-api $(ARGS)
 
-bench: ## dump a large database, beside the same by hand
+bench: ## what the queue, the API and a large dump cost, beside the least that would do; writes BENCHMARKS.md
 	@.dev/bench $(ARGS)
 
 chaos: ## kill workers at random (ARGS="--seed 7 --kills 20 --lease-ms 3000")

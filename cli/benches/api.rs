@@ -6,6 +6,7 @@
 #[path = "../tests/e2e/harness/mod.rs"]
 #[allow(dead_code)]
 mod harness;
+mod report;
 
 use std::{
     process::ExitCode,
@@ -14,6 +15,7 @@ use std::{
 
 use harness::{Cluster, SOON, redis::Redis, source::PostgresSource, until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use report::Report;
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -61,23 +63,24 @@ async fn counted_in(cluster: &Cluster, place: &str) {
     .await;
 }
 
-async fn redis() {
+async fn redis(report: &mut Report) {
     let mut redis = Redis::start().await;
     let none = json!({ "limit": 1_000_000 });
     let build = || Cluster::build().workers(0).rate_limits(json!({ "read": none, "write": none }));
     let with = build().env("REDIS_URL", redis.url()).env("DBACKUP_REDIS_TIMEOUT_MS", 20).start().await;
     let without = build().env("REDIS_URL", "").start().await;
     counted_in(&with, "redis").await;
-    println!("\nredis: {REQUESTS} requests one after the other; milliseconds, and p50 against a process without Redis");
     let base = requests(&without).await;
-    let show = |name: &str, times: &Times| {
-        println!(
-            "  {name:<28} p50 {:6.3}  p99 {:6.3}  worst {:7.3}  p50 ratio {:.2}",
+    report.line("| Redis | p50 ms | p99 ms | worst ms | p50 to none |");
+    report.line("| --- | ---: | ---: | ---: | ---: |");
+    let mut show = |name: &str, times: &Times| {
+        report.line(format!(
+            "| {name} | {:.3} | {:.3} | {:.3} | {:.2} |",
             times.at(50),
             times.at(99),
             times.at(100),
             times.at(50) / base.at(50)
-        );
+        ));
     };
     show("none", &base);
     show("up", &requests(&with).await);
@@ -106,16 +109,16 @@ fn wait(cluster: &Cluster, execution: &str) -> impl Future<Output = (Instant, St
     }
 }
 
-async fn waiting() -> bool {
+async fn waiting(report: &mut Report) -> bool {
     let most = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit").1;
     setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("raises the limit");
     let cluster = Cluster::build().limit(0).start().await;
     let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
     let (destination, _) = cluster.local_destination().await;
     let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
-    println!(
-        "\nwaiting: {WAITING} clients of one process with ?wait=60, ended by one cancel through the other process"
-    );
+    report.line("");
+    report.line(format!("| {WAITING} waiting clients | p50 ms | p99 ms | last ms | aim |"));
+    report.line("| --- | ---: | ---: | ---: | ---: |");
     let mut kept = true;
     for round in 1..=3 {
         let execution = cluster.trigger(&job).await;
@@ -145,22 +148,29 @@ async fn waiting() -> bool {
             times.push(at.saturating_duration_since(began));
         }
         let times = Times::of(times);
-        println!(
-            "  round {round}: p50 {:5.1} ms  p99 {:5.1} ms  last {:5.1} ms",
+        report.line(format!(
+            "| round {round} | {:.1} | {:.1} | {:.1} | p99 under {} |",
             times.at(50),
             times.at(99),
-            times.at(100)
-        );
+            times.at(100),
+            MOST_P99.as_millis()
+        ));
         kept &= times.at(99) < MOST_P99.as_secs_f64() * 1e3;
-    }
-    if !kept {
-        println!("  the p99 is over {} ms", MOST_P99.as_millis());
     }
     kept
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    redis().await;
-    if waiting().await { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let mut report = Report::new(
+        "What a client waits for",
+        &format!(
+            "{REQUESTS} requests one after the other on a Redis in each state, from the first request on. Then clients of one \
+             process with `?wait=60`, ended by one cancel through the other process: from the cancel to their answers."
+        ),
+    );
+    redis(&mut report).await;
+    let kept = waiting(&mut report).await;
+    report.write();
+    if kept { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -17,6 +17,10 @@ pub struct Settings {
     pub max_pending_per_job: i64,
     /// Executions that may wait in all.
     pub max_pending: i64,
+    /// Days for which the log of an ended execution is kept.
+    pub keep_logs_days: i32,
+    /// Days for which an ended execution without a backup is kept; one with a backup stays.
+    pub keep_executions_days: i32,
     /// Requests that a client may make.
     pub rate_limit: RateLimits,
 }
@@ -68,6 +72,8 @@ impl Default for Settings {
             paused: false,
             max_pending_per_job: 100,
             max_pending: 10_000,
+            keep_logs_days: 90,
+            keep_executions_days: 365,
             rate_limit: RateLimits::default(),
         }
     }
@@ -109,6 +115,8 @@ impl Settings {
         check("maxConcurrentJobs", self.max_concurrent_jobs.into(), 0, 1_000);
         check("maxPendingPerJob", self.max_pending_per_job, 1, 1_000_000);
         check("maxPending", self.max_pending, 1, 1_000_000);
+        check("keepLogsDays", self.keep_logs_days.into(), 1, 36_500);
+        check("keepExecutionsDays", self.keep_executions_days.into(), 1, 36_500);
         let limits = &self.rate_limit;
         for (name, limit) in [("read", limits.read), ("write", limits.write), ("signIn", limits.sign_in)] {
             check(&format!("rateLimit.{name}.limit"), limit.limit.into(), 1, 1_000_000);

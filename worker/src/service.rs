@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::{Claimed, LeaseBackend},
     config::WorkerConfig,
+    forgetter,
     keeper::Keeper,
     lease::Stop,
     run, sweeper, tester,
@@ -70,6 +71,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
         Shared { config: config.clone(), db: db.clone(), key, wakeups: wakeups.clone(), keeper: keeper.clone() };
     let rescuer = Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
+    tokio::spawn(stop.clone().run_until_cancelled_owned(forgetter::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(tester::run(shared.clone())));
     tracing::info!(
         worker = config.name, concurrency = config.concurrency, pools = ?config.pools,

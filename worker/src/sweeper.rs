@@ -1,9 +1,8 @@
-//! The sweeper: removes what attempts that died left in the destinations, from their own record, and idempotency
-//! keys past their time.
+//! The sweeper: removes what attempts that died left in the destinations, from their own record.
 
 use std::{collections::HashMap, time::Duration};
 
-use common::{destination, execution::enqueue::forget_old_keys, id::Reference, session, staged_object};
+use common::{destination, id::Reference, staged_object};
 
 use crate::{pipeline::open_store, service::Shared};
 
@@ -18,13 +17,6 @@ pub async fn run(shared: Shared) {
             .within(Duration::from_secs(5), async |conn| staged_object::due(conn, &shared.config.pools).await)
             .await;
         let Ok(due) = due else { continue };
-        if let Err(error) = shared.db.within(Duration::from_secs(5), async |conn| forget_old_keys(conn).await).await {
-            tracing::debug!(error = %common::error::Chain(&error), "old idempotency keys stay until the next look");
-        }
-        if let Err(error) = shared.db.within(Duration::from_secs(5), async |conn| session::forget_old(conn).await).await
-        {
-            tracing::debug!(error = %common::error::Chain(&error), "sessions that are over stay until the next look");
-        }
         for litter in due {
             if let Err(error) = sweep(&shared, &litter).await {
                 let times: &mut u32 = told.entry(litter.id).or_default();

@@ -401,6 +401,8 @@ async fn a_setting_outside_its_range_changes_nothing_and_null_brings_the_default
         ("maxConcurrentJobs", 0, 1000, 4),
         ("maxPendingPerJob", 1, 1_000_000, 100),
         ("maxPending", 1, 1_000_000, 10_000),
+        ("keepLogsDays", 1, 36_500, 90),
+        ("keepExecutionsDays", 1, 36_500, 365),
     ] {
         for bad in [least - 1, most + 1] {
             let (status, answer) =

@@ -13,6 +13,7 @@ mod contract;
 mod destinations;
 mod failover;
 mod freeze;
+mod history;
 mod keys;
 mod lifecycle;
 mod limits;

@@ -64,11 +64,12 @@ pub async fn claim(
         .collect())
 }
 
-/// When to look at the queue again at the latest: the next back-off that ends. `None` when nothing waits for a time.
+/// When to look at the queue again at the latest: the next back-off that ends. `None` when nothing waits for a time. Only
+/// what was claimed before waits for one.
 pub async fn next_due(conn: &mut PgConnection, pools: &[String]) -> Result<Option<Duration>, sqlx::Error> {
     let ms = sqlx::query_scalar!(
         "select extract(epoch from min(run_at) - clock_timestamp())::float8 * 1000
-           from executions where status = 'Pending' and run_at > clock_timestamp() and pool = any ($1)",
+           from executions where status = 'Pending' and attempt > 0 and run_at > clock_timestamp() and pool = any ($1)",
         pools
     )
     .fetch_one(conn)

@@ -15,6 +15,7 @@ pub mod enqueue;
 pub mod expire;
 pub mod finish;
 pub mod group;
+pub mod history;
 pub mod lease;
 pub mod log;
 pub mod ticker;
@@ -351,7 +352,9 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
 pub async fn recent(conn: &mut PgConnection, limit: i64) -> Result<Vec<Execution>, sqlx::Error> {
     let ids = sqlx::query_scalar!(
         r#"select id as "id!: ExecutionId" from (
-               (select id from executions where status in ('Pending', 'Running') order by seq desc limit $1)
+               (select id from executions where status = 'Pending' order by seq desc limit $1)
+               union all
+               (select id from executions where status = 'Running' order by seq desc limit $1)
                union all
                (select id from executions where ended_at > clock_timestamp() - interval '10 seconds' and status in ('Success', 'Failed')
                  order by ended_at desc limit $1)

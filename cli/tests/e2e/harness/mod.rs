@@ -3,6 +3,7 @@
 
 pub mod audit;
 pub mod held;
+pub mod history;
 pub mod otlp;
 pub mod people;
 pub mod postgres;

@@ -1,0 +1,93 @@
+//! Much history: it is forgotten in time, and costs nothing while it is there.
+
+use common::execution::history::{self, Batch};
+use serde_json::json;
+
+use crate::harness::{Cluster, SOON, history::assert_nothing_walks, until};
+
+/// Failed executions that ended so many days ago, each with two lines of log and a word in its path by which it is known.
+async fn ended(cluster: &Cluster, days: u32, word: &str, count: u32) {
+    let status = if word == "backup" { "Success" } else { "Failed" };
+    let statement = format!(
+        "with made as (
+             insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, status, attempt, max_attempts,
+                                     last_token, trigger_kind, queued_at, started_at, ended_at, path, error)
+             select gen_random_uuid(), gen_random_uuid(), 'past', 'past', gen_random_uuid(), 'default', true, '{status}', 1, 3, 0,
+                    'Api', t.at, t.at, t.at, '{word}', 'it failed'
+               from generate_series(1, {count}), (select clock_timestamp() - interval '{days} days' as at) t
+             returning id, job_id, ended_at
+         ), staged as (
+             insert into staged_objects (id, execution_id, token, destination_id, path)
+             select gen_random_uuid(), id, 0, gen_random_uuid(), 'litter' from made where '{word}' = 'litter'
+         ), published as (
+             insert into artifacts (id, execution_id, job_id, destination_id, path, size_bytes, sha256)
+             select gen_random_uuid(), id, job_id, gen_random_uuid(), 'x', 1, 'x' from made where '{word}' = 'backup'
+         )
+         insert into execution_logs (execution_id, at, level, stage, message)
+         select id, ended_at, 'info', 'Dumping', 'a line' from made, generate_series(1, 2)"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&cluster.pool).await.expect("inserts");
+}
+
+/// How many of them are left, and how many of their lines.
+async fn left(cluster: &Cluster, word: &str) -> (i64, i64) {
+    let of = format!("from executions e where e.path = '{word}'");
+    let lines = format!("select count(*) from execution_logs where execution_id in (select id {of})");
+    (cluster.count(&format!("select count(*) {of}")).await, cluster.count(&lines).await)
+}
+
+async fn comes_to(cluster: &Cluster, word: &str, wanted: (i64, i64)) {
+    until(&format!("'{word}' comes to {wanted:?}"), SOON, || async {
+        (left(cluster, word).await == wanted).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_logs_and_runs_without_a_backup_are_forgotten_and_those_with_a_backup_never() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    for (days, word, count) in
+        [(400, "old", 1_203), (400, "backup", 300), (400, "litter", 1), (100, "middle", 2), (10, "young", 2)]
+    {
+        ended(&cluster, days, word, count).await;
+    }
+    // Nothing of it is in a store, so the sweeper must not find it either.
+    sqlx::query("update staged_objects set swept_at = clock_timestamp()")
+        .execute(&cluster.pool)
+        .await
+        .expect("updates");
+    cluster.add_worker(&[]).await;
+    cluster.add_worker(&[]).await;
+    for (word, wanted) in
+        [("old", (0, 0)), ("backup", (300, 0)), ("litter", (1, 0)), ("middle", (2, 0)), ("young", (2, 4))]
+    {
+        comes_to(&cluster, word, wanted).await;
+    }
+    assert_eq!(cluster.count("select count(*) from artifacts").await, 300);
+
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "keepExecutionsDays": 50 }))).await;
+    comes_to(&cluster, "middle", (0, 0)).await;
+    assert_eq!(left(&cluster, "young").await, (2, 4));
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "keepLogsDays": 5 }))).await;
+    comes_to(&cluster, "young", (2, 0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_small_and_only_one_process_at_a_time_forgets_logs() {
+    let cluster = Cluster::build().workers(0).start().await;
+    ended(&cluster, 400, "old", 1_000).await;
+    let mut one = cluster.pool.begin().await.expect("begins");
+    let mut other = cluster.pool.begin().await.expect("begins");
+    assert_eq!(history::forget_logs(&mut one, 90).await.expect("forgets"), Batch::Full);
+    assert_eq!(history::forget_logs(&mut other, 90).await.expect("forgets"), Batch::Last, "two at a time");
+    one.commit().await.expect("commits");
+    assert_eq!(left(&cluster, "old").await, (1_000, 1_600));
+    assert_eq!(history::forget_executions(&mut other, 365).await.expect("forgets"), Batch::Full);
+    other.commit().await.expect("commits");
+    assert_eq!(left(&cluster, "old").await.0, 500);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_a_client_or_a_worker_does_walks_the_history() {
+    assert_nothing_walks(60_000, 4_000).await;
+}

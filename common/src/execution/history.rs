@@ -1,0 +1,93 @@
+//! What has ended is forgotten when it is old, in small batches, each a transaction of its own: first its log, then,
+//! where it left no backup, the execution.
+//!
+//! An execution that published stays, however old: its artifacts are the only record of where the backup lies.
+
+use sqlx::PgConnection;
+
+/// Executions whose logs go in one batch; a run has at most some thousand lines.
+const LOGS_OF: i64 = 200;
+/// Executions that go in one batch.
+const EXECUTIONS: i64 = 500;
+/// Groups that go in one batch.
+const GROUPS: i64 = 500;
+
+/// Whether more is waiting to be forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Batch {
+    /// The batch was full: look again soon.
+    Full,
+    /// Nothing more is old enough.
+    Last,
+}
+
+impl Batch {
+    fn of(count: i64, most: i64) -> Self {
+        if count < most { Batch::Last } else { Batch::Full }
+    }
+}
+
+/// Removes the logs of executions that ended more than `days` ago, the oldest first. How far that went is kept in a row
+/// whose lock lets one process at a time do it; the others do nothing.
+pub async fn forget_logs(conn: &mut PgConnection, days: i32) -> Result<Batch, sqlx::Error> {
+    let count = sqlx::query_scalar!(
+        r#"with progress as materialized (
+               select logs_ended_at, logs_id from history_progress for update skip locked
+           ), old as materialized (
+               select e.id, e.ended_at
+                 from progress p, executions e
+                where e.status in ('Success', 'Failed')
+                  and e.ended_at < clock_timestamp() - $1 * interval '1 day'
+                  and e.ended_at >= p.logs_ended_at and (e.ended_at, e.id) > (p.logs_ended_at, p.logs_id)
+                order by e.ended_at, e.id
+                limit $2
+           ), gone as (
+               delete from execution_logs l using old o where l.execution_id = o.id
+           ), moved as (
+               update history_progress h set logs_ended_at = o.ended_at, logs_id = o.id
+                 from (select ended_at, id from old order by ended_at desc, id desc limit 1) o
+           )
+           select count(*) as "n!" from old"#,
+        f64::from(days),
+        LOGS_OF,
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(Batch::of(count, LOGS_OF))
+}
+
+/// Removes executions without a backup that ended more than `days` ago, the oldest first, and groups that have no
+/// execution left.
+pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Batch, sqlx::Error> {
+    // What an attempt may have left in a store is known from its row alone: that goes first.
+    let gone = sqlx::query_scalar!(
+        r#"with old as materialized (
+               select e.id from executions e
+                where e.status = 'Failed' and e.ended_at < clock_timestamp() - $1 * interval '1 day'
+                  and not exists (select 1 from staged_objects s where s.execution_id = e.id)
+                  and not exists (select 1 from artifacts a where a.execution_id = e.id)
+                order by e.ended_at, e.id
+                limit $2
+                  for update of e skip locked
+           ), gone as (
+               delete from executions e using old o where e.id = o.id returning 1
+           )
+           select count(*) as "n!" from gone"#,
+        f64::from(days),
+        EXECUTIONS,
+    )
+    .fetch_one(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "delete from execution_groups where id in (
+             select g.id from execution_groups g
+              where g.created_at < clock_timestamp() - $1 * interval '1 day'
+                and not exists (select 1 from execution_group_members m where m.group_id = g.id)
+              order by g.id limit $2)",
+        f64::from(days),
+        GROUPS,
+    )
+    .execute(conn)
+    .await?;
+    Ok(Batch::of(gone, EXECUTIONS))
+}
