@@ -36,6 +36,8 @@ enum Command {
     /// API keys
     #[command(subcommand)]
     Key(keys::KeyCommand),
+    /// Seal every stored secret with DBACKUP_ENCRYPTION_KEY that opens with DBACKUP_OTHER_ENCRYPTION_KEY
+    KeyRotate,
     /// People who sign in
     #[command(subcommand)]
     User(users::UserCommand),
@@ -58,6 +60,7 @@ async fn main() {
             Ok(())
         }
         Command::Health => commands::health(program.data).await,
+        Command::KeyRotate => commands::rotate_key(program.data).await,
     };
     std::process::exit(done.map_or_else(|error| error.report(), |()| 0));
 }

@@ -96,10 +96,14 @@ pub fn redis_url() -> Result<Option<SecretString>, ConfigError> {
     }
 }
 
-/// `DBACKUP_ENCRYPTION_KEY`.
+/// `DBACKUP_ENCRYPTION_KEY`, and while it is rotated `DBACKUP_OTHER_ENCRYPTION_KEY`.
 pub fn encryption_key() -> Result<SealKey, ConfigError> {
     let text = required_secret("DBACKUP_ENCRYPTION_KEY", "32 bytes in base64, the same for every API and worker")?;
-    parse_key(&text)
+    let key = parse_key(&text)?;
+    let Some(other) = secret("DBACKUP_OTHER_ENCRYPTION_KEY")? else { return Ok(key) };
+    let other =
+        SealKey::parse(other.expose_secret()).map_err(|e| ConfigError(format!("DBACKUP_OTHER_ENCRYPTION_KEY: {e}")))?;
+    Ok(key.with_other(other))
 }
 
 /// Reads the text of a `DBACKUP_ENCRYPTION_KEY`.

@@ -196,7 +196,7 @@ pub struct Filter {
     pub cursor: Option<uuid::Uuid>,
 }
 
-fn context(id: DestinationId) -> String {
+pub(crate) fn context(id: DestinationId) -> String {
     format!("destination:{id}")
 }
 

@@ -3,12 +3,15 @@
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use base64::{Engine, engine::general_purpose::STANDARD};
-use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 use zeroize_on_drop::Bytes32;
 
-/// The key of an instance; API and workers hold the same one.
-pub struct SealKey(LessSafeKey);
+/// The key of an instance; API and workers hold the same one. While it is rotated they hold two: what is sealed is sealed
+/// with the first, and opens with either.
+pub struct SealKey {
+    first: LessSafeKey,
+    other: Option<LessSafeKey>,
+}
 
 /// Why a key or a sealed value was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -52,7 +55,12 @@ impl SealKey {
         let bytes: [u8; 32] = bytes.and_then(|b| b.try_into().ok()).ok_or(SealError::MalformedKey)?;
         let bytes = Bytes32(bytes);
         let key = UnboundKey::new(&AES_256_GCM, &bytes.0).map_err(|_| SealError::MalformedKey)?;
-        Ok(Self(LessSafeKey::new(key)))
+        Ok(Self { first: LessSafeKey::new(key), other: None })
+    }
+
+    /// Opens what the other key sealed, too.
+    pub fn with_other(self, other: SealKey) -> Self {
+        Self { other: Some(other.first), ..self }
     }
 
     /// The text of a new random key.
@@ -64,7 +72,7 @@ impl SealKey {
     pub fn seal(&self, context: &str, plain: &[u8]) -> Vec<u8> {
         let nonce: [u8; NONCE_LEN] = rand::random();
         let mut body = plain.to_vec();
-        self.0
+        self.first
             .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(context), &mut body)
             .expect("AES-GCM takes any input below 64 GiB");
         [&nonce[..], &body].concat()
@@ -72,15 +80,25 @@ impl SealKey {
 
     /// Opens what [`SealKey::seal`] made under the same context.
     pub fn open(&self, context: &str, sealed: &[u8]) -> Result<Vec<u8>, SealError> {
-        let (nonce, body) = sealed.split_at_checked(NONCE_LEN).ok_or(SealError::DoesNotOpen)?;
-        let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| SealError::DoesNotOpen)?;
-        let mut body = body.to_vec();
-        let plain = self.0.open_in_place(nonce, Aad::from(context), &mut body).map_err(|_| SealError::DoesNotOpen)?;
-        Ok(plain.to_vec())
+        let keys = std::iter::once(&self.first).chain(&self.other);
+        keys.map(|key| open_with(key, context, sealed)).find(Result::is_ok).unwrap_or(Err(SealError::DoesNotOpen))
+    }
+
+    /// Whether the other key is not needed for this value.
+    pub fn is_sealed_with_first(&self, context: &str, sealed: &[u8]) -> bool {
+        open_with(&self.first, context, sealed).is_ok()
     }
 }
 
-const CANARY_CONTEXT: &str = "canary";
+fn open_with(key: &LessSafeKey, context: &str, sealed: &[u8]) -> Result<Vec<u8>, SealError> {
+    let (nonce, body) = sealed.split_at_checked(NONCE_LEN).ok_or(SealError::DoesNotOpen)?;
+    let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| SealError::DoesNotOpen)?;
+    let mut body = body.to_vec();
+    let plain = key.open_in_place(nonce, Aad::from(context), &mut body).map_err(|_| SealError::DoesNotOpen)?;
+    Ok(plain.to_vec())
+}
+
+pub(crate) const CANARY_CONTEXT: &str = "canary";
 const CANARY: &[u8] = b"dbackup";
 
 /// Checks the key against the database's canary; the first process of an instance leaves it.
@@ -99,10 +117,9 @@ pub async fn check_canary(conn: &mut PgConnection, key: &SealKey) -> Result<(), 
 }
 
 /// A name that is the same for all processes of an instance and differs from every other's: two instances may share
-/// a Redis. Of the canary, which is random; to be asked for after it was checked.
+/// a Redis. To be asked for after the canary was checked.
 pub async fn instance_name(conn: &mut PgConnection) -> Result<String, sqlx::Error> {
-    let sealed = sqlx::query_scalar!("select sealed from encryption_canary").fetch_one(conn).await?;
-    Ok(hex::encode(&Sha256::digest(sealed)[..6]))
+    sqlx::query_scalar!("select instance from encryption_canary").fetch_one(conn).await
 }
 
 /// Why the canary could not be checked.

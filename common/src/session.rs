@@ -234,7 +234,7 @@ pub struct SigningKey {
     pub signs: bool,
 }
 
-const SIGNING_CONTEXT: &str = "signing-key";
+pub(crate) const SIGNING_CONTEXT: &str = "signing-key";
 
 /// The keys in force, the newest first. A key signs for 30 days; a new one is made in time, and an old one forgotten
 /// a day after, when the last of its tokens (15 minutes) is long over. `rotate` makes a new one at once.

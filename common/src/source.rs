@@ -212,7 +212,7 @@ pub struct Filter {
     pub cursor: Option<uuid::Uuid>,
 }
 
-fn context(id: SourceId) -> String {
+pub(crate) fn context(id: SourceId) -> String {
     format!("source:{id}")
 }
 

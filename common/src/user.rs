@@ -245,7 +245,7 @@ pub async fn anybody(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar!(r#"select exists (select from users) as "anybody!""#).fetch_one(conn).await
 }
 
-const SETUP_CONTEXT: &str = "setup-token";
+pub(crate) const SETUP_CONTEXT: &str = "setup-token";
 
 /// The one-time token with which the first administrator is made, the same for all processes; `None` when there is
 /// one already. The first process to ask makes it.

@@ -14,6 +14,7 @@ mod destinations;
 mod failover;
 mod freeze;
 mod history;
+mod key_rotation;
 mod keys;
 mod lifecycle;
 mod limits;

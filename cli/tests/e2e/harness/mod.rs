@@ -27,6 +27,7 @@ use common::{
     permission::PermissionSet,
     seal::SealKey,
 };
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgPoolOptions};
 
@@ -309,6 +310,30 @@ impl Cluster {
         process.wait_for_field("the worker claims executions", "worker").await;
         self.workers.push(process);
         self.workers.last_mut().expect("just pushed")
+    }
+
+    /// Stops an API process as a rolling restart does, and starts another in its place.
+    pub async fn restart_api(&mut self, at: usize) {
+        self.apis[at].0.signal(Signal::SIGTERM);
+        self.apis[at].0.end(SOON).await;
+        self.add_api().await;
+        self.apis.swap_remove(at);
+    }
+
+    /// The same of a worker.
+    pub async fn restart_worker(&mut self, at: usize) {
+        self.workers[at].signal(Signal::SIGTERM);
+        self.workers[at].end(SOON).await;
+        self.add_worker(&[]).await;
+        self.workers.swap_remove(at);
+    }
+
+    /// Sets a variable of the processes that start from now on; `None` removes it.
+    pub fn set_env(&mut self, name: &str, value: Option<&str>) {
+        match value {
+            Some(value) => self.env.insert(name.to_owned(), value.to_owned()),
+            None => self.env.remove(name),
+        };
     }
 
     /// The environment of its processes.
