@@ -10,6 +10,7 @@ pub mod fence;
 pub mod keeper;
 pub mod lease;
 pub mod pipeline;
+pub mod presence;
 pub mod run;
 pub mod run_log;
 pub mod service;

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 use common::execution::claim;
 use serde_json::json;
 
-use crate::harness::{Cluster, LEASE, SOON, audit, files, source::PostgresSource, until};
+use crate::harness::{Cluster, LEASE, SOON, audit, claimant, files, source::PostgresSource, until};
 
 async fn all_ended(cluster: &Cluster, limit: Duration) {
     until("every execution ends", limit, || async {
@@ -110,7 +110,7 @@ async fn a_limit_of_zero_and_a_pause_claim_nothing_and_their_end_is_noticed_at_o
     for change in [json!({ "paused": false }), json!({ "maxConcurrentJobs": 1, "paused": true })] {
         cluster.ok("PATCH", "/api/settings", Some(change)).await;
         // Asked as a worker asks: that none of them has claimed yet would prove nothing.
-        let claims = claim::claim(&mut conn, "test", &["default".to_owned()], LEASE, 1).await.expect("answers");
+        let claims = claim::claim(&mut conn, &claimant(), LEASE, 1).await.expect("answers");
         assert!(claims.is_empty(), "{claims:?}");
     }
     assert_eq!(cluster.execution(&first).await["status"], "Pending");

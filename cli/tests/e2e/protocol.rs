@@ -18,7 +18,7 @@ use common::{
 use serde_json::json;
 use sqlx::PgConnection;
 
-use crate::harness::{Cluster, LEASE, source::PostgresSource};
+use crate::harness::{Cluster, LEASE, claimant, source::PostgresSource};
 
 /// A cluster without workers: the test claims by itself.
 async fn with_pending(runs: usize) -> Cluster {
@@ -35,7 +35,7 @@ async fn with_pending(runs: usize) -> Cluster {
 }
 
 async fn claim_one(conn: &mut PgConnection) -> Claim {
-    let claims = claim::claim(conn, "test", &["default".to_owned()], LEASE, 1).await.expect("claims");
+    let claims = claim::claim(conn, &claimant(), LEASE, 1).await.expect("claims");
     *claims.first().expect("something to claim")
 }
 
@@ -158,7 +158,7 @@ async fn a_worker_takes_at_most_half_of_what_is_free_and_never_more_than_it_has_
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     let mut taken = Vec::new();
     for want in [100, 100, 1, 100, 100] {
-        taken.push(claim::claim(&mut conn, "test", &["default".to_owned()], LEASE, want).await.expect("claims").len());
+        taken.push(claim::claim(&mut conn, &claimant(), LEASE, want).await.expect("claims").len());
     }
     assert_eq!(taken, [4, 2, 1, 1, 0], "halves of 8, 4, 2 (room for one), 1, 0");
     assert_eq!(cluster.count("select count(distinct slot) from execution_leases where slot between 1 and 8").await, 8);
