@@ -31,8 +31,8 @@ use crate::{
     rate_limit::LimitClass,
     router::{Route, table},
     routes::{
-        api_keys, audit, destinations, events, executions, health, jobs, runs, sessions, settings, setup, sources,
-        users,
+        api_keys, audit, cluster, destinations, events, executions, health, jobs, runs, sessions, settings, setup,
+        sources, users,
     },
 };
 
@@ -256,7 +256,10 @@ pub struct Failure {
         users::get,
         users::update,
         users::delete,
-        audit::list
+        audit::list,
+        cluster::get,
+        cluster::cordon,
+        cluster::uncordon
     ),
     components(schemas(Failure)),
     modifiers(&FromTheTable)
@@ -342,7 +345,7 @@ fn complete(operation: &mut Operation, route: &Route) {
             .name("id")
             .parameter_in(ParameterIn::Path)
             .required(Required::True)
-            .description(Some("id, or slug where the thing has one"))
+            .description(Some("id, or slug where the thing has one (of a worker its name)"))
             .schema(Some(Object::with_type(Type::String)));
         operation.parameters.get_or_insert_default().insert(0, id.build().into());
         failures.push(("404", "there is no such thing, or the key may not see it"));

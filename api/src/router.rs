@@ -20,8 +20,8 @@ use crate::{
     openapi,
     rate_limit::LimitClass,
     routes::{
-        api_keys, audit, destinations, events, executions, health, jobs, runs, sessions, settings, setup, sources,
-        users,
+        api_keys, audit, cluster, destinations, events, executions, health, jobs, runs, sessions, settings, setup,
+        sources, users,
     },
     state::AppState,
 };
@@ -81,7 +81,7 @@ impl Route {
 pub fn table() -> Vec<Route> {
     use Access::{Identified, Needs, Open};
     use LimitClass::{Free, Poll, Read, SignIn, Write};
-    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsExecute, JobsRead, JobsWrite, SettingsRead, SettingsWrite, SourcesRead, SourcesWrite, UsersRead, UsersWrite};
+    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, ClusterRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsExecute, JobsRead, JobsWrite, SettingsRead, SettingsWrite, SourcesRead, SourcesWrite, UsersRead, UsersWrite};
     let row = |method, path, access, limit, handler| Route { method, path, access, limit, patience: Patience::Short, handler };
     vec![
         row(Method::GET,    "/livez",                          Open,                      Free,   get(health::livez)),
@@ -138,6 +138,9 @@ pub fn table() -> Vec<Route> {
         row(Method::GET,    "/api/users/{id}",                 Needs(UsersRead),          Read,   get(users::get)),
         row(Method::PUT,    "/api/users/{id}",                 Needs(UsersWrite),         Write,  put(users::update)),
         row(Method::DELETE, "/api/users/{id}",                 Needs(UsersWrite),         Write,  delete(users::delete)),
+        row(Method::GET,    "/api/cluster",                    Needs(ClusterRead),        Read,   get(cluster::get)),
+        row(Method::POST,   "/api/cluster/workers/{id}/cordon", Needs(SettingsWrite),     Write,  post(cluster::cordon)),
+        row(Method::POST,   "/api/cluster/workers/{id}/uncordon", Needs(SettingsWrite),   Write,  post(cluster::uncordon)),
         row(Method::GET,    "/api/audit",                      Needs(AuditRead),          Read,   get(audit::list)),
     ]
 }

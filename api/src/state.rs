@@ -19,7 +19,8 @@ use crate::{
     enqueuer::Enqueuer,
     error::ApiError,
     rate_limit::RateLimiter,
-    waiting::{LastKnown, QueuePositions},
+    routes::cluster::Depth,
+    waiting::{LastKnown, QueueLook},
     watch::Watcher,
 };
 
@@ -50,8 +51,10 @@ pub struct AppState {
     pub watcher: Watcher,
     /// States for when the database is away.
     pub known: Arc<LastKnown>,
-    /// Places in the queue.
-    pub queue: Arc<QueuePositions>,
+    /// Places in the queue, and why executions wait.
+    pub queue: Arc<QueueLook>,
+    /// How much waits.
+    pub depth: Arc<Depth>,
     /// Cancelled when the process stops.
     pub stop: CancellationToken,
 }
@@ -85,6 +88,7 @@ impl AppState {
             watcher: Watcher::start(db.clone(), wakeups.clone(), stop.clone()),
             known: Arc::default(),
             queue: Arc::default(),
+            depth: Arc::default(),
             memory,
             db,
             key,

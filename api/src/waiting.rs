@@ -8,7 +8,7 @@ use std::{
 use axum::http::StatusCode;
 use common::{
     db::ANSWER_TIMEOUT,
-    execution::{self, Execution},
+    execution::{Execution, waiting::QueueSnapshot},
     id::ExecutionId,
 };
 use tokio::time::{Duration, Instant};
@@ -28,9 +28,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 pub const RETRY: Duration = Duration::from_millis(250);
 /// States remembered for when the database is away.
 const MOST_KNOWN: usize = 4_096;
-/// Positions in the queue that are told.
-const MOST_QUEUED: i64 = 1_000;
-/// How old they may be.
+/// How old a look at the queue may be.
 const QUEUE_AGE: Duration = Duration::from_secs(1);
 
 /// How long the answer to a poll is kept back (unless the execution ends before), the longer the nearer its client is to
@@ -157,21 +155,19 @@ impl LastKnown {
     }
 }
 
-/// Where executions stand in the queue, from one look a second at most.
+/// Why executions wait and where they stand in the queue, from one look a second at most for all who ask.
 #[derive(Default)]
-pub struct QueuePositions(tokio::sync::Mutex<Option<(Instant, HashMap<ExecutionId, usize>)>>);
+pub struct QueueLook(tokio::sync::Mutex<Option<Arc<QueueSnapshot>>>);
 
-impl QueuePositions {
-    /// 1 for the first; `None` past [`MOST_QUEUED`], or when it waits no longer.
-    pub async fn position(&self, state: &AppState, id: ExecutionId) -> Option<usize> {
-        let mut queue = self.0.lock().await;
-        let fresh = queue.as_ref().filter(|(at, _)| at.elapsed() < QUEUE_AGE);
-        if fresh.is_none() {
-            let asked = Instant::now();
-            let ids =
-                state.db.within(ANSWER_TIMEOUT, async |conn| execution::queue(conn, MOST_QUEUED).await).await.ok()?;
-            *queue = Some((asked, ids.into_iter().zip(1..).collect()));
+impl QueueLook {
+    /// The queue as it was a second ago at most; `None` while the database is away.
+    pub async fn snapshot(&self, state: &AppState) -> Option<Arc<QueueSnapshot>> {
+        let mut last = self.0.lock().await;
+        if last.as_ref().is_none_or(|snapshot| snapshot.age() >= QUEUE_AGE) {
+            *last = None;
+            let taken = state.db.within(ANSWER_TIMEOUT, async |conn| QueueSnapshot::take(conn).await).await.ok()?;
+            *last = Some(Arc::new(taken));
         }
-        queue.as_ref().and_then(|(_, positions)| positions.get(&id).copied())
+        last.clone()
     }
 }

@@ -15,6 +15,7 @@ use common::{
     execution::{
         self, Execution, group,
         log::{self, Line, LogCursor},
+        waiting::Waiting,
     },
     id::ExecutionId,
     queue::{Notice, Wakeups},
@@ -142,6 +143,8 @@ pub struct Shown {
     pub data: Value,
     /// The whole answer.
     pub answer: Bytes,
+    /// While it is Pending: what tells why.
+    pub waiting: Option<Waiting>,
 }
 
 impl Shown {
@@ -150,7 +153,7 @@ impl Shown {
         let mut data = json!(execution);
         data["artifacts"] = artifacts.iter().filter(|a| a.execution_id == execution.id).map(|a| json!(a)).collect();
         let answer = json!({ "success": true, "data": data }).to_string().into();
-        Self { data, answer }
+        Self { data, answer, waiting: execution.waiting.as_deref().cloned() }
     }
 }
 

@@ -20,7 +20,7 @@ use common::execution::{
     finish::{Ending, Failure, finish},
 };
 use harness::{
-    Cluster, SOON,
+    Cluster, SOON, claimant,
     history::{assert_nothing_walks_in, fill, with_job},
     postgres_url, sql, until,
 };
@@ -137,10 +137,10 @@ async fn exact_claims(cluster: &Cluster) -> f64 {
     let until = Instant::now() + LONG;
     let workers = connections(cluster).await.into_iter().map(async |mut conn| {
         let failure = Failure { error: "bench".to_owned(), code: "bench", outcome: None, stage: Stage::Dumping };
-        let (ending, pools, mut count) = (Ending::Failed(failure), ["default".to_owned()], 0_u32);
+        let (ending, claimant, mut count) = (Ending::Failed(failure), claimant(), 0_u32);
         while Instant::now() < until {
             let lease = Duration::from_secs(60);
-            for claim in claim::claim(&mut conn, "bench", &pools, lease, BATCH).await.expect("claims") {
+            for claim in claim::claim(&mut conn, &claimant, lease, BATCH).await.expect("claims") {
                 finish(&mut conn, claim, &ending).await.expect("finishes");
                 count += 1;
             }

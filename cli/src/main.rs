@@ -4,6 +4,7 @@ mod commands;
 mod embedded;
 mod instance;
 mod keys;
+mod status;
 mod up;
 mod users;
 
@@ -45,6 +46,8 @@ enum Command {
     Openapi,
     /// Ask whether the instance's database answers and the encryption key fits
     Health,
+    /// Show the workers, the slots in use and what waits
+    Status(status::StatusArgs),
 }
 
 #[tokio::main]
@@ -61,6 +64,7 @@ async fn main() {
         }
         Command::Health => commands::health(program.data).await,
         Command::KeyRotate => commands::rotate_key(program.data).await,
+        Command::Status(args) => status::run(program.data, args).await,
     };
     std::process::exit(done.map_or_else(|error| error.report(), |()| 0));
 }

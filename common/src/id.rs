@@ -54,6 +54,11 @@ id!(
 );
 
 id!(
+    /// A worker of a process, from its start to its end.
+    WorkerId
+);
+
+id!(
     /// A person.
     UserId
 );

@@ -6,6 +6,7 @@
 pub mod api_key;
 pub mod artifact;
 pub mod audit;
+pub mod cluster;
 pub mod config;
 pub mod connection;
 pub mod connection_test;
@@ -32,3 +33,4 @@ pub mod staged_object;
 pub mod telemetry;
 pub mod time;
 pub mod user;
+pub mod worker;

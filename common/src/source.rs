@@ -157,6 +157,8 @@ pub struct Source {
     pub pool: String,
     /// Runs at once against it.
     pub max_concurrent_runs: Option<i32>,
+    /// Restores at once into it, counted apart from its runs.
+    pub max_concurrent_restores: Option<i32>,
     /// Free labels.
     pub labels: Labels,
     /// When it was made.
@@ -195,6 +197,8 @@ pub struct SourceDraft {
     pub pool: String,
     /// See [`Source::max_concurrent_runs`].
     pub max_concurrent_runs: Option<i32>,
+    /// See [`Source::max_concurrent_restores`].
+    pub max_concurrent_restores: Option<i32>,
     /// See [`Source::labels`].
     pub labels: Labels,
 }
@@ -244,6 +248,7 @@ struct Row {
     sealed_secrets: Option<Vec<u8>>,
     pool: String,
     max_concurrent_runs: Option<i32>,
+    max_concurrent_restores: Option<i32>,
     labels: Json<Labels>,
     created_at: DateTime<Utc>,
     updated_at: DateTime<Utc>,
@@ -260,6 +265,7 @@ impl From<Row> for Source {
             config: SplitConfig::masked(&row.config.0, secrets),
             pool: row.pool,
             max_concurrent_runs: row.max_concurrent_runs,
+            max_concurrent_restores: row.max_concurrent_restores,
             labels: row.labels.0,
             created_at: row.created_at,
             updated_at: row.updated_at,
@@ -280,13 +286,14 @@ pub async fn create(
         let slug = draft.slug.clone().unwrap_or_else(|| crate::slug::candidate(&draft.name, n));
         let row = sqlx::query_as!(
             Row,
-            r#"insert into sources (id, slug, name, engine, config, sealed_secrets, pool, max_concurrent_runs, labels)
-               values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+            r#"insert into sources (id, slug, name, engine, config, sealed_secrets, pool, max_concurrent_runs,
+                                    max_concurrent_restores, labels)
+               values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
                on conflict on constraint sources_slug_unique do nothing
                returning id as "id: SourceId", slug, name, engine as "engine: Engine", config as "config: Json<Map<String, Value>>",
-                         sealed_secrets, pool, max_concurrent_runs, labels as "labels: Json<Labels>", created_at, updated_at"#,
+                         sealed_secrets, pool, max_concurrent_runs, max_concurrent_restores, labels as "labels: Json<Labels>", created_at, updated_at"#,
             id as _, slug, draft.name, draft.engine.as_str(), Json(&draft.config.open) as _, sealed, draft.pool,
-            draft.max_concurrent_runs, Json(&draft.labels) as _,
+            draft.max_concurrent_runs, draft.max_concurrent_restores, Json(&draft.labels) as _,
         )
         .fetch_optional(&mut *conn)
         .await?;
@@ -299,7 +306,8 @@ pub async fn create(
     Ok(None)
 }
 
-/// Replaces a source; `None` when it is gone.
+/// Replaces a source; `None` when it is gone. To be called in a transaction: it holds the gate, under which the limits of
+/// the source are obeyed, so that no claim goes by the old ones after the commit.
 pub async fn update(
     conn: &mut PgConnection,
     key: &SealKey,
@@ -307,16 +315,17 @@ pub async fn update(
     draft: &SourceDraft,
 ) -> Result<Option<Source>, sqlx::Error> {
     let sealed = draft.config.seal(key, &context(id));
+    sqlx::query!("select only_row from queue_gate for update").fetch_one(&mut *conn).await?;
     let row = sqlx::query_as!(
         Row,
         r#"update sources
               set slug = coalesce($2, slug), name = $3, engine = $4, config = $5, sealed_secrets = $6, pool = $7,
-                  max_concurrent_runs = $8, labels = $9, updated_at = clock_timestamp()
+                  max_concurrent_runs = $8, max_concurrent_restores = $9, labels = $10, updated_at = clock_timestamp()
             where id = $1
            returning id as "id: SourceId", slug, name, engine as "engine: Engine", config as "config: Json<Map<String, Value>>",
-                     sealed_secrets, pool, max_concurrent_runs, labels as "labels: Json<Labels>", created_at, updated_at"#,
+                     sealed_secrets, pool, max_concurrent_runs, max_concurrent_restores, labels as "labels: Json<Labels>", created_at, updated_at"#,
         id as _, draft.slug, draft.name, draft.engine.as_str(), Json(&draft.config.open) as _, sealed, draft.pool,
-        draft.max_concurrent_runs, Json(&draft.labels) as _,
+        draft.max_concurrent_runs, draft.max_concurrent_restores, Json(&draft.labels) as _,
     )
     .fetch_optional(conn)
     .await?;
@@ -328,7 +337,7 @@ pub async fn find(conn: &mut PgConnection, reference: &Reference) -> Result<Opti
     let row = sqlx::query_as!(
         Row,
         r#"select id as "id: SourceId", slug, name, engine as "engine: Engine", config as "config: Json<Map<String, Value>>",
-                  sealed_secrets, pool, max_concurrent_runs, labels as "labels: Json<Labels>", created_at, updated_at
+                  sealed_secrets, pool, max_concurrent_runs, max_concurrent_restores, labels as "labels: Json<Labels>", created_at, updated_at
              from sources where id = $1 or slug = $2"#,
         reference.id(),
         reference.slug(),
@@ -343,7 +352,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Sourc
     let rows = sqlx::query_as!(
         Row,
         r#"select id as "id: SourceId", slug, name, engine as "engine: Engine", config as "config: Json<Map<String, Value>>",
-                  sealed_secrets, pool, max_concurrent_runs, labels as "labels: Json<Labels>", created_at, updated_at
+                  sealed_secrets, pool, max_concurrent_runs, max_concurrent_restores, labels as "labels: Json<Labels>", created_at, updated_at
              from sources
             where ($1::text is null or position(lower($1) in lower(name)) > 0)
               and labels @> $2

@@ -113,20 +113,13 @@ impl Claimer {
         while let Ok(more) = self.slots.clone().try_acquire_owned() {
             slots.push(more);
         }
+        let claimant = self.shared.presence.claimant();
+        let lease = self.shared.config.timing.lease;
         let sent = Instant::now();
         let claims = self
             .shared
             .db
-            .within(CLAIM_TIMEOUT, async |conn| {
-                claim::claim(
-                    conn,
-                    &self.shared.config.name,
-                    &self.shared.config.pools,
-                    self.shared.config.timing.lease,
-                    slots.len(),
-                )
-                .await
-            })
+            .within(CLAIM_TIMEOUT, async |conn| claim::claim(conn, &claimant, lease, slots.len()).await)
             .await?;
         let count = claims.len();
         for (claim, slot) in claims.into_iter().zip(slots) {

@@ -108,10 +108,14 @@ impl WorkerArgs {
                 self.lock_wait_seconds
             ));
         }
-        let name = self.worker_name.unwrap_or_else(|| {
-            let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "worker".to_owned());
-            format!("{}-{}", host.trim(), std::process::id())
-        });
+        if self
+            .worker_name
+            .as_ref()
+            .is_some_and(|n| !(1..=200).contains(&n.chars().count()) || n.chars().any(char::is_control))
+        {
+            return fail("DBACKUP_WORKER_NAME must have 1 to 200 characters and no control character".to_owned());
+        }
+        let name = self.worker_name.unwrap_or_else(|| format!("{}-{}", host(), std::process::id()));
         Ok(WorkerConfig {
             name,
             concurrency: self.concurrency,
@@ -126,6 +130,12 @@ impl WorkerArgs {
             timing,
         })
     }
+}
+
+/// Name of the machine, or of the container.
+pub fn host() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "worker".to_owned());
+    host.trim().to_owned()
 }
 
 fn search_path() -> Vec<PathBuf> {

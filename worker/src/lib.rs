@@ -11,6 +11,7 @@ pub mod forgetter;
 pub mod keeper;
 pub mod lease;
 pub mod pipeline;
+pub mod presence;
 pub mod run;
 pub mod run_log;
 pub mod service;

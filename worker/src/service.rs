@@ -17,6 +17,7 @@ use crate::{
     forgetter,
     keeper::Keeper,
     lease::Stop,
+    presence::Presence,
     run, sweeper, tester,
 };
 
@@ -33,6 +34,8 @@ pub struct Shared {
     pub wakeups: Wakeups,
     /// Keeps the leases.
     pub keeper: Arc<Keeper>,
+    /// Tells the cluster that this worker lives.
+    pub presence: Arc<Presence>,
 }
 
 /// Time between two tries of a run to reach the service's database.
@@ -67,8 +70,17 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
             return;
         }
     };
-    let shared =
-        Shared { config: config.clone(), db: db.clone(), key, wakeups: wakeups.clone(), keeper: keeper.clone() };
+    let presence = Presence::begin(config.clone(), db.clone(), &stop).await;
+    let shared = Shared {
+        config: config.clone(),
+        db: db.clone(),
+        key,
+        wakeups: wakeups.clone(),
+        keeper: keeper.clone(),
+        presence: presence.clone(),
+    };
+    // Until the end and not until the stop: it lives while it drains.
+    tokio::spawn(end.clone().run_until_cancelled_owned(presence.clone().keep(stop.clone())));
     let rescuer = Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(forgetter::run(shared.clone())));
@@ -96,6 +108,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
     stop.cancelled().await;
     drain(&shared).await;
     end.cancel();
+    presence.end().await;
     running.abort();
     tracing::info!(worker = config.name, "the worker stopped");
 }

@@ -287,7 +287,10 @@ pub async fn get(
     }
     let mut body = seen.data.clone();
     if pending {
-        body["queuePosition"] = json!(state.queue.position(&state, id).await);
+        let queue = state.queue.snapshot(&state).await;
+        body["queuePosition"] = json!(queue.as_ref().and_then(|queue| queue.position(id)));
+        let waiting = seen.waiting.as_ref().zip(queue);
+        body["waitingFor"] = json!(waiting.and_then(|(waiting, queue)| queue.waiting_for(waiting)));
     }
     let mut stale = body.as_object_mut().and_then(|body| body.remove("stale")).is_some();
     if wants_logs || after.is_some() {
@@ -351,8 +354,15 @@ pub async fn list(
         limit: Some(limit(query.limit)?.unwrap_or(DEFAULT_LIMIT)),
         cursor: cursor(query.cursor.as_deref())?,
     };
-    let rows = state.ask(async |conn| execution::list(conn, &filter).await).await?;
-    Ok(page(&rows, &uri, false))
+    let mut executions = state.ask(async |conn| execution::list(conn, &filter).await).await?;
+    if executions.rows.iter().any(|execution| execution.waiting.is_some())
+        && let Some(queue) = state.queue.snapshot(&state).await
+    {
+        for execution in &mut executions.rows {
+            execution.waiting_for = execution.waiting.as_ref().and_then(|waiting| queue.waiting_for(waiting));
+        }
+    }
+    Ok(page(&executions, &uri, false))
 }
 
 /// Asks an execution, or every member of a group, to stop.

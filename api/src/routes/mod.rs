@@ -2,6 +2,7 @@
 
 pub mod api_keys;
 pub mod audit;
+pub mod cluster;
 pub mod destinations;
 pub mod events;
 pub mod executions;

@@ -7,6 +7,7 @@ use common::{
     connection_test::{Target, TestResult},
     id::Reference,
     label::Labels,
+    queue::Notice,
     source::{self, Engine, Filter, SHAPE, Source, SourceDraft},
 };
 use serde::Deserialize;
@@ -35,6 +36,9 @@ pub struct SourceBody {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<i32>)]
     max_concurrent_runs: Option<Option<i32>>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<i32>)]
+    max_concurrent_restores: Option<Option<i32>>,
     labels: Option<Labels>,
 }
 
@@ -52,6 +56,9 @@ impl SourceBody {
             config: merged(SHAPE, config, sent_config(self.config)?)?,
             pool: self.pool.or(old.as_ref().map(|o| o.pool.clone())).unwrap_or_else(|| "default".to_owned()),
             max_concurrent_runs: self.max_concurrent_runs.unwrap_or(old.as_ref().and_then(|o| o.max_concurrent_runs)),
+            max_concurrent_restores: self
+                .max_concurrent_restores
+                .unwrap_or(old.as_ref().and_then(|o| o.max_concurrent_restores)),
             labels: self.labels.or(old.map(|o| o.labels)).unwrap_or_default(),
         };
         let mut check = Check::default();
@@ -59,8 +66,12 @@ impl SourceBody {
         check.slug(draft.slug.as_ref());
         check.pool(&draft.pool);
         check.labels(&draft.labels);
-        if draft.max_concurrent_runs.is_some_and(|n| n < 1) {
-            check.refuse("maxConcurrentRuns", "must be at least 1, or null for no limit");
+        for (field, most) in
+            [("maxConcurrentRuns", draft.max_concurrent_runs), ("maxConcurrentRestores", draft.max_concurrent_restores)]
+        {
+            if most.is_some_and(|n| n < 1) {
+                check.refuse(field, "must be at least 1, or null for no limit");
+            }
         }
         check.0.extend(source::config_problems(&draft.config));
         check.done()?;
@@ -137,7 +148,10 @@ pub async fn update(
             Ok((updated, event))
         })
         .await?;
-    Ok(data(&updated.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))?))
+    let updated = updated.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))?;
+    // A higher limit acts at once.
+    state.wakeups.tell(Notice::Work);
+    Ok(data(&updated))
 }
 
 /// Deletes a source that no job uses.

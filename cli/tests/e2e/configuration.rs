@@ -47,6 +47,7 @@ fn a_mistake_is_one_line_that_names_the_variable_and_exit_status_2() {
         ("dbackup-worker", vec![("DBACKUP_DRAIN_SECONDS", "1")], "DBACKUP_DRAIN_SECONDS"),
         ("dbackup-worker", vec![("DBACKUP_LOCK_WAIT_SECONDS", "0")], "DBACKUP_LOCK_WAIT_SECONDS"),
         ("dbackup-worker", vec![("DBACKUP_POOLS", "a,,b")], "DBACKUP_POOLS"),
+        ("dbackup-worker", vec![("DBACKUP_WORKER_NAME", "")], "DBACKUP_WORKER_NAME"),
         ("dbackup-api", vec![("DBACKUP_TICKER_MS", "20000")], "DBACKUP_TICKER_MS"),
         ("dbackup-worker", vec![("DBACKUP_FENCE_MS", "14900")], "DBACKUP_FENCE_MS"),
         ("dbackup-worker", vec![("DBACKUP_LOG_FORMAT", "xml")], "DBACKUP_LOG_FORMAT"),

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 use common::execution::claim;
 use serde_json::json;
 
-use crate::harness::{Cluster, LEASE, SOON, audit, files, source::PostgresSource, until};
+use crate::harness::{Cluster, LEASE, SOON, audit, claimant, files, source::PostgresSource, until};
 
 async fn all_ended(cluster: &Cluster, limit: Duration) {
     until("every execution ends", limit, || async {
@@ -100,6 +100,59 @@ async fn a_source_is_never_dumped_by_more_runs_than_it_allows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_limit_of_a_source_holds_while_it_is_changed_and_is_reached_at_once() {
+    // A poll of a minute: a higher limit must wake the workers.
+    let cluster = Cluster::build().limit(20).env("DBACKUP_POLL_MS", 60_000).start().await;
+    audit::install(&cluster).await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let path = format!("/api/sources/{source}");
+    let set = async |limit: i32| cluster.ok("PUT", &path, Some(json!({ "maxConcurrentRuns": limit }))).await;
+    set(2).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    futures::future::join_all((0..60).map(|_| cluster.trigger(&job))).await;
+    let ended = || cluster.count("select count(*) from executions where ended_at is not null");
+    for (after, limit) in [(10, 1), (18, 5)] {
+        until(&format!("{after} runs end"), Duration::from_secs(60), || async {
+            (ended().await >= after).then_some(())
+        })
+        .await;
+        set(limit).await;
+    }
+    all_ended(&cluster, Duration::from_secs(90)).await;
+    assert_eq!(audit::claims_over_the_limit_of_a_source(&cluster).await, 0, "the source's limit was exceeded");
+    for limit in [2, 1, 5] {
+        let most = audit::most_running_at_source_limit(&cluster, limit).await;
+        assert_eq!(most, i64::from(limit), "the limit {limit} was not reached");
+    }
+    assert_eq!(cluster.count("select count(*) from executions where status = 'Success' and attempt = 1").await, 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_goes_by_no_limit_of_a_source_that_was_lowered_before_the_answer() {
+    let cluster = Cluster::build().workers(0).limit(20).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    // The gate is held as a claim holds it: the change of the limit has to wait for it.
+    let mut claiming = cluster.pool.begin().await.expect("begins");
+    sqlx::query("select only_row from queue_gate for update").execute(&mut *claiming).await.expect("locks");
+    let path = format!("/api/sources/{source}");
+    let change = cluster.request("PUT", &path, Some(json!({ "maxConcurrentRuns": 1 })));
+    tokio::pin!(change);
+    let waits = until("the change waits for the gate", SOON, || async {
+        let waiting =
+            "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%queue_gate%'
+                          and datname = current_database()";
+        (cluster.count(waiting).await == 1).then_some(())
+    });
+    tokio::select! {
+        answer = &mut change => panic!("the limit changed while a claim was under way: {answer:?}"),
+        () = waits => {}
+    }
+    claiming.commit().await.expect("commits");
+    assert_eq!(change.await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_limit_of_zero_and_a_pause_claim_nothing_and_their_end_is_noticed_at_once() {
     let cluster = Cluster::build().limit(0).env("DBACKUP_POLL_MS", 60_000).start().await;
     let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
@@ -110,7 +163,7 @@ async fn a_limit_of_zero_and_a_pause_claim_nothing_and_their_end_is_noticed_at_o
     for change in [json!({ "paused": false }), json!({ "maxConcurrentJobs": 1, "paused": true })] {
         cluster.ok("PATCH", "/api/settings", Some(change)).await;
         // Asked as a worker asks: that none of them has claimed yet would prove nothing.
-        let claims = claim::claim(&mut conn, "test", &["default".to_owned()], LEASE, 1).await.expect("answers");
+        let claims = claim::claim(&mut conn, &claimant(), LEASE, 1).await.expect("answers");
         assert!(claims.is_empty(), "{claims:?}");
     }
     assert_eq!(cluster.execution(&first).await["status"], "Pending");

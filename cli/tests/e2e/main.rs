@@ -7,6 +7,7 @@ mod harness;
 mod api;
 mod audit;
 mod bad_dumps;
+mod cluster;
 mod commands;
 mod configuration;
 mod contract;

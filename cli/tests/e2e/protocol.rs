@@ -18,7 +18,7 @@ use common::{
 use serde_json::json;
 use sqlx::PgConnection;
 
-use crate::harness::{Cluster, LEASE, source::PostgresSource};
+use crate::harness::{Cluster, LEASE, claimant, source::PostgresSource};
 
 /// Between a rescuer's look at the clock and its rescue.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,7 +38,7 @@ async fn with_pending(runs: usize) -> Cluster {
 }
 
 async fn claim_one(conn: &mut PgConnection) -> Claim {
-    let claims = claim::claim(conn, "test", &["default".to_owned()], LEASE, 1).await.expect("claims");
+    let claims = claim::claim(conn, &claimant(), LEASE, 1).await.expect("claims");
     *claims.first().expect("something to claim")
 }
 
@@ -166,10 +166,82 @@ async fn a_worker_takes_at_most_half_of_what_is_free_and_never_more_than_it_has_
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     let mut taken = Vec::new();
     for want in [100, 100, 1, 100, 100] {
-        taken.push(claim::claim(&mut conn, "test", &["default".to_owned()], LEASE, want).await.expect("claims").len());
+        taken.push(claim::claim(&mut conn, &claimant(), LEASE, want).await.expect("claims").len());
     }
     assert_eq!(taken, [4, 2, 1, 1, 0], "halves of 8, 4, 2 (room for one), 1, 0");
     assert_eq!(cluster.count("select count(distinct slot) from execution_leases where slot between 1 and 8").await, 8);
+}
+
+/// Leases of a type.
+async fn held(cluster: &Cluster, kind: &str) -> i64 {
+    cluster.count(&format!("select count(*) from execution_leases where type = '{kind}'")).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backups_and_restores_of_a_source_are_limited_apart() {
+    let cluster = with_pending(4).await;
+    let restores = "insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, max_attempts, trigger_kind, type)
+                    select gen_random_uuid(), job_id, job_name, job_slug, source_id, pool, false, 1, 'Restore', 'Restore' from executions";
+    sqlx::query(restores).execute(&cluster.pool).await.expect("inserts");
+    sqlx::query("update queue_gate set max_concurrency = 100").execute(&cluster.pool).await.expect("updates");
+    let source = cluster.text("select id::text from sources").await;
+    let path = format!("/api/sources/{source}");
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    // Each step changes one limit only: the other kind must stay as it is.
+    for (change, backups, restores) in [
+        (json!({ "maxConcurrentRuns": 1, "maxConcurrentRestores": 2 }), 1, 2),
+        (json!({ "maxConcurrentRestores": 3 }), 1, 3),
+        (json!({ "maxConcurrentRuns": 3 }), 3, 3),
+        (json!({ "maxConcurrentRestores": null }), 3, 4),
+        (json!({ "maxConcurrentRuns": 1 }), 3, 4),
+        (json!({ "maxConcurrentRuns": null }), 4, 4),
+    ] {
+        let stored = cluster.ok("PUT", &path, Some(change.clone())).await;
+        for (field, value) in change.as_object().expect("an object") {
+            assert_eq!(&stored[field], value, "{stored:#}");
+        }
+        while !claim::claim(&mut conn, &claimant(), LEASE, 100).await.expect("claims").is_empty() {}
+        let held = (held(&cluster, "Backup").await, held(&cluster, "Restore").await);
+        assert_eq!(held, (backups, restores), "after {change}");
+    }
+    let (status, refused) = cluster.request("PUT", &path, Some(json!({ "maxConcurrentRestores": 0 }))).await;
+    assert_eq!((status, &refused["fields"][0]["field"]), (422, &json!("maxConcurrentRestores")), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_does_not_hold_up_the_backup_of_a_job_whose_runs_must_not_overlap() {
+    let cluster = with_pending(2).await;
+    let change = "update executions set serial = true, type = case seq when (select min(seq) from executions) then 'Restore' else 'Backup' end";
+    sqlx::query(change).execute(&cluster.pool).await.expect("updates");
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    claim_one(&mut conn).await;
+    claim_one(&mut conn).await;
+    assert_eq!((held(&cluster, "Backup").await, held(&cluster, "Restore").await), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_of_the_version_before_and_of_this_one_share_the_limits() {
+    let cluster = with_pending(5).await;
+    sqlx::query("update queue_gate set max_concurrency = 100").execute(&cluster.pool).await.expect("updates");
+    sqlx::query("update sources set max_concurrent_runs = 2").execute(&cluster.pool).await.expect("updates");
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let old = async |conn: &mut PgConnection| {
+        let claim = "select count(*) from claim_executions_v2('old', '{default}', 600000, 1)";
+        sqlx::query_scalar::<_, i64>(claim).fetch_one(conn).await.expect("claims")
+    };
+    assert_eq!(old(&mut conn).await, 1);
+    claim_one(&mut conn).await;
+    assert_eq!(
+        (old(&mut conn).await, held(&cluster, "Backup").await),
+        (0, 2),
+        "the old one counts the new one's lease"
+    );
+    let more = claim::claim(&mut conn, &claimant(), LEASE, 4).await.expect("answers");
+    assert_eq!(more, vec![], "the new one counts the old one's lease");
+    let seen = cluster.ok("GET", "/api/cluster", None).await;
+    let workers: Vec<&serde_json::Value> =
+        seen["slots"].as_array().expect("slots").iter().map(|s| &s["worker"]).collect();
+    assert_eq!(workers, [&json!("old"), &json!("test")], "{seen:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

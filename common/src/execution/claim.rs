@@ -1,5 +1,5 @@
 //! Claim: the right to run an execution, given under the gate. The SQL is one function of the database
-//! (`claim_executions_v2`), because the lock and the count must be two statements and one round trip.
+//! (`claim_executions_v3`), because the lock and the count must be two statements and one round trip.
 
 use std::time::Duration;
 
@@ -8,11 +8,12 @@ use sqlx::{PgConnection, types::Json};
 
 use crate::{
     destination::{self, Destination},
-    id::{ExecutionId, JobId, Reference},
+    id::{ExecutionId, JobId, Reference, WorkerId},
     job::{self, Job},
     label::Labels,
-    source::{self, Source},
+    source::{self, Engine, Source},
     telemetry::TraceContext,
+    worker,
 };
 
 /// A fencing token: grows with every claim, and every write under a claim names it.
@@ -39,20 +40,34 @@ pub struct Claim {
     pub attempt: i32,
 }
 
+/// Who claims.
+#[derive(Clone, Debug)]
+pub struct Claimant {
+    /// The worker; it gets nothing while it is cordoned.
+    pub id: WorkerId,
+    /// Its name.
+    pub name: String,
+    /// Pools that it reaches.
+    pub pools: Vec<String>,
+    /// What it can dump. Others are left to the workers that can, as long as there are such.
+    pub engines: Vec<Engine>,
+}
+
 /// Claims at most `want` executions of the worker's pools: never more than the global limit, than the limit of
-/// a source, or than one of a serial job.
+/// a source (backups and restores apart), or than one of a serial job.
 pub async fn claim(
     conn: &mut PgConnection,
-    worker: &str,
-    pools: &[String],
+    worker: &Claimant,
     lease: Duration,
     want: usize,
 ) -> Result<Vec<Claim>, sqlx::Error> {
     let rows = sqlx::query!(
         r#"select execution_id as "execution_id!: ExecutionId", token as "token!: Token", slot as "slot!", attempt as "attempt!"
-             from claim_executions_v2($1, $2, $3, $4)"#,
-        worker,
-        pools,
+             from claim_executions_v3($1, $2, $3, $4, $5, $6)"#,
+        worker.id as _,
+        worker.name,
+        &worker.pools,
+        &worker::names(&worker.engines),
         i64::try_from(lease.as_millis()).unwrap_or(i64::MAX),
         i32::try_from(want).unwrap_or(i32::MAX),
     )

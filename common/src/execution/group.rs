@@ -253,6 +253,8 @@ fn summary(group: GroupRow, members: &[&Execution]) -> Execution {
                 })
                 .collect(),
         ),
+        waiting_for: None,
+        waiting: None,
         seq: 0,
     }
 }

@@ -19,13 +19,14 @@ pub mod history;
 pub mod lease;
 pub mod log;
 pub mod ticker;
+pub mod waiting;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, types::Json};
 
 use crate::{
-    id::{ExecutionId, JobId},
+    id::{ExecutionId, JobId, SourceId},
     label::Labels,
     page::{Page, fetch_limit},
 };
@@ -189,6 +190,13 @@ pub struct Execution {
     /// The runs of a group.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub members: Option<Vec<group::Member>>,
+    /// What holds it back while it is Pending, from a look at most a second old: in polls and lists. Null or absent when
+    /// it is about to be claimed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<waiting::WaitingFor>,
+    /// While Pending: what decides how long it waits.
+    #[serde(skip)]
+    pub waiting: Option<Box<waiting::Waiting>>,
     /// Order of arrival; the cursor of lists.
     #[serde(skip)]
     pub seq: i64,
@@ -219,10 +227,32 @@ struct Row {
     priority: i16,
     labels: Json<Labels>,
     traceparent: Option<String>,
+    source_id: SourceId,
+    pool: String,
+    serial: bool,
+    run_at: DateTime<Utc>,
+}
+
+impl Row {
+    fn waiting(&self) -> Option<Box<waiting::Waiting>> {
+        (self.status == Status::Pending).then(|| {
+            Box::new(waiting::Waiting {
+                id: self.id,
+                job_id: self.job_id,
+                kind: self.kind.clone(),
+                source_id: self.source_id,
+                pool: self.pool.clone(),
+                serial: self.serial,
+                run_at: self.run_at,
+                attempt: self.attempt,
+            })
+        })
+    }
 }
 
 impl From<Row> for Execution {
     fn from(row: Row) -> Self {
+        let waiting = row.waiting();
         let duration = row.ended_at.map(|end| (end - row.started_at.unwrap_or(row.queued_at)).num_milliseconds());
         let (progress, stage) = match row.status {
             Status::Pending => (None, Stage::Queued.as_str().to_owned()),
@@ -261,6 +291,8 @@ impl From<Row> for Execution {
                 .trace_id()
                 .map(str::to_owned),
             members: None,
+            waiting_for: None,
+            waiting,
             seq: row.seq,
         }
     }
@@ -285,7 +317,7 @@ pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Ve
                   e.started_at,
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt as "attempt!",
                   e.trigger_kind as "trigger_kind!", e.trigger_label, e.priority as "priority!", e.labels as "labels!: Json<Labels>",
-                  e.traceparent
+                  e.traceparent, e.source_id as "source_id!: SourceId", e.pool as "pool!", e.serial as "serial!", e.run_at as "run_at!"
              from executions e left join execution_leases l on l.execution_id = e.id
             where e.id = any ($1)"#,
         ids as _
@@ -323,7 +355,8 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
         r#"select e.id as "id: ExecutionId", e.seq, e.job_id as "job_id: JobId", e.job_name, e.type as kind, e.status as "status: Status",
                   e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at, e.started_at,
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt, e.trigger_kind,
-                  e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent
+                  e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent,
+                  e.source_id as "source_id: SourceId", e.pool, e.serial, e.run_at
              from executions e left join execution_leases l on l.execution_id = e.id
             where ($1::uuid is null or e.job_id = $1)
               and ($2::uuid[] is null or e.job_id = any ($2))
@@ -364,14 +397,4 @@ pub async fn recent(conn: &mut PgConnection, limit: i64) -> Result<Vec<Execution
     .fetch_all(&mut *conn)
     .await?;
     find_all(conn, &ids).await
-}
-
-/// The first executions that wait, in the order in which they are claimed when nothing holds them back.
-pub async fn queue(conn: &mut PgConnection, limit: i64) -> Result<Vec<ExecutionId>, sqlx::Error> {
-    sqlx::query_scalar!(
-        r#"select id as "id: ExecutionId" from executions where status = 'Pending' order by priority desc, seq limit $1"#,
-        limit
-    )
-    .fetch_all(conn)
-    .await
 }

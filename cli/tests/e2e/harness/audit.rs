@@ -8,19 +8,20 @@ use super::Cluster;
 const AUDIT: &str = "
     create table lease_audit (
         id bigserial, at timestamptz not null default clock_timestamp(), change int not null, job_id uuid not null,
-        execution_id uuid not null, max_concurrency int not null
+        execution_id uuid not null, max_concurrency int not null, source_id uuid not null, type text not null, source_limit int
     );
     create function audit_lease() returns trigger language plpgsql as $$
     begin
-        insert into lease_audit (change, job_id, execution_id, max_concurrency)
-        select case tg_op when 'INSERT' then 1 else -1 end, coalesce(new.job_id, old.job_id),
-               coalesce(new.execution_id, old.execution_id), g.max_concurrency
-          from queue_gate g;
+        insert into lease_audit (change, job_id, execution_id, max_concurrency, source_id, type, source_limit)
+        select case tg_op when 'INSERT' then 1 else -1 end, l.job_id, l.execution_id, g.max_concurrency, l.source_id, l.type,
+               case l.type when 'Restore' then s.max_concurrent_restores else s.max_concurrent_runs end
+          from queue_gate g, (select (coalesce(new, old)).*) l left join sources s on s.id = l.source_id;
         return null;
     end $$;
     create trigger audit_lease after insert or delete on execution_leases for each row execute function audit_lease();
     create view lease_history as
-    select *, sum(change) over (order by at, id) as running, sum(change) over (partition by job_id order by at, id) as same_job
+    select *, sum(change) over (order by at, id) as running, sum(change) over (partition by job_id order by at, id) as same_job,
+           sum(change) over (partition by source_id, type order by at, id) as same_source
       from lease_audit;";
 
 /// Begins to record every lease of a cluster.
@@ -52,4 +53,15 @@ pub async fn serial_overlaps(cluster: &Cluster) -> i64 {
               where h.change = 1 and e.serial and h.same_job > 1",
         )
         .await
+}
+
+/// Claims that made more run against a source than it allowed at that moment, backups and restores apart.
+pub async fn claims_over_the_limit_of_a_source(cluster: &Cluster) -> i64 {
+    cluster.count("select count(*) from lease_history where change = 1 and same_source > source_limit").await
+}
+
+/// Most runs at once against a source while it allowed so many.
+pub async fn most_running_at_source_limit(cluster: &Cluster, limit: i32) -> i64 {
+    let query = "select coalesce(max(same_source), 0)::bigint from lease_history where change = 1 and source_limit =";
+    cluster.count(&format!("{query} {limit}")).await
 }

@@ -24,8 +24,11 @@ use std::{
 
 use common::{
     api_key::{self, KeyDraft},
+    execution::claim::Claimant,
+    id::WorkerId,
     permission::PermissionSet,
     seal::SealKey,
+    source::Engine,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -507,6 +510,16 @@ impl Drop for Cluster {
 /// The `id` of a thing.
 pub fn id(data: &Value) -> String {
     data["id"].as_str().unwrap_or_else(|| panic!("no id in {data}")).to_owned()
+}
+
+/// A worker that no process is, with every tool: a test claims as it.
+pub fn claimant() -> Claimant {
+    Claimant {
+        id: WorkerId::new(),
+        name: "test".to_owned(),
+        pools: vec!["default".to_owned()],
+        engines: vec![Engine::Postgres, Engine::Mysql, Engine::Mariadb],
+    }
 }
 
 /// Files under a folder, the marker left out, as paths relative to it.

@@ -3,6 +3,7 @@
 mod child;
 mod mariadb;
 mod postgres;
+pub mod tools;
 
 use std::{
     path::{Path, PathBuf},

@@ -1,0 +1,92 @@
+//! `/api/cluster`.
+
+use std::sync::Arc;
+
+use axum::{Extension, Json, extract::State, http::StatusCode};
+use common::{
+    audit::Event,
+    cluster::{self, Cluster, Queue},
+    queue::Notice,
+    worker::{self, Cordoned, Worker},
+};
+use serde_json::Value;
+use tokio::time::{Duration, Instant};
+
+use super::data;
+use crate::{auth::Caller, error::ApiError, extract::Segment, openapi::Data, state::AppState};
+
+/// How old the count of what waits may be.
+const DEPTH_AGE: Duration = Duration::from_secs(1);
+
+/// How much waits, counted once a second at most: it looks at every row that waits.
+#[derive(Default)]
+pub struct Depth(tokio::sync::Mutex<Option<(Instant, Arc<Queue>)>>);
+
+impl Depth {
+    async fn count(&self, state: &AppState) -> Result<Arc<Queue>, ApiError> {
+        let mut last = self.0.lock().await;
+        if let Some((_, queue)) = last.as_ref().filter(|(at, _)| at.elapsed() < DEPTH_AGE) {
+            return Ok(queue.clone());
+        }
+        let asked = Instant::now();
+        let queue = Arc::new(state.ask(async |conn| cluster::queue(conn).await).await?);
+        *last = Some((asked, queue.clone()));
+        Ok(queue)
+    }
+}
+
+/// The cluster at a glance: workers, slots in use, what waits and the limit. A key that is bound to jobs sees of other
+/// jobs' slots only that they are in use. `queue` is up to a second old.
+#[utoipa::path(get, path = "/api/cluster", tag = "cluster", responses((status = 200, body = Data<Cluster>)))]
+pub async fn get(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Result<Json<Value>, ApiError> {
+    let queue = state.depth.count(&state).await?;
+    let mut cluster = state.ask(async |conn| Cluster::look(conn, (*queue).clone()).await).await?;
+    cluster.hide(|job| caller.sees(job));
+    Ok(data(&cluster))
+}
+
+/// Has a worker claim nothing more from the answer on; what it runs goes on. It holds until it is taken away: also when
+/// the worker loses its connection, and for the next worker of its name.
+#[utoipa::path(post, path = "/api/cluster/workers/{id}/cordon", tag = "cluster", responses((status = 200, body = Data<Worker>)))]
+pub async fn cordon(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(worker): Segment,
+) -> Result<Json<Value>, ApiError> {
+    change(&state, &caller, &worker, true).await
+}
+
+/// Lets a cordoned worker claim again, at once.
+#[utoipa::path(post, path = "/api/cluster/workers/{id}/uncordon", tag = "cluster", responses((status = 200, body = Data<Worker>)))]
+pub async fn uncordon(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(worker): Segment,
+) -> Result<Json<Value>, ApiError> {
+    change(&state, &caller, &worker, false).await
+}
+
+async fn change(state: &AppState, caller: &Caller, worker: &str, cordoned: bool) -> Result<Json<Value>, ApiError> {
+    let action = if cordoned { "worker.cordon" } else { "worker.uncordon" };
+    let change = async |conn: &mut sqlx::PgConnection| {
+        let done = worker::cordon(conn, worker, cordoned).await?;
+        let event = match &done {
+            Cordoned::Done(worker) => Some(Event::new(action, worker.id, &worker.name)),
+            Cordoned::NotFound | Cordoned::Ambiguous(_) => None,
+        };
+        Ok((done, event))
+    };
+    match state.change(caller, change).await? {
+        Cordoned::Done(worker) => {
+            tracing::info!(worker = worker.name, caller = caller.name(), "{action}");
+            state.wakeups.tell(Notice::Work);
+            Ok(data(&worker))
+        }
+        Cordoned::NotFound => Err(ApiError::not_found("Worker", "worker_not_found")),
+        Cordoned::Ambiguous(workers) => Err(ApiError::new(
+            StatusCode::CONFLICT,
+            "ambiguous_name",
+            format!("{workers} workers have this name: use the id that GET /api/cluster shows"),
+        )),
+    }
+}
