@@ -140,6 +140,26 @@ async fn a_worker_cut_off_from_postgres_publishes_nothing_although_its_dump_is_w
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_clock_of_the_database_that_is_set_forward_takes_no_run_from_a_worker_that_lives() {
+    let cluster = Cluster::start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    for _ in 0..8 {
+        // What a step of the clock does to a lease.
+        let over = "update execution_leases set expires_at = clock_timestamp() - interval '1 minute'";
+        sqlx::query(over).execute(&cluster.pool).await.expect("updates");
+        until("a heartbeat moves the lease on", SOON, || async {
+            let moved = "select count(*) from execution_leases where expires_at > clock_timestamp()";
+            (cluster.count(moved).await == 1).then_some(())
+        })
+        .await;
+    }
+    held.proxy.set(Mode::Pass);
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(1)), "{ended:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_rescued_more_than_three_times_fails_as_worker_lost() {
     let cluster = Cluster::start().await;
     let held = Held::new(&cluster, json!({})).await;

@@ -42,6 +42,12 @@ async fn claim_one(conn: &mut PgConnection) -> Claim {
     *claims.first().expect("something to claim")
 }
 
+/// As a process that has seen every lease unchanged for long enough.
+async fn rescue(conn: &mut PgConnection) -> Result<Vec<Rescue>, sqlx::Error> {
+    let seen = lease::all(conn).await?;
+    lease::rescue(conn, &seen, PATIENCE).await
+}
+
 async fn expire(conn: &mut PgConnection) {
     let sql = "update execution_leases set expires_at = clock_timestamp() - interval '1 ms'";
     sqlx::query(sql).execute(conn).await.expect("updates");
@@ -61,14 +67,15 @@ async fn a_heartbeat_revives_a_lease_that_ran_out_and_loses_one_that_was_rescued
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     let claim = claim_one(&mut conn).await;
     expire(&mut conn).await;
-    let late = lease::rescue(&mut conn, Duration::ZERO).await.expect("looks");
+    let seen = lease::all(&mut conn).await.expect("looks");
+    let late = lease::rescue(&mut conn, &seen, Duration::ZERO).await.expect("looks");
     assert_eq!(late, vec![], "rescued by a statement that was long on its way");
     let alive = lease::heartbeat(&mut conn, LEASE, &[progress(claim)]).await.expect("beats");
     assert_eq!(alive.len(), 1, "not revived");
-    assert_eq!(lease::rescue(&mut conn, PATIENCE).await.expect("looks"), vec![], "a living run was rescued");
+    assert_eq!(rescue(&mut conn).await.expect("looks"), vec![], "a living run was rescued");
 
     expire(&mut conn).await;
-    assert_eq!(lease::rescue(&mut conn, PATIENCE).await.expect("looks"), vec![Rescue::Requeued(claim.execution)]);
+    assert_eq!(rescue(&mut conn).await.expect("looks"), vec![Rescue::Requeued(claim.execution)]);
     let alive = lease::heartbeat(&mut conn, LEASE, &[progress(claim)]).await.expect("beats");
     assert_eq!(alive, vec![], "a rescued lease came back to life");
 }
@@ -79,7 +86,7 @@ async fn an_old_token_records_nothing_and_a_repeated_finish_counts_as_done() {
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     let old = claim_one(&mut conn).await;
     expire(&mut conn).await;
-    lease::rescue(&mut conn, PATIENCE).await.expect("rescues");
+    rescue(&mut conn).await.expect("rescues");
     let new = claim_one(&mut conn).await;
     assert!(new.token > old.token && new.execution == old.execution && new.attempt == 2);
 
@@ -108,7 +115,7 @@ async fn failures_count_against_the_attempts_and_rescues_and_releases_do_not() {
         assert_eq!(finish::finish(&mut conn, claim, &Ending::Released).await.expect("answers"), Finished::Requeued);
         claim_one(&mut conn).await;
         expire(&mut conn).await;
-        assert_eq!(lease::rescue(&mut conn, PATIENCE).await.expect("looks").len(), 1);
+        assert_eq!(rescue(&mut conn).await.expect("looks").len(), 1);
     }
     let again = Ending::Retry(failure(), Duration::ZERO);
     let claim = claim_one(&mut conn).await;
@@ -139,10 +146,7 @@ async fn a_cancelled_run_is_closed_whatever_happens_to_its_worker() {
         match end {
             "rescue" => {
                 expire(&mut conn).await;
-                assert_eq!(
-                    lease::rescue(&mut conn, PATIENCE).await.expect("looks"),
-                    vec![Rescue::Closed(claim.execution)]
-                );
+                assert_eq!(rescue(&mut conn).await.expect("looks"), vec![Rescue::Closed(claim.execution)]);
             }
             "retry" => {
                 let ending = Ending::Retry(failure(), Duration::ZERO);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
 use super::{Stage, claim::Token};
@@ -63,28 +64,52 @@ pub enum Rescue {
     Closed(ExecutionId),
 }
 
-/// Takes back every lease whose time is up. Any process may call it, provided that its own contact with the
-/// database was unbroken for a whole lease: after an outage of the database the runs that live must get the
-/// chance to revive their leases first.
+/// A lease as somebody else saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sight {
+    /// Whose.
+    pub token: Token,
+    /// Moved on by every heartbeat.
+    pub expires_at: DateTime<Utc>,
+    /// The database's clock then.
+    pub at: DateTime<Utc>,
+}
+
+/// Every lease.
+pub async fn all(conn: &mut PgConnection) -> Result<Vec<Sight>, sqlx::Error> {
+    sqlx::query_as!(
+        Sight,
+        r#"select token as "token: Token", expires_at, clock_timestamp() as "at!" from execution_leases"#
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Takes back those of the leases whose time is up and which are still as they were seen. Any process may call it, for
+/// leases that it has seen unchanged for a whole lease by its own clock, in unbroken contact with the database: the
+/// database's clock may be set, and after an outage the runs that live must get the chance to revive their leases first.
 ///
 /// A statement may lie in the network for as long as an outage lasts and be carried out at its end, before any heartbeat
-/// is. So the database's clock is asked first, and the statement does nothing when it arrives more than `patience`
-/// after that answer.
+/// is. So it does nothing when it arrives more than `patience` after the database's clock showed [`Sight::at`].
 ///
 /// It needs no gate, since it only ever lowers the number of leases. The execution is locked before its lease
 /// (the lock order), and the lease's time is looked at again under the lock: a heartbeat may have won.
-pub async fn rescue(conn: &mut PgConnection, patience: Duration) -> Result<Vec<Rescue>, sqlx::Error> {
-    let asked = sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(&mut *conn).await?;
+pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration) -> Result<Vec<Rescue>, sqlx::Error> {
+    let Some(newest) = seen.iter().map(|sight| sight.at).max() else { return Ok(Vec::new()) };
+    let tokens: Vec<i64> = seen.iter().map(|sight| sight.token.0).collect();
+    let expiries: Vec<DateTime<Utc>> = seen.iter().map(|sight| sight.expires_at).collect();
     let rows = sqlx::query!(
         r#"with expired as materialized (
-               select e.id, l.token
-                 from execution_leases l join executions e on e.id = l.execution_id
+               select e.id, l.token, l.expires_at
+                 from unnest($3::bigint[], $4::timestamptz[]) as s (token, expires_at)
+                 join execution_leases l on l.token = s.token and l.expires_at = s.expires_at
+                 join executions e on e.id = l.execution_id
                 where l.expires_at < clock_timestamp() and clock_timestamp() < $2
                 order by e.id
                   for update of e skip locked
            ), dead as (
                delete from execution_leases l using expired x
-                where l.token = x.token and l.expires_at < clock_timestamp()
+                where l.token = x.token and l.expires_at = x.expires_at
                returning l.execution_id, l.token, l.worker, l.stage
            ), closed as (
                update executions e
@@ -112,7 +137,9 @@ pub async fn rescue(conn: &mut PgConnection, patience: Duration) -> Result<Vec<R
            )
            select id as "id!: ExecutionId", status as "status!" from closed"#,
         MAX_RESCUES,
-        asked + patience,
+        newest + patience,
+        &tokens,
+        &expiries,
     )
     .fetch_all(conn)
     .await?;

@@ -2,15 +2,18 @@
 //! Running also when every other worker is full. No leader.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use chrono::{DateTime, Utc};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    claim::Token,
     expire::expire,
-    lease::{Rescue, rescue},
+    lease::{self, Rescue, Sight},
 };
 use crate::{
     config::Timing,
@@ -20,8 +23,9 @@ use crate::{
 
 /// Rescues lost runs, when this process may.
 ///
-/// It may only after its own contact with the database was unbroken for one whole lease: after an outage
-/// everybody waits, and a run that lives revives its lease instead of losing it.
+/// It may only after its own contact with the database was unbroken for one whole lease: after an outage everybody waits,
+/// and a run that lives revives its lease instead of losing it. And it takes only a lease that it has seen unchanged for
+/// a whole lease by its own clock: the database's clock says when a lease ends, and may be set forward.
 #[derive(Debug)]
 pub struct Rescuer {
     db: Db,
@@ -40,15 +44,14 @@ impl Rescuer {
 
     async fn tick(self: Arc<Self>) {
         loop {
-            tokio::time::sleep(self.timing.ticker.mul_f64(rand::random_range(0.75..1.25))).await;
+            let tick = self.timing.ticker.mul_f64(rand::random_range(0.75..1.25));
+            // No later than a lease that nobody moves on has been seen for long enough.
+            let due = self.contact().next_due(self.timing.lease, Instant::now());
+            tokio::time::sleep(due.map_or(tick, |due| tick.min(due))).await;
             let asked = Instant::now();
-            let result = match self.may_rescue(asked) {
-                true => self.rescue().await.map(|_| ()),
-                false => self.db.ping(self.timing.heartbeat_timeout).await,
-            };
-            let result = match result {
-                Ok(()) => self.expire().await,
-                error => error,
+            let result = match self.rescue(asked).await {
+                Ok(_) => self.expire().await,
+                Err(error) => Err(error),
             };
             match result {
                 Ok(()) => self.contact().kept(asked),
@@ -67,10 +70,7 @@ impl Rescuer {
     /// A look beside the ticker's, for a worker that found nothing to claim: gives how many runs came back. An
     /// error is the ticker's to notice.
     pub async fn rescue_now(&self) -> usize {
-        match self.may_rescue(Instant::now()) {
-            true => self.rescue().await.unwrap_or(0),
-            false => 0,
-        }
+        self.rescue(Instant::now()).await.unwrap_or(0)
     }
 
     fn contact(&self) -> MutexGuard<'_, Contact> {
@@ -93,22 +93,47 @@ impl Rescuer {
         Ok(())
     }
 
-    async fn rescue(&self) -> Result<usize, DbError> {
-        let limit = self.timing.heartbeat_timeout;
-        let rescued = self.db.within(limit, async |conn| rescue(conn, limit).await).await?;
+    async fn rescue(&self, asked: Instant) -> Result<usize, DbError> {
+        let (limit, may) = (self.timing.heartbeat_timeout, self.may_rescue(asked));
+        let leases = self.db.within(limit, async |conn| lease::all(conn).await).await?;
+        let due = self.contact().sight(leases, self.timing.lease, Instant::now());
+        if !may || due.is_empty() {
+            return Ok(0);
+        }
+        let rescued = self.db.within(limit, async |conn| lease::rescue(conn, &due, limit).await).await?;
         tell(&rescued, &self.wakeups);
         Ok(rescued.len())
     }
 }
 
-/// How long this process has been in contact with the database without a gap.
+/// How long this process has been in contact with the database without a gap, and what it has seen meanwhile.
 #[derive(Debug, Default)]
 struct Contact {
     since: Option<Instant>,
     last: Option<Instant>,
+    /// When each lease was first seen with the end that it has.
+    seen: HashMap<Token, (DateTime<Utc>, Instant)>,
 }
 
 impl Contact {
+    /// Takes in a look at all leases, and gives those that are over and have not changed for `lease`.
+    fn sight(&mut self, leases: Vec<Sight>, lease: Duration, now: Instant) -> Vec<Sight> {
+        let before = std::mem::take(&mut self.seen);
+        for sight in &leases {
+            let same = before.get(&sight.token).filter(|(expires_at, _)| *expires_at == sight.expires_at);
+            self.seen.insert(sight.token, (sight.expires_at, same.map_or(now, |(_, since)| *since)));
+        }
+        let over = |sight: &Sight| sight.expires_at < sight.at && now - self.seen[&sight.token].1 >= lease;
+        leases.into_iter().filter(over).collect()
+    }
+
+    /// Until some lease may be taken, if none is moved on.
+    fn next_due(&self, lease: Duration, now: Instant) -> Option<Duration> {
+        let due = self.seen.values().map(|(_, since)| (*since + lease).saturating_duration_since(now));
+        // One that may be taken already and was not: another process is at it, or the database's clock is behind.
+        due.filter(|due| !due.is_zero()).min()
+    }
+
     fn expect_within(&mut self, now: Instant, gap: Duration) {
         if self.last.is_some_and(|last| now - last > gap) {
             *self = Self::default();
@@ -154,5 +179,26 @@ mod tests {
         assert_eq!(contact.unbroken_for(start + second * 5), second * 5);
         contact.expect_within(start + second * 9, second * 3);
         assert_eq!(contact.unbroken_for(start + second * 9), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_lease_is_over_only_when_it_was_seen_unchanged_for_a_lease_whatever_the_databases_clock_says() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let (lease, mut contact) = (second * 15, Contact::default());
+        let at = |seconds: i64| DateTime::from_timestamp(1_000_000 + seconds, 0).expect("a time");
+        let sight = |expires: i64, clock: i64| vec![Sight { token: Token(1), expires_at: at(expires), at: at(clock) }];
+        // The clock is set forward by a minute while the worker beats.
+        for beat in 0_u32..10 {
+            let clock = i64::from(beat) * 3;
+            let over = contact.sight(sight(clock + 15, clock + 60), lease, start + second * 3 * beat);
+            assert_eq!(over, vec![], "beat {beat}");
+        }
+        // Now it is dead: its last end stays.
+        assert_eq!(contact.next_due(lease, start + second * 30), Some(second * 12));
+        assert_eq!(contact.sight(sight(42, 100), lease, start + second * 41), vec![]);
+        assert_eq!(contact.sight(sight(42, 101), lease, start + second * 42), sight(42, 101));
+        // One that is gone is forgotten.
+        assert_eq!(contact.sight(Vec::new(), lease, start + second * 43), vec![]);
+        assert_eq!(contact.next_due(lease, start + second * 43), None);
     }
 }

@@ -13,7 +13,7 @@ const ID: &str = "create or replace function id_at(at timestamptz, n bigint) ret
     select (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '7' || substr(md5(n::text), 1, 3)
             || '8' || substr(md5(n::text), 4, 15))::uuid $$;";
 
-/// Adds so many ended executions, a tenth of them failed, over the last year, and so many that wait, in jobs like `job`.
+/// Adds so many ended executions, a tenth of them failed, over the last 80 days (none so old as to be forgotten), and so many that wait, in jobs like `job`.
 pub async fn fill(cluster: &Cluster, job: &str, ended: u32, pending: u32) {
     let job: JobId = serde_json::from_value(job.into()).expect("an id");
     let past = unique("past");
@@ -36,7 +36,7 @@ pub async fn fill(cluster: &Cluster, job: &str, ended: u32, pending: u32) {
                     'Api', t.at, t.at, t.at + interval '1 minute', 'Completed',
                     case when n % 10 = 0 then 'it failed' end, case when n % 10 = 0 then 'dump_failed' end
                from generate_series(1, {ended}) n
-              cross join lateral (select clock_timestamp() - interval '360 days' * (1 - n::float8 / {ended}) - interval '1 day' as at) t
+              cross join lateral (select clock_timestamp() - interval '80 days' * (1 - n::float8 / {ended}) - interval '1 day' as at) t
                join of_the_past p on p.nr = n % {jobs} + 1;
              insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, max_attempts, trigger_kind)
              select id_at(clock_timestamp(), -n), p.id, p.slug, p.slug, p.source_id, 'default', true, 3, 'Api'
