@@ -150,7 +150,7 @@ async fn held_slots(conn: &mut PgConnection) -> Result<Vec<HeldSlot>, sqlx::Erro
 }
 
 /// What waits, counted: by the index of what is Pending, so history costs nothing, but each row that waits is looked
-/// at (50 ms for 200,000).
+/// at (some 0.2 s for 200,000).
 pub async fn queue(conn: &mut PgConnection) -> Result<Queue, sqlx::Error> {
     let pools = sqlx::query_as!(
         PoolQueue,

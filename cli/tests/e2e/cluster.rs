@@ -399,6 +399,39 @@ async fn register(conn: &mut sqlx::PgConnection, me: &claim::Claimant, engines: 
     worker::register(conn, &registration).await.expect("registers");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_keeps_its_cordon_until_that_is_taken_away_and_not_longer() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let [crashed, stopped, third, fourth] = [claimant(), claimant(), claimant(), claimant()];
+    let is_cordoned = async |conn: &mut sqlx::PgConnection, me: &claim::Claimant| {
+        worker::beat(conn, me.id, false).await.expect("beats").expect("has a row")
+    };
+    let rows = || cluster.count("select count(*) from workers");
+    register(&mut conn, &crashed, &[]).await;
+    cluster.ok("POST", "/api/cluster/workers/test/cordon", None).await;
+    // The one that crashed still looks alive; by the next beat it does not.
+    register(&mut conn, &stopped, &[]).await;
+    assert_eq!((is_cordoned(&mut conn, &stopped).await, rows().await), (true, 2));
+    let age = "update workers set seen_at = clock_timestamp() - interval '1 minute' where id::text = $1";
+    sqlx::query(age).bind(crashed.id.to_string()).execute(&mut *conn).await.expect("updates");
+    assert_eq!((is_cordoned(&mut conn, &stopped).await, rows().await), (true, 1), "its place is taken");
+    // One that stops is shown for its cordon, and its successor takes that over.
+    worker::leave(&mut conn, stopped.id).await.expect("leaves");
+    assert_eq!(view(&cluster).await["workers"][0]["state"], "Stopped");
+    assert_eq!(worker::beat(&mut conn, stopped.id, false).await.expect("beats"), None, "a late beat brings it back");
+    register(&mut conn, &third, &[]).await;
+    assert_eq!((is_cordoned(&mut conn, &third).await, rows().await), (true, 1));
+    // Taken away from the one that runs, it is on none that is over: the next does not inherit it.
+    register(&mut conn, &fourth, &[]).await;
+    sqlx::query(age).bind(third.id.to_string()).execute(&mut *conn).await.expect("updates");
+    cluster.ok("POST", "/api/cluster/workers/test/uncordon", None).await;
+    let fifth = claimant();
+    worker::leave(&mut conn, fourth.id).await.expect("leaves");
+    register(&mut conn, &fifth, &[]).await;
+    assert_eq!((is_cordoned(&mut conn, &fifth).await, rows().await), (false, 1));
+}
+
 /// Moves the time of a worker that has ended: a slow machine must not make it old, and no test waits until it is.
 async fn last_seen(cluster: &Cluster, name: &str, when: &str) {
     let seconds = if when == "now" { 3600.0 } else { -4.0 * LEASE.as_secs_f64() };

@@ -5,7 +5,12 @@ use std::{collections::BTreeSet, time::Duration};
 use common::execution::claim;
 use serde_json::json;
 
-use crate::harness::{Cluster, LEASE, SOON, audit, claimant, files, source::PostgresSource, until};
+use crate::harness::{
+    Cluster, LEASE, SOON, audit, claimant, files,
+    proxy::{Mode, Proxy},
+    source::PostgresSource,
+    until,
+};
 
 async fn all_ended(cluster: &Cluster, limit: Duration) {
     until("every execution ends", limit, || async {
@@ -126,6 +131,32 @@ async fn the_limit_of_a_source_holds_while_it_is_changed_and_is_reached_at_once(
         assert_eq!(most, i64::from(limit), "the limit {limit} was not reached");
     }
     assert_eq!(cluster.count("select count(*) from executions where status = 'Success' and attempt = 1").await, 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_higher_limit_of_a_source_wakes_the_workers() {
+    // A poll of a minute: only the wake-up can be quick.
+    let cluster = Cluster::build().env("DBACKUP_POLL_MS", 60_000).start().await;
+    let rows = PostgresSource::with_rows(60_000).await;
+    let proxy = Proxy::start(rows.port).await;
+    let source = cluster.source("postgres", rows.config_at(proxy.port)).await;
+    let path = format!("/api/sources/{source}");
+    cluster.ok("PUT", &path, Some(json!({ "maxConcurrentRuns": 1 }))).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    proxy.set(Mode::HoldAfter(1_000_000));
+    cluster.trigger(&job).await;
+    proxy.passes(1_000_000).await;
+    let second = cluster.trigger(&job).await;
+    until("it waits for its source", SOON, || async {
+        (cluster.execution(&second).await["waitingFor"]["reason"] == "source").then_some(())
+    })
+    .await;
+    cluster.ok("PUT", &path, Some(json!({ "maxConcurrentRuns": 2 }))).await;
+    cluster.in_status(&second, "Running", SOON).await;
+    let entries =
+        "select count(*) from audit_log where action = 'source.update' and details->'fields' ? 'maxConcurrentRuns'";
+    assert_eq!(cluster.count(entries).await, 2, "each change is in the audit log");
 }
 
 #[tokio::test(flavor = "multi_thread")]
