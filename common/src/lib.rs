@@ -21,6 +21,7 @@ pub mod page;
 pub mod password;
 pub mod permission;
 pub mod queue;
+pub mod schedule;
 pub mod seal;
 pub mod session;
 pub mod setting;

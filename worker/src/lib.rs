@@ -12,6 +12,7 @@ pub mod lease;
 pub mod pipeline;
 pub mod run;
 pub mod run_log;
+pub mod scheduler;
 pub mod service;
 pub mod sweeper;
 pub mod tester;

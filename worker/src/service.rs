@@ -11,7 +11,7 @@ use crate::{
     config::WorkerConfig,
     keeper::Keeper,
     lease::Stop,
-    run, sweeper, tester,
+    run, scheduler, sweeper, tester,
 };
 
 /// What every run of a worker uses.
@@ -47,6 +47,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
     let shared =
         Shared { config: config.clone(), db: db.clone(), key, wakeups: wakeups.clone(), keeper: keeper.clone() };
     let rescuer = Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
+    tokio::spawn(stop.clone().run_until_cancelled_owned(scheduler::run(db.clone(), config.timing, wakeups.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(tester::run(shared.clone())));
     tracing::info!(
