@@ -13,7 +13,7 @@ use crate::page::{Page, fetch_limit};
 /// Who acts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actor {
-    /// ApiKey, User, Administrator (the command line) or Anonymous.
+    /// ApiKey, User, Administrator (the command line), Schedule or Anonymous.
     pub kind: &'static str,
     /// The key or the user.
     pub id: Option<uuid::Uuid>,
@@ -31,6 +31,12 @@ impl Actor {
         let name =
             std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| "command line".into());
         Self { kind: "Administrator", id: None, name, address: None, request_id: None }
+    }
+
+    /// The schedule of a job, called by its expression and zone.
+    pub fn schedule(expression: &str, timezone: &str) -> Self {
+        let name = format!("{expression} {timezone}");
+        Self { kind: "Schedule", id: None, name, address: None, request_id: None }
     }
 }
 
@@ -114,7 +120,7 @@ pub struct Entry {
     /// When.
     #[serde(serialize_with = "crate::time::millis")]
     pub at: DateTime<Utc>,
-    /// ApiKey, User, Administrator or Anonymous.
+    /// ApiKey, User, Administrator, Schedule or Anonymous.
     pub actor_kind: String,
     /// The key or the user.
     pub actor_id: Option<uuid::Uuid>,

@@ -3,6 +3,7 @@
 
 use std::{str::FromStr, time::Duration};
 
+use chrono::{DateTime, Utc};
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, PgConnection, PgPool,
@@ -154,6 +155,11 @@ impl Db {
 /// `cannot_connect_now` while PostgreSQL starts or recovers, and too many connections: both pass.
 fn is_starting(sqlstate: Option<&str>) -> bool {
     matches!(sqlstate, Some("57P03" | "53300"))
+}
+
+/// The time by the database's clock, the only one that decides: a process's own may be wrong.
+pub async fn now(conn: &mut PgConnection) -> Result<DateTime<Utc>, sqlx::Error> {
+    sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(conn).await
 }
 
 /// Why a process could not start on its database.

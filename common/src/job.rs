@@ -5,9 +5,11 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection, types::Json};
 
 use crate::{
+    db,
     id::{DestinationId, JobId, Reference, SourceId},
     label::Labels,
     page::{Page, fetch_limit},
+    schedule,
 };
 
 /// How the dump is compressed.
@@ -76,8 +78,23 @@ pub struct Job {
     pub destination_ids: Vec<DestinationId>,
     /// See [`Compression`].
     pub compression: Compression,
-    /// Governs the schedule.
+    /// When it runs by itself: a cron expression of minute, hour, day of month, month and day of week, or a nickname
+    /// such as @daily; null is never.
+    #[schema(example = "0 3 * * *")]
+    pub schedule: Option<String>,
+    /// IANA name of the time zone whose wall clock the schedule means.
+    #[schema(example = "Europe/Berlin")]
+    pub timezone: String,
+    /// Governs the schedule: false pauses it. A trigger runs a paused job too.
     pub enabled: bool,
+    /// When the schedule fires next; null without one, and while it is paused.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    #[schema(example = "2025-01-16T02:00:00.000Z")]
+    pub next_run_at: Option<DateTime<Utc>>,
+    /// Start of the newest run that has started, whatever triggered it.
+    #[serde(serialize_with = "crate::time::millis_or_null")]
+    #[schema(example = "2025-01-15T02:00:00.412Z")]
+    pub last_run_at: Option<DateTime<Utc>>,
     /// See [`Overlap`].
     pub overlap: Overlap,
     /// Failures that may be retried, the first included.
@@ -109,6 +126,10 @@ pub struct JobDraft {
     pub destination_ids: Vec<DestinationId>,
     /// See [`Job::compression`].
     pub compression: Compression,
+    /// See [`Job::schedule`].
+    pub schedule: Option<String>,
+    /// See [`Job::timezone`].
+    pub timezone: String,
     /// See [`Job::enabled`].
     pub enabled: bool,
     /// See [`Job::overlap`].
@@ -147,7 +168,11 @@ struct Row {
     source_id: SourceId,
     destination_ids: Vec<DestinationId>,
     compression: Compression,
+    schedule: Option<String>,
+    timezone: String,
     enabled: bool,
+    next_run_at: Option<DateTime<Utc>>,
+    last_run_at: Option<DateTime<Utc>>,
     overlap: Overlap,
     max_attempts: i32,
     timeout_seconds: i32,
@@ -166,7 +191,11 @@ impl From<Row> for Job {
             source_id: row.source_id,
             destination_ids: row.destination_ids,
             compression: row.compression,
+            schedule: row.schedule,
+            timezone: row.timezone,
             enabled: row.enabled,
+            next_run_at: row.next_run_at,
+            last_run_at: row.last_run_at,
             overlap: row.overlap,
             max_attempts: row.max_attempts,
             timeout_seconds: row.timeout_seconds,
@@ -192,18 +221,19 @@ pub enum Created {
 pub async fn create(conn: &mut PgConnection, draft: &JobDraft) -> Result<Created, sqlx::Error> {
     let id = JobId::new();
     let mut tx = conn.begin().await?;
+    let next_run_at = draft.plan(db::now(&mut tx).await?);
     let mut inserted = false;
     for n in 0..1000 {
         let slug = draft.slug.clone().unwrap_or_else(|| crate::slug::candidate(&draft.name, n));
         let done =
             sqlx::query!(
             "insert into jobs (id, slug, name, source_id, compression, enabled, overlap, max_attempts, timeout_seconds,
-                               expect_every_seconds, labels)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+                               expect_every_seconds, labels, schedule, timezone, next_run_at)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
              on conflict on constraint jobs_slug_unique do nothing",
             id as _, slug, draft.name, draft.source_id as _, draft.compression.as_str(), draft.enabled,
             draft.overlap.as_str(), draft.max_attempts, draft.timeout_seconds, draft.expect_every_seconds,
-            Json(&draft.labels) as _,
+            Json(&draft.labels) as _, draft.schedule, draft.timezone, next_run_at,
         )
             .execute(&mut *tx)
             .await?;
@@ -225,11 +255,12 @@ pub async fn create(conn: &mut PgConnection, draft: &JobDraft) -> Result<Created
 /// `jobs_slug_unique`.
 pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Result<Option<Job>, sqlx::Error> {
     let mut tx = conn.begin().await?;
-    let done = sqlx::query!(
+    let Some(next_run_at) = plan_anew(&mut tx, id, draft).await? else { return Ok(None) };
+    sqlx::query!(
         "update jobs
             set slug = coalesce($2, slug), name = $3, source_id = $4, compression = $5, enabled = $6, overlap = $7,
                 max_attempts = $8, timeout_seconds = $9, expect_every_seconds = $10, labels = $11,
-                updated_at = clock_timestamp()
+                schedule = $12, timezone = $13, next_run_at = $14, updated_at = clock_timestamp()
           where id = $1",
         id as _,
         draft.slug,
@@ -242,16 +273,46 @@ pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Res
         draft.timeout_seconds,
         draft.expect_every_seconds,
         Json(&draft.labels) as _,
+        draft.schedule,
+        draft.timezone,
+        next_run_at,
     )
     .execute(&mut *tx)
     .await?;
-    if done.rows_affected() == 0 {
-        return Ok(None);
-    }
     sqlx::query!("delete from job_destinations where job_id = $1", id as _).execute(&mut *tx).await?;
     insert_destinations(&mut tx, id, &draft.destination_ids).await?;
     tx.commit().await?;
     find(conn, &Reference::new(id.to_string())).await
+}
+
+impl JobDraft {
+    fn plan(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        schedule::plan(self.enabled, self.schedule.as_deref(), &self.timezone, now)
+    }
+}
+
+/// When a job that is being changed fires next; `None` when it is gone. A change of the schedule plans from now on and
+/// makes up nothing; any other change leaves a firing that is due to the workers.
+async fn plan_anew(
+    conn: &mut PgConnection,
+    id: JobId,
+    draft: &JobDraft,
+) -> Result<Option<Option<DateTime<Utc>>>, sqlx::Error> {
+    // The lock that a firing takes: the plan is this one's or that one's, never a mixture.
+    let stored = sqlx::query!(
+        "select schedule, timezone, enabled, next_run_at from jobs where id = $1 for no key update",
+        id as _
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(stored) = stored else { return Ok(None) };
+    // After the lock, which may have been waited for.
+    let planned = draft.plan(db::now(conn).await?);
+    let same =
+        (&stored.schedule, &stored.timezone, stored.enabled) == (&draft.schedule, &draft.timezone, draft.enabled);
+    // The earlier one: a plan beyond the next time was made by a clock that has been set back since.
+    let kept = stored.next_run_at.filter(|_| same);
+    Ok(Some(planned.map(|next| kept.map_or(next, |kept| kept.min(next)))))
 }
 
 async fn insert_destinations(
@@ -277,7 +338,12 @@ pub async fn find(conn: &mut PgConnection, reference: &Reference) -> Result<Opti
         r#"select id as "id: JobId", slug, name, source_id as "source_id: SourceId",
                   array(select destination_id from job_destinations d where d.job_id = jobs.id order by position)
                       as "destination_ids!: Vec<DestinationId>",
-                  compression as "compression: Compression", enabled, overlap as "overlap: Overlap", max_attempts,
+                  compression as "compression: Compression", schedule, timezone, enabled,
+                  case when enabled then next_run_at end as next_run_at,
+                  (select e.started_at from executions e
+                    where e.job_id = jobs.id and e.type = 'Backup' and e.started_at is not null
+                    order by e.seq desc limit 1) as last_run_at,
+                  overlap as "overlap: Overlap", max_attempts,
                   timeout_seconds, expect_every_seconds, labels as "labels: Json<Labels>", created_at, updated_at
              from jobs where id = $1 or slug = $2"#,
         reference.id(),
@@ -295,7 +361,12 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Job>,
         r#"select id as "id: JobId", slug, name, source_id as "source_id: SourceId",
                   array(select destination_id from job_destinations d where d.job_id = jobs.id order by position)
                       as "destination_ids!: Vec<DestinationId>",
-                  compression as "compression: Compression", enabled, overlap as "overlap: Overlap", max_attempts,
+                  compression as "compression: Compression", schedule, timezone, enabled,
+                  case when enabled then next_run_at end as next_run_at,
+                  (select e.started_at from executions e
+                    where e.job_id = jobs.id and e.type = 'Backup' and e.started_at is not null
+                    order by e.seq desc limit 1) as last_run_at,
+                  overlap as "overlap: Overlap", max_attempts,
                   timeout_seconds, expect_every_seconds, labels as "labels: Json<Labels>", created_at, updated_at
              from jobs
             where ($1::text is null or position(lower($1) in lower(name)) > 0)

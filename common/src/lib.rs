@@ -23,6 +23,7 @@ pub mod password;
 pub mod permission;
 pub mod queue;
 pub mod reseal;
+pub mod schedule;
 pub mod seal;
 pub mod session;
 pub mod setting;

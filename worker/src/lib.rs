@@ -14,6 +14,7 @@ pub mod pipeline;
 pub mod presence;
 pub mod run;
 pub mod run_log;
+pub mod scheduler;
 pub mod service;
 pub mod sweeper;
 pub mod tester;

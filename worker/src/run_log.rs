@@ -56,8 +56,10 @@ impl RunLog {
     pub fn with_details(&self, level: Level, message: impl Into<String>, details: Option<String>) {
         let message = message.into();
         tracing::debug!(execution = %self.lease.claim.execution, level = level.as_str(), "{message}");
+        #[expect(clippy::disallowed_methods, reason = "a line of the log decides nothing, and asks no database")]
+        let at = Utc::now();
         // A full channel means the database is slower than the tool's chatter: the run does not wait for its log.
-        let _ = self.lines.try_send(NewLine { at: Utc::now(), level, stage: self.lease.stage(), message, details });
+        let _ = self.lines.try_send(NewLine { at, level, stage: self.lease.stage(), message, details });
     }
 
     /// What happens.

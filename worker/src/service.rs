@@ -18,7 +18,7 @@ use crate::{
     keeper::Keeper,
     lease::Stop,
     presence::Presence,
-    run, sweeper, tester,
+    run, scheduler, sweeper, tester,
 };
 
 /// What every run of a worker uses.
@@ -82,6 +82,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
     // Until the end and not until the stop: it lives while it drains.
     tokio::spawn(end.clone().run_until_cancelled_owned(presence.clone().keep(stop.clone())));
     let rescuer = Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
+    tokio::spawn(stop.clone().run_until_cancelled_owned(scheduler::run(db.clone(), config.timing, wakeups.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(forgetter::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(tester::run(shared.clone())));

@@ -96,6 +96,7 @@ impl RunBody {
             max_age_seconds: self.max_age_seconds,
             start_within_seconds: self.start_within_seconds,
             trace: TraceContext::of(&Span::current()),
+            scheduled_for: None,
             idempotency,
         }
     }

@@ -12,7 +12,7 @@ use common::{
     id::{DestinationId, JobId, Reference, SourceId},
     job::{self, Compression, Created, Deleted, Filter, Job, JobDraft, Overlap},
     label::Labels,
-    source,
+    schedule, source,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -29,13 +29,22 @@ use crate::{
 /// A job as a client sends it; PUT takes any subset.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-#[schema(example = json!({ "name": "Shop daily", "sourceId": "shop", "destinationIds": ["local"], "compression": "zstd", "overlap": "queue" }))]
+#[schema(example = json!({ "name": "Shop daily", "sourceId": "shop", "destinationIds": ["local"], "schedule": "0 3 * * *", "timezone": "Europe/Berlin", "compression": "zstd", "overlap": "queue" }))]
 pub struct JobBody {
     name: Option<String>,
     slug: Option<String>,
     source_id: Option<String>,
     destination_ids: Option<Vec<String>>,
     compression: Option<Compression>,
+    /// Cron expression of minute, hour, day of month, month and day of week, or a nickname such as @daily; null for
+    /// none.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<String>, example = "0 3 * * *")]
+    schedule: Option<Option<String>>,
+    /// IANA name of the time zone whose wall clock the schedule means; UTC when left out.
+    #[schema(example = "Europe/Berlin")]
+    timezone: Option<String>,
+    /// Governs the schedule alone: a trigger runs a paused job too.
     enabled: Option<bool>,
     overlap: Option<Overlap>,
     max_attempts: Option<i32>,
@@ -45,10 +54,6 @@ pub struct JobBody {
     expect_every_seconds: Option<Option<i32>>,
     labels: Option<Labels>,
     #[schema(ignore)]
-    schedule: Option<Value>,
-    #[schema(ignore)]
-    timezone: Option<String>,
-    #[schema(ignore)]
     encryption: Option<Value>,
     #[schema(ignore)]
     retention: Option<Value>,
@@ -57,17 +62,10 @@ pub struct JobBody {
 impl JobBody {
     /// Fields of the API that this version refuses rather than to accept and ignore.
     fn not_yet(&self, check: &mut Check) {
-        for (field, given) in [
-            ("schedule", self.schedule.is_some()),
-            ("encryption", self.encryption.is_some()),
-            ("retention", self.retention.is_some()),
-        ] {
+        for (field, given) in [("encryption", self.encryption.is_some()), ("retention", self.retention.is_some())] {
             if given {
                 check.refuse(field, "is not available in this version: leave it out or null");
             }
-        }
-        if self.timezone.as_deref().is_some_and(|zone| zone != "UTC") {
-            check.refuse("timezone", "is not available in this version: leave it out or \"UTC\"");
         }
     }
 
@@ -88,6 +86,8 @@ impl JobBody {
             source_id,
             destination_ids: destinations.or(old.map(|o| o.destination_ids.clone())).unwrap_or_default(),
             compression: self.compression.or(old.map(|o| o.compression)).unwrap_or_default(),
+            schedule: self.schedule.unwrap_or(old.and_then(|o| o.schedule.clone())),
+            timezone: self.timezone.or(old.map(|o| o.timezone.clone())).unwrap_or_else(|| "UTC".to_owned()),
             enabled: self.enabled.or(old.map(|o| o.enabled)).unwrap_or(true),
             overlap: self.overlap.or(old.map(|o| o.overlap)).unwrap_or_default(),
             max_attempts: self.max_attempts.or(old.map(|o| o.max_attempts)).unwrap_or(3),
@@ -98,6 +98,9 @@ impl JobBody {
         check.name(&draft.name);
         check.slug(draft.slug.as_ref());
         check.labels(&draft.labels);
+        for problem in schedule::problems(draft.schedule.as_deref(), &draft.timezone) {
+            check.refuse(&problem.field, &problem.message);
+        }
         if draft.destination_ids.is_empty() || draft.destination_ids.len() > 16 {
             check.refuse("destinationIds", "must name between 1 and 16 destinations");
         }

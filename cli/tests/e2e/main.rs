@@ -26,6 +26,7 @@ mod protocol;
 mod queue;
 mod rate_limits;
 mod samples;
+mod schedules;
 mod sessions;
 mod sources;
 mod tls;

@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 
-use serde_json::Value;
+use chrono::{DateTime, Utc};
+use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
 use crate::{
@@ -13,6 +14,7 @@ use crate::{
     label::Labels,
     setting::{self, Settings},
     telemetry::TraceContext,
+    time::as_text,
 };
 
 /// A request to run a job.
@@ -40,6 +42,8 @@ pub struct TriggerRequest {
     pub start_within_seconds: Option<i32>,
     /// Trace of the request.
     pub trace: TraceContext,
+    /// The time that a schedule named, when one triggers.
+    pub scheduled_for: Option<DateTime<Utc>>,
     /// `Idempotency-Key` of the request.
     pub idempotency: Option<Idempotency>,
 }
@@ -76,7 +80,7 @@ pub enum Enqueued {
     QueueFull(i64),
 }
 
-pub(super) struct JobRow {
+pub(crate) struct JobRow {
     id: JobId,
     slug: String,
     name: String,
@@ -100,7 +104,7 @@ pub async fn enqueue(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Re
 }
 
 /// What the decisions of a slice are made from. The jobs are locked, so nobody else decides about them meanwhile.
-pub(super) struct Desk {
+pub(crate) struct Desk {
     jobs: Vec<JobRow>,
     settings: Settings,
     room: i64,
@@ -108,7 +112,7 @@ pub(super) struct Desk {
     active: HashMap<JobId, ExecutionId>,
     stored: StoredKeys,
     reusable: HashMap<JobId, Reusable>,
-    pub(super) inserts: Inserts,
+    pub(crate) inserts: Inserts,
 }
 
 /// What a trigger with `maxAgeSeconds` may be answered with.
@@ -120,7 +124,7 @@ struct Reusable {
 }
 
 impl Desk {
-    pub(super) async fn open(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Self, sqlx::Error> {
+    pub(crate) async fn open(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Self, sqlx::Error> {
         let jobs = lock_jobs(conn, requests).await?;
         let settings = setting::read(conn).await?;
         Ok(Self {
@@ -138,7 +142,7 @@ impl Desk {
         })
     }
 
-    pub(super) fn decide(&mut self, request: &TriggerRequest) -> Enqueued {
+    pub(crate) fn decide(&mut self, request: &TriggerRequest) -> Enqueued {
         let found = self.jobs.iter().find(|job| Some(job.id.0) == request.job.id() || job.slug == request.job.slug());
         let Some(job) = found.filter(|job| request.only.as_ref().is_none_or(|only| only.contains(&job.id))) else {
             return Enqueued::JobNotFound;
@@ -175,8 +179,11 @@ impl Desk {
             self.inserts.keys.push((idempotency.clone(), job.id, id));
         }
         let action = if reused.is_some() { "execution.reuse" } else { "execution.trigger" };
-        let event = Event::new(action, id, &job.name).with(serde_json::json!({ "jobId": job.id }));
-        self.inserts.events.push((request.actor.clone(), event));
+        let mut details = json!({ "jobId": job.id });
+        if let Some(time) = request.scheduled_for {
+            details["scheduledFor"] = json!(as_text(&time));
+        }
+        self.inserts.note(request.actor.clone(), Event::new(action, id, &job.name).with(details));
         outcome
     }
 }
@@ -290,7 +297,7 @@ async fn stored_keys(
 
 /// Columns of the rows to insert, for `unnest`.
 #[derive(Default)]
-pub(super) struct Inserts {
+pub(crate) struct Inserts {
     id: Vec<ExecutionId>,
     job_id: Vec<JobId>,
     job_name: Vec<String>,
@@ -325,7 +332,7 @@ impl Inserts {
         self.max_attempts.push(job.max_attempts);
         self.kind.push(request.kind.to_owned());
         self.label.push(Some(request.actor.name.clone()));
-        self.labels.push(serde_json::json!(request.labels));
+        self.labels.push(json!(request.labels));
         self.locked.push(request.locked);
         self.lock_days.push(request.lock_days);
         self.traceparent.push(request.trace.traceparent.clone());
@@ -333,7 +340,12 @@ impl Inserts {
         self.start_within.push(request.start_within_seconds);
     }
 
-    pub(super) async fn run(self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    /// Something for the audit log, in the same transaction.
+    pub(crate) fn note(&mut self, actor: Actor, event: Event) {
+        self.events.push((actor, event));
+    }
+
+    pub(crate) async fn run(self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         if !self.id.is_empty() {
             self.insert_executions(conn).await?;
         }

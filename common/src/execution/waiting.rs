@@ -273,6 +273,9 @@ async fn choosy(conn: &mut PgConnection) -> Result<HashMap<SourceId, String>, sq
 mod tests {
     use super::*;
 
+    /// The database's clock.
+    const NOW: DateTime<Utc> = DateTime::UNIX_EPOCH;
+
     fn waiting() -> Waiting {
         Waiting {
             id: ExecutionId::new(),
@@ -281,7 +284,7 @@ mod tests {
             source_id: SourceId::new(),
             pool: "default".to_owned(),
             serial: true,
-            run_at: Utc::now(),
+            run_at: NOW,
             attempt: 0,
         }
     }
@@ -294,7 +297,7 @@ mod tests {
     fn idle(waiting: &Waiting) -> QueueSnapshot {
         QueueSnapshot {
             asked: Instant::now(),
-            now: Utc::now(),
+            now: NOW,
             limit: 4,
             paused: false,
             used: 0,
@@ -332,7 +335,7 @@ mod tests {
         assert_eq!(reason(&queue), Some(WaitReason::NoWorker));
         queue.paused = true;
         assert_eq!(reason(&queue), Some(WaitReason::Paused));
-        let retry = Waiting { attempt: 1, run_at: Utc::now() + Duration::from_secs(60), ..first.clone() };
+        let retry = Waiting { attempt: 1, run_at: NOW + Duration::from_secs(60), ..first.clone() };
         assert_eq!(queue.waiting_for(&retry).map(|waiting| waiting.reason), Some(WaitReason::Retry));
     }
 

@@ -149,6 +149,18 @@ fn collect(stream: impl std::io::Read + Send + 'static, log: Arc<Mutex<Vec<Strin
     });
 }
 
+/// Variables that make a program's wall clock wrong by so many seconds and leave its monotonic clock alone.
+pub fn wrong_clock(seconds: i64) -> [(&'static str, String); 3] {
+    let folders = std::fs::read_dir("/usr/lib").expect("/usr/lib").flatten().map(|folder| folder.path());
+    let mut libraries = folders.map(|folder| folder.join("faketime/libfaketimeMT.so.1"));
+    let library = libraries.find(|path| path.exists()).expect("libfaketime is installed: run make setup");
+    [
+        ("LD_PRELOAD", library.display().to_string()),
+        ("FAKETIME", format!("{seconds:+}")),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+    ]
+}
+
 /// Processes whose parent is `pid`, zombies left out.
 pub fn children_of(pid: Pid) -> Vec<Pid> {
     let processes = std::fs::read_dir("/proc").expect("/proc");
