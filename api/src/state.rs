@@ -11,7 +11,6 @@ use common::{
 use ipnet::IpNet;
 use sqlx::{Connection, PgConnection};
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     auth::{Caller, memory::Memory},
@@ -19,6 +18,7 @@ use crate::{
     enqueuer::Enqueuer,
     error::ApiError,
     rate_limit::RateLimiter,
+    server::Stop,
     waiting::{LastKnown, QueuePositions},
     watch::Watcher,
 };
@@ -52,8 +52,8 @@ pub struct AppState {
     pub known: Arc<LastKnown>,
     /// Places in the queue.
     pub queue: Arc<QueuePositions>,
-    /// Cancelled when the process stops.
-    pub stop: CancellationToken,
+    /// How far its stop has come.
+    pub stop: Stop,
 }
 
 /// Polls that a process holds at once.
@@ -71,18 +71,19 @@ impl AppState {
         db: Db,
         key: Arc<SealKey>,
         wakeups: Wakeups,
-        stop: CancellationToken,
+        stop: Stop,
     ) -> Self {
         let memory = Arc::new(Memory::new(db.clone()));
-        tokio::spawn(stop.clone().run_until_cancelled_owned(record_uses(memory.clone())));
+        let closing = &stop.closing;
+        tokio::spawn(closing.clone().run_until_cancelled_owned(record_uses(memory.clone())));
         Self {
             enqueuer: Enqueuer::start(db.clone(), wakeups.clone()),
             instance: instance.clone().into(),
             hashing: Arc::new(Semaphore::new(MOST_HASHING)),
-            rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), stop.clone())),
+            rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), closing.clone())),
             trusted_proxies: config.trusted_proxies.clone().into(),
             held: Arc::new(Semaphore::new(MOST_HELD)),
-            watcher: Watcher::start(db.clone(), wakeups.clone(), stop.clone()),
+            watcher: Watcher::start(db.clone(), wakeups.clone(), closing.clone()),
             known: Arc::default(),
             queue: Arc::default(),
             memory,
