@@ -1,6 +1,6 @@
 # The recipes live in .dev; this names them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup build up fmt lint sqlx openapi fuzz-api bench chaos
+.PHONY: help demo test setup build up fmt lint sqlx openapi fuzz-api bench chaos cluster-test
 
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbackup/target
 # Folder of the instance that `make up` runs.
@@ -11,7 +11,7 @@ DATA ?= $(HOME)/.local/share/dbackup
 endif
 
 help: ## list what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## back up a sample database by the contract's Bash script, and leave the service running (ONCE=1: stop after it)
 	@ONCE=$(ONCE) .dev/demo
@@ -48,3 +48,6 @@ bench: ## what the queue, the API and a large dump cost, beside the least that w
 
 chaos: ## kill workers at random (ARGS="--seed 7 --kills 20 --lease-ms 3000")
 	@.dev/chaos $(ARGS)
+
+cluster-test: ## start the Compose cluster, disturb it in every way, check it, take it down (ARGS="--disturbances 20")
+	@.dev/cluster-test $(ARGS)

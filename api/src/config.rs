@@ -30,6 +30,9 @@ pub struct HttpArgs {
     /// Longest time that Redis may take for a rate limit before this process decides by itself, in milliseconds
     #[arg(long, env = "DBACKUP_REDIS_TIMEOUT_MS", default_value_t = 20)]
     pub redis_timeout_ms: u64,
+    /// How long requests are still taken after SIGTERM while /readyz says 503, so that a proxy can turn away, in seconds
+    #[arg(long, env = "DBACKUP_SHUTDOWN_DELAY_SECONDS", default_value_t = 0)]
+    pub shutdown_delay_seconds: u64,
 }
 
 /// Validated configuration of the API.
@@ -41,6 +44,8 @@ pub struct ApiConfig {
     pub trusted_proxies: Vec<IpNet>,
     /// Where the rate limits are counted, if not in each process.
     pub redis: Option<RedisConfig>,
+    /// Time between the stop and the end of taking requests.
+    pub shutdown_delay: Duration,
     /// The clockwork; an API process rescues lost runs too.
     pub timing: Timing,
 }
@@ -61,11 +66,18 @@ impl HttpArgs {
                 self.redis_timeout_ms
             )));
         }
+        if self.shutdown_delay_seconds > 600 {
+            return Err(ConfigError(format!(
+                "DBACKUP_SHUTDOWN_DELAY_SECONDS is {} but must be at most 600",
+                self.shutdown_delay_seconds
+            )));
+        }
         let timeout = Duration::from_millis(self.redis_timeout_ms);
         Ok(ApiConfig {
             listen,
             trusted_proxies: self.trusted_proxies.iter().map(|text| network(text)).collect::<Result<_, _>>()?,
             redis: config::redis_url()?.map(|url| RedisConfig { url, timeout }),
+            shutdown_delay: Duration::from_secs(self.shutdown_delay_seconds),
             timing,
         })
     }

@@ -33,9 +33,10 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use config::{ApiArgs, ApiConfig, HttpArgs};
+use server::Stop;
 use state::AppState;
 
-/// Serves until `stop`; requests under way are answered.
+/// Serves until `stop` and for the shutdown delay after it; requests under way are answered.
 pub async fn serve(
     config: ApiConfig,
     listener: TcpListener,
@@ -45,7 +46,8 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> std::io::Result<()> {
     raise_open_files();
-    Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
+    let stop = Stop::after(stop, config.shutdown_delay);
+    Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.closing.clone());
     let instance = db.within(ANSWER_TIMEOUT, async |conn| seal::instance_name(conn).await).await;
     let instance = instance.map_err(std::io::Error::other)?;
     let ask = async |conn: &mut sqlx::PgConnection| user::setup_token(conn, &key).await;

@@ -205,7 +205,7 @@ mod tests {
     use tower::ServiceExt;
 
     use super::*;
-    use crate::ApiConfig;
+    use crate::{ApiConfig, server::Stop};
 
     /// A process whose database is never asked.
     fn state() -> AppState {
@@ -222,8 +222,14 @@ mod tests {
             ticker: minute,
         };
         let wakeups = Wakeups::start(db.clone(), stop.clone());
-        let config = ApiConfig { listen: ([127, 0, 0, 1], 0).into(), trusted_proxies: Vec::new(), redis: None, timing };
-        AppState::start(&config, "test".to_owned(), db, key, wakeups, stop)
+        let config = ApiConfig {
+            listen: ([127, 0, 0, 1], 0).into(),
+            trusted_proxies: Vec::new(),
+            redis: None,
+            shutdown_delay: Duration::ZERO,
+            timing,
+        };
+        AppState::start(&config, "test".to_owned(), db, key, wakeups, Stop::after(stop, Duration::ZERO))
     }
 
     #[tokio::test]

@@ -1,8 +1,13 @@
 //! Connections: accepted, limited in how slow their clients may be, and ended gracefully.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
-use axum::{Router, body::Body, extract::ConnectInfo, http::Request};
+use axum::{
+    Router,
+    body::Body,
+    extract::ConnectInfo,
+    http::{HeaderValue, Request, header::CONNECTION},
+};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -24,13 +29,37 @@ const DRAIN: Duration = Duration::from_secs(20);
 /// Pause after a connection could not be accepted: with all files open the next try fails at once, too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until `stop`; requests under way are answered.
-pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
+/// The two steps of a stop. A proxy needs a moment to see that a process is not ready any more: what it sends until
+/// then must be served.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    /// Step one: `/readyz` says 503, and a connection ends with its next answer.
+    pub stopping: CancellationToken,
+    /// Step two: nothing is taken any more, and those who wait are told the state then.
+    pub closing: CancellationToken,
+}
+
+impl Stop {
+    /// The steps after `signal`, so far apart.
+    pub fn after(signal: CancellationToken, delay: Duration) -> Self {
+        let stop = Self { stopping: signal, closing: CancellationToken::new() };
+        let steps = stop.clone();
+        tokio::spawn(async move {
+            steps.stopping.cancelled().await;
+            tokio::time::sleep(delay).await;
+            steps.closing.cancel();
+        });
+        stop
+    }
+}
+
+/// Serves until `stop` closes; requests under way are answered.
+pub async fn serve(listener: TcpListener, router: Router, stop: Stop) {
     let graceful = GracefulShutdown::new();
-    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+    while let Some(accepted) = stop.closing.run_until_cancelled(listener.accept()).await {
         match accepted {
             Ok((stream, peer)) => {
-                let connection = graceful.watch(connection(stream, peer, router.clone()));
+                let connection = graceful.watch(connection(stream, peer, router.clone(), stop.stopping.clone()));
                 tokio::spawn(async move {
                     // A client that breaks off is no news.
                     if let Err(error) = connection.await {
@@ -54,13 +83,22 @@ fn connection(
     stream: TcpStream,
     peer: SocketAddr,
     router: Router,
+    stopping: CancellationToken,
 ) -> impl hyper_util::server::graceful::GracefulConnection<Error = hyper::Error> {
     let _ = stream.set_nodelay(true);
     let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(WRITE_TIMEOUT));
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(peer));
-        router.clone().oneshot(request)
+        let (answer, stopping) = (router.clone().oneshot(request), stopping.clone());
+        async move {
+            let mut answer = answer.await?;
+            if stopping.is_cancelled() {
+                // A client that keeps its connection would not be turned away before the end cuts it.
+                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(answer)
+        }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())

@@ -11,7 +11,6 @@ use common::{
 use ipnet::IpNet;
 use sqlx::{Connection, PgConnection};
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     auth::{Caller, memory::Memory},
@@ -20,6 +19,7 @@ use crate::{
     error::ApiError,
     rate_limit::RateLimiter,
     routes::cluster::Depth,
+    server::Stop,
     waiting::{LastKnown, QueueLook},
     watch::Watcher,
 };
@@ -55,8 +55,8 @@ pub struct AppState {
     pub queue: Arc<QueueLook>,
     /// How much waits.
     pub depth: Arc<Depth>,
-    /// Cancelled when the process stops.
-    pub stop: CancellationToken,
+    /// How far its stop has come.
+    pub stop: Stop,
 }
 
 /// Polls that a process holds at once.
@@ -74,18 +74,19 @@ impl AppState {
         db: Db,
         key: Arc<SealKey>,
         wakeups: Wakeups,
-        stop: CancellationToken,
+        stop: Stop,
     ) -> Self {
         let memory = Arc::new(Memory::new(db.clone()));
-        tokio::spawn(stop.clone().run_until_cancelled_owned(record_uses(memory.clone())));
+        let closing = &stop.closing;
+        tokio::spawn(closing.clone().run_until_cancelled_owned(record_uses(memory.clone())));
         Self {
             enqueuer: Enqueuer::start(db.clone(), wakeups.clone()),
             instance: instance.clone().into(),
             hashing: Arc::new(Semaphore::new(MOST_HASHING)),
-            rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), stop.clone())),
+            rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), closing.clone())),
             trusted_proxies: config.trusted_proxies.clone().into(),
             held: Arc::new(Semaphore::new(MOST_HELD)),
-            watcher: Watcher::start(db.clone(), wakeups.clone(), stop.clone()),
+            watcher: Watcher::start(db.clone(), wakeups.clone(), closing.clone()),
             known: Arc::default(),
             queue: Arc::default(),
             depth: Arc::default(),

@@ -51,7 +51,7 @@ pub async fn hold(state: &AppState, wait: Duration, until: Instant, refusal: Api
     let wait = wait.clamp(Duration::from_millis(20), LOOK_AGAIN).mul_f64(rand::random_range(1.0..1.1));
     tokio::select! {
         () = tokio::time::sleep(wait.min(left)) => Ok(()),
-        () = state.stop.cancelled() => Err(refusal),
+        () = state.stop.closing.cancelled() => Err(refusal),
     }
 }
 
@@ -93,7 +93,7 @@ pub async fn until_over(
                 }
             }
             () = tokio::time::sleep_until(until) => return Ok(shown),
-            () = state.stop.cancelled() => return Ok(shown),
+            () = state.stop.closing.cancelled() => return Ok(shown),
             () = &mut revoked => {
                 return Err(ApiError::new(StatusCode::UNAUTHORIZED, "key_revoked", "the right to wait for this was taken away"));
             }

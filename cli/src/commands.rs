@@ -1,6 +1,6 @@
 //! What an administrator does by hand.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use common::{
     audit::Actor,
@@ -9,6 +9,11 @@ use common::{
     reseal::{ResealError, reseal},
     seal,
 };
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use url::Url;
 
 use crate::instance::Instance;
 
@@ -46,4 +51,33 @@ pub async fn rotate_key(data: Option<PathBuf>) -> Result<(), StartError> {
     })?;
     println!("sealed {count} values anew with DBACKUP_ENCRYPTION_KEY");
     Ok(())
+}
+
+/// Longest time for the answer of an API process; a probe that takes longer is a failed one.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// `dbackup health --api`: a probe for containers, which have no curl. By plain HTTP, from beside the process.
+pub async fn api_health(url: &Url) -> Result<(), StartError> {
+    let (Some(host), Some(port), "http") = (url.host_str(), url.port_or_known_default(), url.scheme()) else {
+        return Err(ConfigError(format!("--api: '{url}' is not a URL such as http://127.0.0.1:3000")).into());
+    };
+    let asked = tokio::time::timeout(PROBE_TIMEOUT, ready(host, port)).await;
+    let status = asked.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
+    let failed = |why: String| std::io::Error::other(format!("{host}:{port} {why}"));
+    match status.map_err(|error| failed(format!("does not answer: {error}")))?.as_str() {
+        "200" => println!("healthy"),
+        other => return Err(failed(format!("is not ready: /readyz answers {other}")).into()),
+    }
+    Ok(())
+}
+
+/// The status of `/readyz`.
+async fn ready(host: &str, port: u16) -> std::io::Result<String> {
+    // Without the brackets of an IPv6 address in a URL.
+    let mut stream = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
+    let request = format!("GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer.split(' ').nth(1).unwrap_or_default().to_owned())
 }

@@ -45,7 +45,11 @@ enum Command {
     /// Print the OpenAPI document of the API
     Openapi,
     /// Ask whether the instance's database answers and the encryption key fits
-    Health,
+    Health {
+        /// Ask an API process instead, such as http://127.0.0.1:3000, whether it is ready
+        #[arg(long)]
+        api: Option<url::Url>,
+    },
     /// Show the workers, the slots in use and what waits
     Status(status::StatusArgs),
 }
@@ -62,7 +66,8 @@ async fn main() {
             println!("{:#}", api::openapi::document());
             Ok(())
         }
-        Command::Health => commands::health(program.data).await,
+        Command::Health { api: None } => commands::health(program.data).await,
+        Command::Health { api: Some(url) } => commands::api_health(&url).await,
         Command::KeyRotate => commands::rotate_key(program.data).await,
         Command::Status(args) => status::run(program.data, args).await,
     };

@@ -58,7 +58,7 @@ fn stream(receiver: mpsc::Receiver<Event>) -> Answer {
 async fn over(state: &AppState, caller: &Caller, sender: &mpsc::Sender<Event>) {
     tokio::select! {
         () = caller.loses_its_right(&state.memory) => {}
-        () = state.stop.cancelled() => {}
+        () = state.stop.closing.cancelled() => {}
         () = sender.closed() => {}
     }
 }

@@ -20,7 +20,7 @@ pub async fn livez() -> Json<Value> {
 /// The process can do its work: its database answers, and it is not stopping.
 #[utoipa::path(get, path = "/readyz", tag = "health", responses((status = 200, body = Alive)))]
 pub async fn readyz(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
-    if state.stop.is_cancelled() {
+    if state.stop.stopping.is_cancelled() {
         return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "this process is stopping"));
     }
     database(&state).await?;

@@ -49,6 +49,8 @@ async fn health_tells_by_its_exit_status_what_is_wrong() {
     let healthy = (Some(0), "healthy\n".to_owned(), String::new());
     assert_eq!(said(&dbackup(&["health"], &[("DATABASE_URL", url), ("DBACKUP_ENCRYPTION_KEY", key)])), healthy);
     assert_eq!(said(&dbackup(&["health"], &[("DATABASE_URL", url)])), healthy);
+    // Of a process, without a word about the database.
+    assert_eq!(said(&dbackup(&["health", "--api", cluster.url(0)], &[])), healthy);
 
     let wrong = common::seal::SealKey::generate();
     let (nowhere, empty) = (postgres_url("no_such_database"), unique("no-instance"));
@@ -57,6 +59,8 @@ async fn health_tells_by_its_exit_status_what_is_wrong() {
         (vec!["health"], vec![("DATABASE_URL", &nowhere)], 1, "no_such_database"),
         (vec!["health"], vec![("DATABASE_URL", "postgres://127.0.0.1:1/x")], 1, "DATABASE_URL"),
         (vec!["health"], vec![], 2, "DATABASE_URL"),
+        (vec!["health", "--api", "http://127.0.0.1:1"], vec![], 1, "127.0.0.1:1 does not answer"),
+        (vec!["health", "--api", "https://127.0.0.1"], vec![], 2, "--api"),
         (vec!["--data", &empty, "health"], vec![("DATABASE_URL", url)], 2, "is not an instance"),
     ] {
         let (code, stdout, stderr) = said(&dbackup(&args, &env));

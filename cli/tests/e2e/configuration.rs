@@ -39,6 +39,7 @@ fn a_mistake_is_one_line_that_names_the_variable_and_exit_status_2() {
         ("dbackup-api", vec![("DBACKUP_LISTEN", "nowhere")], "DBACKUP_LISTEN"),
         ("dbackup-api", vec![("DBACKUP_TRUSTED_PROXIES", "somewhere")], "DBACKUP_TRUSTED_PROXIES"),
         ("dbackup-api", vec![("DBACKUP_REDIS_TIMEOUT_MS", "0")], "DBACKUP_REDIS_TIMEOUT_MS"),
+        ("dbackup-api", vec![("DBACKUP_SHUTDOWN_DELAY_SECONDS", "601")], "DBACKUP_SHUTDOWN_DELAY_SECONDS"),
         ("dbackup-worker", vec![("DBACKUP_CONCURRENCY", "0")], "DBACKUP_CONCURRENCY"),
         ("dbackup-worker", vec![("DBACKUP_CONCURRENCY", "many")], "DBACKUP_CONCURRENCY"),
         ("dbackup-worker", vec![("DBACKUP_HEARTBEAT_MS", "14000")], "DBACKUP_HEARTBEAT_MS"),

@@ -1,6 +1,6 @@
 //! How processes begin and end: probes, SIGTERM.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -37,6 +37,50 @@ async fn sigterm_lets_an_api_process_answer_what_it_took_and_take_nothing_more()
     assert_eq!((status, body["code"].as_str()), (503, Some("no_worker")), "{body}");
     let ended = cluster.apis[0].0.end(Duration::from_secs(5)).await;
     assert_eq!(ended.code(), Some(0), "{}", cluster.apis[0].0.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_lets_an_api_process_say_that_it_stops_serve_for_the_delay_and_then_tell_those_who_wait() {
+    const DELAY: Duration = Duration::from_secs(5);
+    let delay = DELAY.as_secs();
+    let mut cluster = Cluster::build().env("DBACKUP_SHUTDOWN_DELAY_SECONDS", delay).limit(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let execution = cluster.trigger(&job).await;
+    let url = cluster.url(0).to_owned();
+    let (http, key) = (cluster.http.clone(), cluster.admin_key.clone());
+    let get = |path: String| http.get(format!("{url}{path}")).bearer_auth(&key);
+    let wait = tokio::spawn(get(format!("/api/executions/{execution}?wait=60")).send());
+    let mut events = get(format!("/api/executions/{execution}/events")).send().await.expect("a stream");
+    events.chunk().await.expect("a stream").expect("its first event");
+
+    cluster.apis[0].0.signal(Signal::SIGTERM);
+    let signalled = Instant::now();
+    until("it is not ready", SOON, || async {
+        let answer = get("/readyz".to_owned()).send().await.expect("it still answers");
+        (answer.status() == 503).then_some(())
+    })
+    .await;
+    let (status, _, said) = cluster.dbackup(&["health", "--api", &url], "");
+    assert_eq!(
+        (status, said.trim()),
+        (Some(1), format!("error: {} is not ready: /readyz answers 503", &url[7..]).as_str())
+    );
+    let triggered = http.post(format!("{url}/api/jobs/{job}/run")).bearer_auth(&key).send().await.expect("it serves");
+    assert_eq!(triggered.status(), 200);
+    assert_eq!(triggered.headers()["connection"], "close", "a client would keep a connection that is about to end");
+    assert!(!wait.is_finished(), "the wait ended before the delay");
+
+    let answer = wait.await.expect("joins").expect("it is answered");
+    assert!(signalled.elapsed() >= DELAY, "the wait ended after {:?}", signalled.elapsed());
+    let (status, body) = (answer.status(), answer.json::<Value>().await.expect("JSON"));
+    assert_eq!((status.as_u16(), body["data"]["status"].as_str()), (200, Some("Pending")), "{body}");
+    while events.chunk().await.expect("the stream ends, and is not cut").is_some() {}
+    let ended = cluster.apis[0].0.end(Duration::from_secs(5)).await;
+    assert_eq!(ended.code(), Some(0), "{}", cluster.apis[0].0.log());
+    assert!(signalled.elapsed() < DELAY + SOON / 3, "it ended after {:?}", signalled.elapsed());
+    assert_eq!(cluster.count("select count(*) from executions").await, 2, "a trigger of the delay was lost");
 }
 
 #[tokio::test(flavor = "multi_thread")]

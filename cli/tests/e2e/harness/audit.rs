@@ -3,7 +3,32 @@
 //! the times are noted, and the overlaps are counted afterwards. A claim that waited for a slot notes its time after
 //! the finish that freed it, so a right history has no overlap beyond the limit.
 
+use std::future::Future;
+
+use sqlx::{AssertSqlSafe, PgPool};
+
 use super::Cluster;
+
+/// What has a database that can be audited.
+pub trait Audited {
+    /// The database.
+    fn pool(&self) -> &PgPool;
+
+    /// One number from it.
+    fn number(&self, query: &str) -> impl Future<Output = i64> + Send {
+        let (pool, query) = (self.pool().clone(), query.to_owned());
+        async move {
+            let answer = sqlx::query_scalar(AssertSqlSafe(query.clone())).fetch_one(&pool).await;
+            answer.unwrap_or_else(|e| panic!("{query}: {e}"))
+        }
+    }
+}
+
+impl Audited for Cluster {
+    fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+}
 
 const AUDIT: &str = "
     create table lease_audit (
@@ -25,30 +50,30 @@ const AUDIT: &str = "
       from lease_audit;";
 
 /// Begins to record every lease of a cluster.
-pub async fn install(cluster: &Cluster) {
-    super::sql(&cluster.database, AUDIT).await;
+pub async fn install(cluster: &impl Audited) {
+    sqlx::raw_sql(AUDIT).execute(cluster.pool()).await.expect("the audit is installed");
 }
 
 /// Claims that made more run than the limit of that moment allowed.
-pub async fn claims_over_the_limit(cluster: &Cluster) -> i64 {
-    cluster.count("select count(*) from lease_history where change = 1 and running > max_concurrency").await
+pub async fn claims_over_the_limit(cluster: &impl Audited) -> i64 {
+    cluster.number("select count(*) from lease_history where change = 1 and running > max_concurrency").await
 }
 
 /// Most runs at once while the limit was so.
-pub async fn most_running_at(cluster: &Cluster, limit: i32) -> i64 {
+pub async fn most_running_at(cluster: &impl Audited, limit: i32) -> i64 {
     let query = "select coalesce(max(running), 0)::bigint from lease_history where change = 1 and max_concurrency =";
-    cluster.count(&format!("{query} {limit}")).await
+    cluster.number(&format!("{query} {limit}")).await
 }
 
 /// Most runs of one job at once.
-pub async fn most_of_one_job(cluster: &Cluster) -> i64 {
-    cluster.count("select coalesce(max(same_job), 0)::bigint from lease_history").await
+pub async fn most_of_one_job(cluster: &impl Audited) -> i64 {
+    cluster.number("select coalesce(max(same_job), 0)::bigint from lease_history").await
 }
 
 /// Claims that gave a second run to a job whose runs must not overlap.
-pub async fn serial_overlaps(cluster: &Cluster) -> i64 {
+pub async fn serial_overlaps(cluster: &impl Audited) -> i64 {
     cluster
-        .count(
+        .number(
             "select count(*) from lease_history h join executions e on e.id = h.execution_id
               where h.change = 1 and e.serial and h.same_job > 1",
         )

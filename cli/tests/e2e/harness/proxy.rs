@@ -2,7 +2,7 @@
 //! loses its database.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -42,7 +42,13 @@ pub struct Proxy {
 impl Proxy {
     /// A proxy in front of a port of this machine.
     pub async fn start(target: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let here = IpAddr::from([127, 0, 0, 1]);
+        Self::between(here, (here, target).into()).await
+    }
+
+    /// A proxy on an address of this machine, in front of another machine.
+    pub async fn between(address: IpAddr, target: SocketAddr) -> Self {
+        let listener = TcpListener::bind((address, 0)).await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let (mode, watched) = watch::channel(Mode::Pass);
         let passed = Arc::new(AtomicU64::new(0));
@@ -70,8 +76,8 @@ impl Proxy {
     }
 }
 
-async fn connection(client: TcpStream, target: u16, mode: watch::Receiver<Mode>, passed: Arc<AtomicU64>) {
-    let Ok(server) = TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], target))).await else { return };
+async fn connection(client: TcpStream, target: SocketAddr, mode: watch::Receiver<Mode>, passed: Arc<AtomicU64>) {
+    let Ok(server) = TcpStream::connect(target).await else { return };
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
     tokio::select! {

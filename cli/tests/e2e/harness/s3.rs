@@ -1,7 +1,7 @@
 //! A real S3 server (s3s) on a folder, with a policy of allowed operations, so that a test can tell what rights a
 //! backup needs.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
@@ -16,19 +16,25 @@ use s3s::{
     service::S3ServiceBuilder,
 };
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 
 /// The key of the tests.
 pub const ACCESS_KEY: &str = "AKIATEST";
 /// Its secret.
 pub const SECRET_KEY: &str = "s3-secret-of-the-tests";
 
-struct Policy(Option<&'static [&'static str]>);
+struct Policy {
+    allowed: Option<&'static [&'static str]>,
+    held: watch::Receiver<Option<&'static str>>,
+}
 
 #[async_trait::async_trait]
 impl S3Access for Policy {
     async fn check(&self, context: &mut S3AccessContext<'_>) -> S3Result<()> {
-        let allowed = self.0.is_none_or(|operations| operations.contains(&context.s3_op().name()));
+        let operation = context.s3_op().name();
+        let mut held = self.held.clone();
+        let _ = held.wait_for(|held| *held != Some(operation)).await;
+        let allowed = self.allowed.is_none_or(|operations| operations.contains(&operation));
         match context.credentials() {
             Some(_) if allowed => Ok(()),
             _ => Err(s3_error!(AccessDenied)),
@@ -40,7 +46,9 @@ impl S3Access for Policy {
 pub struct S3Server {
     /// Its port.
     pub port: u16,
+    address: IpAddr,
     root: PathBuf,
+    held: watch::Sender<Option<&'static str>>,
 }
 
 /// The bucket that every server has.
@@ -49,15 +57,21 @@ pub const BUCKET: &str = "backups";
 impl S3Server {
     /// Serves a folder. `allowed` are the only operations that are not denied.
     pub async fn start(root: PathBuf, allowed: Option<&'static [&'static str]>) -> Self {
+        Self::start_on([127, 0, 0, 1].into(), root, allowed).await
+    }
+
+    /// On another address of this machine.
+    pub async fn start_on(address: IpAddr, root: PathBuf, allowed: Option<&'static [&'static str]>) -> Self {
         std::fs::create_dir_all(root.join(BUCKET)).expect("a bucket");
         let files = s3s_fs::FileSystem::new(&root).expect("a folder");
         let mut builder = S3ServiceBuilder::new(files);
         builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
-        builder.set_access(Policy(allowed));
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let (held, watched) = watch::channel(None);
+        builder.set_access(Policy { allowed, held: watched });
+        let listener = TcpListener::bind((address, 0)).await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         // `backups.s3.test` for virtual-host style; path style goes by address.
-        builder.set_host(MultiDomain::new([format!("127.0.0.1:{port}"), "s3.test".to_owned()]).expect("domains"));
+        builder.set_host(MultiDomain::new([format!("{address}:{port}"), "s3.test".to_owned()]).expect("domains"));
         let service = builder.build();
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
@@ -67,13 +81,19 @@ impl S3Server {
                 });
             }
         });
-        Self { port, root }
+        Self { port, address, root, held }
+    }
+
+    #[allow(dead_code, reason = "the test of the Compose cluster holds runs in a stage by it")]
+    /// Leaves requests of this operation unanswered, until another or none is held.
+    pub fn hold(&self, operation: Option<&'static str>) {
+        self.held.send_replace(operation);
     }
 
     /// As a destination's config.
     pub fn config(&self) -> Value {
         json!({
-            "bucket": BUCKET, "endpoint": format!("http://127.0.0.1:{}", self.port), "region": "us-east-1",
+            "bucket": BUCKET, "endpoint": format!("http://{}:{}", self.address, self.port), "region": "us-east-1",
             "accessKeyId": ACCESS_KEY, "secretAccessKey": SECRET_KEY, "prefix": "nightly", "pathStyle": true
         })
     }

@@ -1,0 +1,114 @@
+//! The cluster's own record, read at the end: an audit that triggers wrote, the executions, and what lies in the stores.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use serde_json::Value;
+use sha2::Digest;
+
+use crate::{
+    harness::{
+        audit::{self, Audited},
+        until,
+    },
+    project::{A_WHILE, BACKUPS, Project, compose},
+    stages::Stage,
+};
+
+/// SHA-256 of every stored file, by path, and every manifest.
+struct Store {
+    destination: String,
+    files: BTreeMap<String, String>,
+    manifests: Vec<Value>,
+}
+
+impl Store {
+    async fn local(destination: &str) -> Self {
+        let list = format!("cd {BACKUPS} && find . -type f ! -name .dbackup-store -exec sha256sum {{}} +");
+        let sums = compose(&["exec", "-T", "worker", "sh", "-c", &list]).await;
+        let files = sums.lines().filter_map(|line| {
+            let (sum, path) = line.split_once("  ./")?;
+            Some((path.to_owned(), sum.to_owned()))
+        });
+        let print = format!("cd {BACKUPS} && find . -type f -name '*.json' -exec cat {{}} +");
+        let text = compose(&["exec", "-T", "worker", "sh", "-c", &print]).await;
+        let manifests = serde_json::Deserializer::from_str(&text).into_iter().map(|m| m.expect("a manifest is JSON"));
+        Self { destination: destination.to_owned(), files: files.collect(), manifests: manifests.collect() }
+    }
+
+    fn of_stage(stage: &Stage) -> Option<Self> {
+        let server = stage.store()?;
+        let (mut files, mut manifests) = (BTreeMap::new(), Vec::new());
+        for object in server.objects() {
+            let bytes = std::fs::read(server.file(&object.display().to_string())).expect("an object");
+            let path = object.strip_prefix("nightly").unwrap_or(&object).display().to_string();
+            if Path::new(&path).extension().is_some_and(|e| e == "json") {
+                manifests.push(serde_json::from_slice(&bytes).expect("a manifest is JSON"));
+            }
+            files.insert(path, hex::encode(sha2::Sha256::digest(&bytes)));
+        }
+        Some(Self { destination: stage.destination.clone(), files, manifests })
+    }
+
+    /// Recorded and stored are the same, and every manifest tells the truth.
+    async fn check(&self, project: &Project) -> Vec<String> {
+        let recorded = "select path, sha256 from artifacts where destination_id = $1::uuid";
+        let recorded: BTreeSet<(String, String)> = sqlx::query_as(recorded)
+            .bind(&self.destination)
+            .fetch_all(&project.pool)
+            .await
+            .expect("rows")
+            .into_iter()
+            .collect();
+        let stored: BTreeSet<(String, String)> = self.files.clone().into_iter().collect();
+        let differing = recorded.symmetric_difference(&stored);
+        let mut wrong: Vec<String> =
+            differing.map(|(path, sum)| format!("{path} with {sum} is recorded or stored, but not both")).collect();
+        for manifest in &self.manifests {
+            for object in manifest["objects"].as_array().into_iter().flatten() {
+                let path =
+                    format!("{}/{}", manifest["job"].as_str().unwrap_or("?"), object["file"].as_str().unwrap_or("?"));
+                if self.files.get(&path).map(String::as_str) != object["storedSha256"].as_str() {
+                    wrong.push(format!("{path} is not what its manifest says"));
+                }
+            }
+        }
+        if self.manifests.len() * 2 != self.files.len() {
+            wrong.push(format!("{} files with {} manifests", self.files.len(), self.manifests.len()));
+        }
+        wrong
+    }
+}
+
+/// Everything that is wrong; empty when all is well.
+pub async fn everything(project: &Project, local: &str, stages: &[Stage], acknowledged: &[String]) -> Vec<String> {
+    until("nothing is left to sweep", A_WHILE, || async {
+        (project.number("select count(*) from staged_objects where swept_at is null").await == 0).then_some(())
+    })
+    .await;
+    let mut wrong = Vec::new();
+    let mut none = |what: &str, found: i64| {
+        if found != 0 {
+            wrong.push(format!("{what}: {found}"));
+        }
+    };
+    none("claims over the limit", audit::claims_over_the_limit(project).await);
+    none("leases left", project.number("select count(*) from execution_leases").await);
+    let lost = "select count(*) from executions where status = 'Failed' and not (outcome = 'Cancelled' or (outcome = 'WorkerLost' and rescues > 3))";
+    none("runs that failed", project.number(lost).await);
+    let twice = "select count(*) from (select from artifacts where database_name is not null group by execution_id having count(*) > 1) x";
+    none("runs with two backups", project.number(twice).await);
+    let unlike = "select count(*) from executions e where (status = 'Success') <> exists (select from artifacts a where a.execution_id = e.id)";
+    none("runs with a success and no backup, or the reverse", project.number(unlike).await);
+    let ended = "select count(*) from executions where ended_at is not null and id = any($1::uuid[])";
+    let ended: i64 = sqlx::query_scalar(ended).bind(acknowledged).fetch_one(&project.pool).await.expect("a number");
+    none("acknowledged triggers that did not end", i64::try_from(acknowledged.len()).expect("a number") - ended);
+    let mut stores = vec![Store::local(local).await];
+    stores.extend(stages.iter().filter_map(Store::of_stage));
+    for store in stores {
+        wrong.extend(store.check(project).await);
+    }
+    wrong
+}

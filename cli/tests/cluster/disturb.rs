@@ -1,0 +1,92 @@
+//! Workers are killed, and paused for longer than their lease, in each stage of a run.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::{
+    harness::until,
+    project::{A_WHILE, Project, docker},
+    stages::Stage,
+};
+
+/// What all lanes share.
+#[derive(Default)]
+struct Shared {
+    /// Disturbances begun.
+    begun: AtomicUsize,
+    /// Containers that somebody disturbs just now.
+    busy: Mutex<HashSet<String>>,
+    /// How often what was done.
+    done: Mutex<BTreeMap<String, usize>>,
+}
+
+/// Disturbs so often; each stage has a lane of its own, so that up to four workers are away at once. Gives how often
+/// what was done.
+pub async fn workers(project: &Project, stages: &Arc<Vec<Stage>>, times: usize) -> BTreeMap<String, usize> {
+    let shared = Arc::new(Shared::default());
+    let mut lanes = tokio::task::JoinSet::new();
+    for at in 0..stages.len() {
+        let (project, stages, shared) = (project.clone(), stages.clone(), shared.clone());
+        lanes.spawn(async move {
+            let mut pause = at % 2 == 0;
+            while shared.begun.fetch_add(1, Ordering::SeqCst) < times {
+                pause = !pause;
+                disturb(&project, &stages[at], &shared, pause).await;
+            }
+        });
+    }
+    while let Some(lane) = lanes.join_next().await {
+        lane.expect("a lane ends well");
+    }
+    shared.done.lock().expect("not poisoned").clone()
+}
+
+/// Waits until an execution is in the stage on a worker that nobody else disturbs; gives its container. `None` when the
+/// other lanes have hit the run so often that it was closed as lost.
+async fn reserve(project: &Project, stage: &Stage, shared: &Shared, execution: &str) -> Option<String> {
+    until(&format!("{execution} is {} on a worker that nobody else disturbs", stage.name), 2 * A_WHILE, || async {
+        match project.worker_in(execution, stage.name).await {
+            Some(worker) => {
+                let container = project.container_of(&worker).await;
+                shared.busy.lock().expect("not poisoned").insert(container.clone()).then_some(Some(container))
+            }
+            None => project.end_of(execution).await.map(|_| None),
+        }
+    })
+    .await
+}
+
+async fn disturb(project: &Project, stage: &Stage, shared: &Shared, pause: bool) {
+    let (execution, container) = loop {
+        stage.close();
+        let execution = project.trigger(&stage.job).await;
+        if let Some(container) = reserve(project, stage, shared, &execution).await {
+            break (execution, container);
+        }
+    };
+    let before = project.leases_ended(&execution).await;
+    let begin: &[&str] = if pause { &["pause"] } else { &["kill", "--signal", "KILL"] };
+    docker(&[begin, &[&container]].concat()).await;
+    // Both are longer than the lease: the run is another's by then, or waits for one.
+    until(&format!("the run of {container} is taken from it"), A_WHILE, || async {
+        (project.leases_ended(&execution).await > before).then_some(())
+    })
+    .await;
+    let end = if pause { "unpause" } else { "start" };
+    docker(&[end, &container]).await;
+    stage.open();
+    let (status, rescues) = project.ended(&execution).await;
+    // A run that the lanes hit a fourth time is closed as lost: that is the rule.
+    assert!(status == "Success" || rescues > 3, "{execution} ended in {status} after {rescues} rescues");
+    let what = if pause { "paused" } else { "killed" };
+    *shared.done.lock().expect("not poisoned").entry(format!("{what} in {}", stage.name)).or_default() += 1;
+    // A worker that was started again must claim before it is worth another disturbance.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    shared.busy.lock().expect("not poisoned").remove(&container);
+}

@@ -1,0 +1,166 @@
+//! Clients: they trigger at a fixed rate, repeat what failed under the same Idempotency-Key, and poll. And somebody who
+//! changes the limit every second.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use reqwest::{Response, header::RETRY_AFTER};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::project::Project;
+
+/// Pause before a failed request is repeated.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// What the clients saw.
+#[derive(Default)]
+pub struct Tally {
+    /// Executions whose trigger was acknowledged.
+    pub acknowledged: Mutex<Vec<String>>,
+    /// 503 with Retry-After: what the API may say when its database is away.
+    pub refused: Mutex<Vec<String>>,
+    /// Every other failure.
+    pub failed: Mutex<Vec<String>>,
+}
+
+impl Tally {
+    fn failure(&self, what: &str, answer: Result<Response, reqwest::Error>) {
+        match answer {
+            Ok(answer) if answer.status() == 503 && answer.headers().contains_key(RETRY_AFTER) => {
+                self.refused.lock().expect("not poisoned").push(what.to_owned());
+            }
+            Ok(answer) => self.failed.lock().expect("not poisoned").push(format!("{what}: {}", answer.status())),
+            Err(error) => self.failed.lock().expect("not poisoned").push(format!("{what}: {error:?}")),
+        }
+    }
+
+    /// How many triggers were acknowledged.
+    pub fn acknowledged(&self) -> usize {
+        self.acknowledged.lock().expect("not poisoned").len()
+    }
+
+    /// How many requests were refused.
+    pub fn refused(&self) -> usize {
+        self.refused.lock().expect("not poisoned").len()
+    }
+
+    /// The failures.
+    pub fn failed(&self) -> Vec<String> {
+        self.failed.lock().expect("not poisoned").clone()
+    }
+}
+
+/// Clients at work.
+pub struct Load {
+    /// What they saw so far.
+    pub tally: Arc<Tally>,
+    stop: CancellationToken,
+    work: tokio::task::JoinHandle<()>,
+}
+
+impl Load {
+    /// So many triggers of a job a second, each by a client of its own, which then polls once.
+    pub fn at_rate(project: &Project, job: &str, rate: u32) -> Self {
+        let (project, job, tally) = (project.clone(), job.to_owned(), Arc::new(Tally::default()));
+        let (stop, counted) = (CancellationToken::new(), tally.clone());
+        let stopped = stop.clone();
+        let work = tokio::spawn(async move {
+            let mut clock = tokio::time::interval(Duration::from_secs(1) / rate);
+            let mut clients = JoinSet::new();
+            while stopped.run_until_cancelled(clock.tick()).await.is_some() {
+                let (project, job, tally) = (project.clone(), job.clone(), counted.clone());
+                clients.spawn(async move {
+                    let execution = trigger(&project, &job, &tally).await;
+                    poll(&project, &execution, &tally).await;
+                });
+            }
+            while let Some(client) = clients.join_next().await {
+                client.expect("a client ends well");
+            }
+        });
+        Self { tally, stop, work }
+    }
+
+    /// So many clients, each with the next trigger as soon as the one before is acknowledged.
+    pub fn at_once(project: &Project, job: &str, clients: usize) -> Self {
+        let (stop, tally) = (CancellationToken::new(), Arc::new(Tally::default()));
+        let mut work = JoinSet::new();
+        for _ in 0..clients {
+            let (project, job) = (project.clone(), job.to_owned());
+            let (stop, tally) = (stop.clone(), tally.clone());
+            work.spawn(async move {
+                while !stop.is_cancelled() {
+                    trigger(&project, &job, &tally).await;
+                }
+            });
+        }
+        let work =
+            tokio::spawn(async move { while work.join_next().await.transpose().expect("ends well").is_some() {} });
+        Self { tally, stop, work }
+    }
+
+    /// Ends it, when every trigger is acknowledged.
+    pub async fn end(self) -> Arc<Tally> {
+        self.stop.cancel();
+        self.work.await.expect("the clients end well");
+        self.tally
+    }
+}
+
+/// Triggers a job, again and again under one key until it is acknowledged; gives the execution's id.
+async fn trigger(project: &Project, job: &str, tally: &Tally) -> String {
+    let key = uuid::Uuid::now_v7().to_string();
+    let path = format!("/api/jobs/{job}/run");
+    loop {
+        match project.request("POST", &path, None).header("Idempotency-Key", &key).send().await {
+            Ok(answer) if answer.status() == 200 => {
+                let answer: Value = answer.json().await.unwrap_or_default();
+                if let Some(execution) = answer["executionId"].as_str() {
+                    tally.acknowledged.lock().expect("not poisoned").push(execution.to_owned());
+                    return execution.to_owned();
+                }
+                tally.failed.lock().expect("not poisoned").push(format!("an answer was cut: {answer}"));
+            }
+            answer => tally.failure("a trigger", answer),
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+async fn poll(project: &Project, execution: &str, tally: &Tally) {
+    match project.request("GET", &format!("/api/executions/{execution}"), None).send().await {
+        Ok(answer) if answer.status() == 200 => {}
+        answer => tally.failure("a poll", answer),
+    }
+}
+
+/// Changes the limit every second, between 1 and 10, until it is dropped.
+pub struct Limits(tokio::task::JoinHandle<()>);
+
+impl Limits {
+    /// Begins.
+    pub fn change(project: &Project, seed: u64) -> Self {
+        let project = project.clone();
+        Self(tokio::spawn(async move {
+            let mut random = StdRng::seed_from_u64(seed);
+            let mut clock = tokio::time::interval(Duration::from_secs(1));
+            loop {
+                clock.tick().await;
+                let limit = json!({ "maxConcurrentJobs": random.random_range(1..=10) });
+                // The database may be away just now.
+                let _ = project.request("PATCH", "/api/settings", Some(limit)).send().await;
+            }
+        }))
+    }
+}
+
+impl Drop for Limits {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

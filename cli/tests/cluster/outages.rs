@@ -1,0 +1,227 @@
+//! What goes wrong around the workers: a network, Redis, an API process, PostgreSQL; and what is done on purpose, a
+//! rolling restart.
+
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use serde_json::json;
+
+use crate::{
+    harness::{audit::Audited, until},
+    load::Load,
+    project::{A_WHILE, Project, compose, docker},
+    stages::Stage,
+};
+
+/// Dump tools of a container that run: neither gone nor frozen.
+async fn running_tools(container: &str) -> usize {
+    let processes = docker(&["top", container, "-eo", "pid,stat,comm"]).await;
+    let runs = |line: &&str| {
+        line.contains("pg_dump") && !line.split_whitespace().nth(1).is_some_and(|s| s.starts_with(['T', 'Z']))
+    };
+    processes.lines().filter(runs).count()
+}
+
+/// A worker without PostgreSQL, but with its source, stops its dump before anybody takes over.
+pub async fn cut_off(project: &Project, local: &str) {
+    let stage = Stage::dumping(project, local).await;
+    for _ in 0..3 {
+        let (execution, worker) = stage.hold_one(project).await;
+        let container = project.container_of(&worker).await;
+        until("it dumps", A_WHILE, || async { (running_tools(&container).await > 0).then_some(()) }).await;
+        let before = project.leases_ended(&execution).await;
+        let network = project.network("backend");
+        docker(&["network", "disconnect", &network, &container]).await;
+        let cut = Instant::now();
+        until("its dump is stopped", A_WHILE, || async { (running_tools(&container).await == 0).then_some(()) }).await;
+        let stopped = cut.elapsed();
+        let taken = project.leases_ended(&execution).await - before;
+        assert_eq!(taken, 0, "the run was taken over while its old dump still ran, {stopped:?} after the cut");
+        until("somebody takes over", A_WHILE, || async {
+            (project.leases_ended(&execution).await > before).then_some(())
+        })
+        .await;
+        println!(
+            "  dump stopped after {:.1} s, taken over after {:.1} s",
+            stopped.as_secs_f64(),
+            cut.elapsed().as_secs_f64()
+        );
+        stage.open();
+        docker(&["network", "connect", &network, &container]).await;
+        let (status, rescues) = project.ended(&execution).await;
+        assert_eq!((status.as_str(), rescues), ("Success", 1), "{execution}");
+        project.healthy(&container).await;
+    }
+}
+
+/// Without Redis nothing fails, neither when it goes nor when it comes back.
+pub async fn without_redis(project: &Project, job: &str, rate: u32) {
+    let load = Load::at_rate(project, job, rate);
+    acknowledged(&load, 20).await;
+    compose(&["stop", "redis"]).await;
+    until("each process limits by itself", A_WHILE, || async { (rate_limits(project).await != "redis").then_some(()) })
+        .await;
+    acknowledged(&load, 40).await;
+    compose(&["start", "redis"]).await;
+    until("Redis counts again", A_WHILE, || async { (rate_limits(project).await == "redis").then_some(()) }).await;
+    acknowledged(&load, 20).await;
+    let tally = load.end().await;
+    assert_eq!((tally.failed(), tally.refused()), (Vec::new(), 0), "requests failed");
+    println!("  {} triggers, none failed", tally.acknowledged());
+}
+
+/// Waits for so many further acknowledgements.
+async fn acknowledged(load: &Load, more: usize) {
+    let before = load.tally.acknowledged();
+    until("triggers are acknowledged", A_WHILE, || async {
+        (load.tally.acknowledged() >= before + more).then_some(())
+    })
+    .await;
+}
+
+async fn rate_limits(project: &Project) -> String {
+    let answer = project.request("GET", "/api/health", None).send().await.expect("answers");
+    let health: serde_json::Value = answer.json().await.expect("JSON");
+    health["rateLimits"].as_str().unwrap_or_default().to_owned()
+}
+
+/// An API process is killed under load: only what was under way on it fails, and the repeated triggers make no second
+/// run.
+pub async fn killed_api(project: &Project, source: &str, local: &str) {
+    const CLIENTS: usize = 16;
+    let job = project.make_job(source, local).await;
+    let load = Load::at_once(project, &job, CLIENTS);
+    let (mut triggers, mut failed) = (0, 0);
+    acknowledged(&load, 100).await;
+    for container in project.containers("api").await {
+        let before = load.tally.failed().len();
+        docker(&["kill", "--signal", "KILL", &container]).await;
+        acknowledged(&load, 100).await;
+        docker(&["start", &container]).await;
+        project.healthy(&container).await;
+        acknowledged(&load, 100).await;
+        let failures = load.tally.failed();
+        let under_way = failures.len() - before;
+        assert!(under_way <= CLIENTS, "more than what was under way failed: {failures:#?}");
+        failed += under_way;
+    }
+    let tally = load.end().await;
+    triggers += tally.acknowledged();
+    let runs = project.number(&format!("select count(*) from executions where job_id = '{job}'")).await;
+    assert_eq!(usize::try_from(runs), Ok(triggers), "a repeated trigger made a second run, or one was lost");
+    println!("  {triggers} triggers by {CLIENTS} clients, {failed} failed once, {runs} runs");
+    cancel_waiting(project, &job).await;
+}
+
+/// More are triggered than a small machine runs: those that still wait are not waited for.
+async fn cancel_waiting(project: &Project, job: &str) {
+    // What runs when it is cancelled counts as a failure.
+    project.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
+    let query = format!("select id::text from executions where job_id = '{job}' and status = 'Pending'");
+    let waiting: Vec<String> =
+        sqlx::query_scalar(sqlx::AssertSqlSafe(query)).fetch_all(&project.pool).await.expect("rows");
+    let cancel = async |execution: String| {
+        let path = format!("/api/executions/{execution}/cancel");
+        project.request("POST", &path, None).send().await.expect("answers");
+    };
+    futures::stream::iter(waiting).for_each_concurrent(16, cancel).await;
+    project.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
+}
+
+/// Every API and worker container is replaced, one by one, as the README says: nothing fails, and what is given back
+/// counts against nothing.
+pub async fn rolling_restart(project: &Project, stage: &Stage, source: &str, local: &str, rate: u32) {
+    let before = project.number("select coalesce(max(seq), 0) from executions").await;
+    let job = project.make_job(source, local).await;
+    let (held, _) = stage.hold_one(project).await;
+    let load = Load::at_rate(project, &job, rate);
+    acknowledged(&load, 20).await;
+    let mut replaced = 0;
+    for service in ["api", "worker", "worker-skewed"] {
+        let old = project.containers(service).await;
+        for container in &old {
+            docker(&["stop", container]).await;
+            docker(&["rm", container]).await;
+            compose(&["up", "--detach", "--no-deps", "--no-recreate", "--no-build", service]).await;
+            for now in project.containers(service).await {
+                project.healthy(&now).await;
+            }
+            replaced += 1;
+        }
+    }
+    let tally = load.end().await;
+    stage.open();
+    project.ended(&held).await;
+    assert_eq!((tally.failed(), tally.refused()), (Vec::new(), 0), "requests failed");
+    let attempts = project.number(&format!("select attempt::bigint from executions where id = '{held}'")).await;
+    assert!(attempts > 1, "no run was given back");
+    let runs = project.number(&format!("select count(*) from executions where job_id = '{job}'")).await;
+    assert_eq!(usize::try_from(runs), Ok(tally.acknowledged()), "triggers were lost, or doubled");
+    println!("  {replaced} containers, {runs} triggers, none failed; a run was given back {} times", attempts - 1);
+    cancel_waiting(project, &job).await;
+    drained(project).await;
+    let counted = format!("select count(*) from executions where seq > {before} and (failures > 0 or rescues > 0)");
+    assert_eq!(project.number(&counted).await, 0, "a restart was counted against a run");
+}
+
+/// Until nothing waits and nothing runs.
+pub async fn drained(project: &Project) {
+    until("every execution ends", Duration::from_secs(1_200), || async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        (project.number("select count(*) from executions where ended_at is null").await == 0).then_some(())
+    })
+    .await;
+}
+
+/// PostgreSQL restarts: the API holds or refuses with Retry-After, and nobody has to do anything.
+pub async fn restarted_postgres(project: &Project, job: &str, rate: u32) {
+    let load = Load::at_rate(project, job, rate);
+    acknowledged(&load, 20).await;
+    compose(&["restart", "postgres"]).await;
+    acknowledged(&load, 40).await;
+    let tally = load.end().await;
+    assert_eq!(tally.failed(), Vec::<String>::new(), "a failure that is no 503 with Retry-After");
+    println!("  {} triggers, {} requests refused with Retry-After", tally.acknowledged(), tally.refused());
+    drained(project).await;
+}
+
+/// PostgreSQL is away for a minute while five dumps run: they are frozen, revived, and end well.
+pub async fn stopped_postgres(project: &Project, local: &str, job: &str, rate: u32) {
+    project.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 10 }))).await;
+    let mut stages = Vec::new();
+    for _ in 0..5 {
+        stages.push(Stage::dumping(project, local).await);
+    }
+    let mut held = Vec::new();
+    for stage in &stages {
+        held.push(stage.hold_one(project).await.0);
+    }
+    let load = Load::at_rate(project, job, rate);
+    acknowledged(&load, 20).await;
+    let path = format!("/api/executions/{}", held[0]);
+    // Each API process knows the state that it has told.
+    for _ in 0..10 {
+        project.ok("GET", &path, None).await;
+    }
+    compose(&["stop", "postgres"]).await;
+    let stopped = Instant::now();
+    until("a poll is answered with what was known", A_WHILE, || async {
+        let answer = project.request("GET", &path, None).send().await.expect("answers");
+        let answer: serde_json::Value = answer.json().await.expect("JSON");
+        (answer["data"]["stale"] == true).then_some(())
+    })
+    .await;
+    tokio::time::sleep_until((stopped + Duration::from_secs(60)).into()).await;
+    compose(&["start", "postgres"]).await;
+    acknowledged(&load, 40).await;
+    stages.iter().for_each(Stage::open);
+    let mut ends = Vec::new();
+    for execution in &held {
+        ends.push(project.ended(execution).await);
+    }
+    let tally = load.end().await;
+    assert_eq!(tally.failed(), Vec::<String>::new(), "a failure that is no 503 with Retry-After");
+    assert_eq!(ends, vec![("Success".to_owned(), 0); 5], "how the five dumps ended, and their rescues");
+    println!("  {} triggers, {} requests refused with Retry-After", tally.acknowledged(), tally.refused());
+    drained(project).await;
+}

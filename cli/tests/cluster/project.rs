@@ -1,0 +1,180 @@
+//! The Compose project under test: Docker's own commands, the address of its proxy, its database.
+
+use std::{net::IpAddr, time::Duration};
+
+use serde_json::{Value, json};
+use sqlx::{PgPool, postgres::PgPoolOptions};
+use tokio::process::Command;
+
+use crate::harness::{audit::Audited, id, unique, until};
+
+/// Longest wait for something that needs a new container.
+pub const A_WHILE: Duration = Duration::from_secs(120);
+/// The pool of every worker, and that of the workers with a right clock.
+pub const POOLS: [&str; 2] = ["default", "stores"];
+/// Where the volume of all workers is mounted.
+pub const BACKUPS: &str = "/var/backups/dbackup";
+
+/// A project that `.dev/cluster-test` has started.
+#[derive(Clone)]
+pub struct Project {
+    /// Address of its proxy.
+    pub url: String,
+    /// A key that may do everything.
+    pub key: String,
+    /// For requests.
+    pub http: reqwest::Client,
+    /// Its database, for what the API does not tell.
+    pub pool: PgPool,
+    /// This machine, as the workers see it.
+    pub here: IpAddr,
+    /// The server that is backed up.
+    pub source: IpAddr,
+    name: String,
+}
+
+impl Audited for Project {
+    fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+}
+
+/// `docker …`; gives what it printed.
+pub async fn docker(args: &[&str]) -> String {
+    let output = Command::new("docker").args(args).output().await.expect("docker runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "docker {}: {}", args.join(" "), said.trim());
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// `docker compose …`, on the project that the environment names.
+pub async fn compose(args: &[&str]) -> String {
+    docker(&[&["compose"], args].concat()).await
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run this with make cluster-test"))
+}
+
+impl Project {
+    /// Waits until the project serves.
+    pub async fn open() -> Self {
+        let net = variable("CLUSTER_TEST_NET");
+        let url = format!("http://127.0.0.1:{}", variable("DBACKUP_PORT"));
+        let http = reqwest::Client::builder().timeout(Duration::from_secs(100)).build().expect("a client");
+        until("the cluster is ready", A_WHILE, || async {
+            http.get(format!("{url}/readyz")).send().await.ok().filter(|answer| answer.status() == 200)
+        })
+        .await;
+        let create = ["exec", "-T", "api", "dbackup", "key", "create", "--name", "test", "--permission", "*"];
+        let password = compose(&["exec", "-T", "postgres", "cat", "/run/secrets/password"]).await;
+        let database = format!("postgres://dbackup:{password}@10.214.{net}.10/dbackup");
+        // A database that is stopped for a minute must not end the test.
+        let pool = PgPoolOptions::new().max_connections(8).acquire_timeout(A_WHILE);
+        Self {
+            url,
+            key: compose(&create).await,
+            http,
+            pool: pool.connect(&database).await.expect("connects to the database"),
+            here: format!("10.215.{net}.1").parse().expect("an address"),
+            source: format!("10.215.{net}.10").parse().expect("an address"),
+            name: variable("COMPOSE_PROJECT_NAME"),
+        }
+    }
+
+    /// The ids of the containers of a service.
+    pub async fn containers(&self, service: &str) -> Vec<String> {
+        compose(&["ps", "--quiet", service]).await.lines().map(str::to_owned).collect()
+    }
+
+    /// The container that a worker's name is from: its host's name is the beginning of the container's id.
+    pub async fn container_of(&self, worker: &str) -> String {
+        let host = worker.split('-').next().unwrap_or_default();
+        docker(&["inspect", "--format", "{{.Id}}", host]).await
+    }
+
+    /// A network's name.
+    pub fn network(&self, network: &str) -> String {
+        format!("{}_{network}", self.name)
+    }
+
+    /// Waits until a container's own probe succeeds.
+    pub async fn healthy(&self, container: &str) {
+        until(&format!("{container} is healthy"), A_WHILE, || async {
+            let state = docker(&["inspect", "--format", "{{.State.Health.Status}}", container]).await;
+            (state == "healthy").then_some(())
+        })
+        .await;
+    }
+
+    /// A request through the proxy.
+    pub fn request(&self, method: &str, path: &str, body: Option<Value>) -> reqwest::RequestBuilder {
+        let method = method.parse().expect("a method");
+        let request = self.http.request(method, format!("{}{path}", self.url)).bearer_auth(&self.key);
+        match body {
+            Some(body) => request.json(&body),
+            None => request,
+        }
+    }
+
+    /// A request that must succeed; gives `data`.
+    pub async fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+        let answer = self.request(method, path, body).send().await.unwrap_or_else(|e| panic!("{method} {path}: {e}"));
+        let status = answer.status().as_u16();
+        let answer: Value = answer.json().await.unwrap_or_else(|e| panic!("{method} {path} answered {status}: {e}"));
+        assert!(status < 300, "{method} {path}: {status} {answer}");
+        answer.get("data").cloned().unwrap_or(answer)
+    }
+
+    /// Makes a source of the server that is backed up, reached at another address.
+    pub async fn make_source(&self, host: IpAddr, port: u16, pool: &str) -> String {
+        let config =
+            json!({ "host": host, "port": port, "username": "postgres", "password": "source", "databases": ["shop"] });
+        let body = json!({ "name": unique("source"), "engine": "postgres", "config": config, "pool": pool });
+        id(&self.ok("POST", "/api/sources", Some(body)).await)
+    }
+
+    /// Makes a destination, tested.
+    pub async fn make_destination(&self, kind: &str, config: Value, pool: &str) -> String {
+        let body = json!({ "name": unique("store"), "kind": kind, "config": config, "pool": pool });
+        let id = id(&self.ok("POST", "/api/destinations", Some(body)).await);
+        let tested = self.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
+        assert_eq!(tested["ok"], true, "{tested}");
+        id
+    }
+
+    /// Makes a job whose runs may overlap.
+    pub async fn make_job(&self, source: &str, destination: &str) -> String {
+        let body = json!({ "name": unique("job"), "sourceId": source, "destinationIds": [destination], "overlap": "allow", "maxAttempts": 20 });
+        id(&self.ok("POST", "/api/jobs", Some(body)).await)
+    }
+
+    /// Triggers a job; gives the execution's id.
+    pub async fn trigger(&self, job: &str) -> String {
+        let answer = self.ok("POST", &format!("/api/jobs/{job}/run"), None).await;
+        answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
+    }
+
+    /// Waits until an execution has ended; gives how, and how often it was rescued.
+    pub async fn ended(&self, execution: &str) -> (String, i32) {
+        until(&format!("execution {execution} ends"), A_WHILE, || self.end_of(execution)).await
+    }
+
+    /// As [`Project::ended`], if it has.
+    pub async fn end_of(&self, execution: &str) -> Option<(String, i32)> {
+        let query = "select status, rescues::int from executions where id = $1::uuid and ended_at is not null";
+        sqlx::query_as(query).bind(execution).fetch_optional(&self.pool).await.expect("answers")
+    }
+
+    /// The worker that holds an execution's lease in this stage, if one does.
+    pub async fn worker_in(&self, execution: &str, stage: &str) -> Option<String> {
+        let query = "select worker from execution_leases where execution_id = $1::uuid and stage = $2";
+        sqlx::query_scalar(query).bind(execution).bind(stage).fetch_optional(&self.pool).await.expect("answers")
+    }
+
+    /// How often an execution's lease ended, by the audit.
+    pub async fn leases_ended(&self, execution: &str) -> i64 {
+        self.number(&format!("select count(*) from lease_audit where change = -1 and execution_id = '{execution}'"))
+            .await
+    }
+}
