@@ -7,6 +7,9 @@ create index executions_by_outcome on executions (outcome, seq desc) where outco
 create index executions_by_time on executions using brin (queued_at) with (pages_per_range = 32, autosummarize = on);
 -- When the next back-off ends: only a retry waits for a time.
 create index executions_retry on executions (run_at) where status = 'Pending' and attempt > 0;
+-- When a job ran last: by the index of all its executions PostgreSQL finds the newest of all as cheap, and walks those.
+create index executions_last_start on executions (job_id, seq desc) include (started_at)
+    where type = 'Backup' and started_at is not null;
 -- What is forgotten first.
 create index executions_failed_by_end on executions (ended_at, id) where status = 'Failed';
 create index audit_log_by_actor on audit_log (actor_id, seq desc);

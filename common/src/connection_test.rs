@@ -81,12 +81,9 @@ pub async fn answer(conn: &mut PgConnection, id: uuid::Uuid) -> Result<Answer, s
 
 /// Withdraws a question; old ones of processes that died go with it.
 pub async fn withdraw(conn: &mut PgConnection, id: uuid::Uuid) -> Result<(), sqlx::Error> {
-    sqlx::query!(
-        "delete from connection_tests where id = $1 or requested_at < clock_timestamp() - interval '10 minutes'",
-        id
-    )
-    .execute(conn)
-    .await?;
+    sqlx::query!("delete from connection_tests where id = $1 or requested_at < now() - interval '10 minutes'", id)
+        .execute(conn)
+        .await?;
     Ok(())
 }
 

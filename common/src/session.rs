@@ -123,7 +123,7 @@ pub async fn end(conn: &mut PgConnection, id: SessionId, of: Option<UserId>) -> 
 /// it deletes nothing.
 pub async fn forget_old(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     let old = sqlx::query_scalar!(
-        r#"select id as "id: SessionId" from sessions where expires_at < clock_timestamp() order by expires_at limit 1000"#
+        r#"select id as "id: SessionId" from sessions where expires_at < now() order by expires_at limit 1000"#
     )
     .fetch_all(&mut *conn)
     .await?;

@@ -404,7 +404,7 @@ pub async fn forget_old_keys(conn: &mut PgConnection) -> Result<u64, sqlx::Error
     let done = sqlx::query!(
         "delete from idempotency_keys where (api_key_id, job_id, key) in
              (select api_key_id, job_id, key from idempotency_keys
-               where created_at < clock_timestamp() - interval '24 hours' order by created_at limit 1000)"
+               where created_at < now() - interval '24 hours' order by created_at limit 1000)"
     )
     .execute(conn)
     .await?;

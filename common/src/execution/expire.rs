@@ -10,7 +10,7 @@ pub async fn expire(conn: &mut PgConnection) -> Result<Vec<ExecutionId>, sqlx::E
     sqlx::query_scalar!(
         r#"with late as materialized (
                select id from executions
-                where status = 'Pending' and start_by < clock_timestamp() and started_at is null
+                where status = 'Pending' and start_by < now() and started_at is null
                 order by id
                   for update skip locked
            ), ended as (

@@ -1,6 +1,9 @@
 //! What has ended is forgotten when it is old, in small batches, each a transaction of its own: first its log, then,
 //! where it left no backup, the execution.
 //!
+//! The time is `now()` in these and in every other statement that looks for what is old: `clock_timestamp()` may differ
+//! from row to row, so PostgreSQL would read the whole index for it.
+//!
 //! An execution that published stays, however old: its artifacts are the only record of where the backup lies.
 
 use sqlx::PgConnection;
@@ -37,7 +40,7 @@ pub async fn forget_logs(conn: &mut PgConnection, days: i32) -> Result<Batch, sq
                select e.id, e.ended_at
                  from progress p, executions e
                 where e.status in ('Success', 'Failed')
-                  and e.ended_at < clock_timestamp() - $1 * interval '1 day'
+                  and e.ended_at < now() - $1 * interval '1 day'
                   and e.ended_at >= p.logs_ended_at and (e.ended_at, e.id) > (p.logs_ended_at, p.logs_id)
                 order by e.ended_at, e.id
                 limit $2
@@ -63,7 +66,7 @@ pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Bat
     let gone = sqlx::query_scalar!(
         r#"with old as materialized (
                select e.id from executions e
-                where e.status = 'Failed' and e.ended_at < clock_timestamp() - $1 * interval '1 day'
+                where e.status = 'Failed' and e.ended_at < now() - $1 * interval '1 day'
                   and not exists (select 1 from staged_objects s where s.execution_id = e.id)
                   and not exists (select 1 from artifacts a where a.execution_id = e.id)
                 order by e.ended_at, e.id
@@ -81,7 +84,7 @@ pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Bat
     sqlx::query!(
         "delete from execution_groups where id in (
              select g.id from execution_groups g
-              where g.created_at < clock_timestamp() - $1 * interval '1 day'
+              where g.created_at < now() - $1 * interval '1 day'
                 and not exists (select 1 from execution_group_members m where m.group_id = g.id)
               order by g.id limit $2)",
         f64::from(days),

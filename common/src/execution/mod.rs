@@ -389,7 +389,7 @@ pub async fn recent(conn: &mut PgConnection, limit: i64) -> Result<Vec<Execution
                union all
                (select id from executions where status = 'Running' order by seq desc limit $1)
                union all
-               (select id from executions where ended_at > clock_timestamp() - interval '10 seconds' and status in ('Success', 'Failed')
+               (select id from executions where ended_at > now() - interval '10 seconds' and status in ('Success', 'Failed')
                  order by ended_at desc limit $1)
            ) as of_late"#,
         limit
