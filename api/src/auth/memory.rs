@@ -40,8 +40,8 @@ const USE_EVERY: Duration = Duration::from_secs(60);
 pub struct Memory {
     db: Db,
     state: Mutex<State>,
-    /// One question about the epoch at a time; the others wait for its answer.
-    asking: tokio::sync::Mutex<()>,
+    /// One question about the epoch at a time; the others wait for its answer. When the last one failed.
+    asking: tokio::sync::Mutex<Option<Instant>>,
     uses: Mutex<HashMap<ApiKeyId, LastUse>>,
 }
 
@@ -88,7 +88,7 @@ struct LastUse {
 impl Memory {
     /// Remembers nothing yet.
     pub fn new(db: Db) -> Self {
-        Self { db, state: Mutex::default(), asking: tokio::sync::Mutex::new(()), uses: Mutex::default() }
+        Self { db, state: Mutex::default(), asking: tokio::sync::Mutex::new(None), uses: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -105,9 +105,14 @@ impl Memory {
         if let Some(epoch) = self.confirmed_epoch() {
             return Ok(epoch);
         }
-        let _turn = self.asking.lock().await;
+        let came = Instant::now();
+        let mut failed = self.asking.lock().await;
         if let Some(epoch) = self.confirmed_epoch() {
             return Ok(epoch);
+        }
+        if failed.is_some_and(|failed| failed > came) {
+            // It was their question too. One after the other they would each wait for a database that hangs.
+            return Err(DbError::Timeout(TIMEOUT));
         }
         // Counted from before the question: what changed while it was under way may be missing in the answer.
         let asked = Instant::now();
@@ -120,7 +125,7 @@ impl Memory {
             let settings = if known == Some(epoch) { None } else { Some(setting::read(conn).await?) };
             Ok((epoch, settings))
         };
-        let (epoch, settings) = self.db.within(TIMEOUT, ask).await?;
+        let (epoch, settings) = self.db.within(TIMEOUT, ask).await.inspect_err(|_| *failed = Some(Instant::now()))?;
         let mut state = self.state();
         state.epoch = epoch;
         state.confirmed = Some(asked);

@@ -12,6 +12,7 @@ use crate::harness::{
     Cluster, SOON,
     otlp::Receiver,
     postgres::OwnPostgres,
+    postgres_port,
     proxy::{Mode, Proxy},
     redis::Redis,
     source::PostgresSource,
@@ -51,6 +52,29 @@ async fn a_database_that_is_away_is_a_503_that_says_when_to_retry_and_it_comes_b
         (ask(&cluster, "GET", "/api/jobs", None).await.0 == 200).then_some(())
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_database_that_hangs_many_requests_are_refused_as_soon_as_one() {
+    let proxy = Proxy::start(postgres_port()).await;
+    let cluster = Cluster::build().workers(0).database_at(proxy.port).start().await;
+    assert_eq!(ask(&cluster, "GET", "/api/jobs", None).await.0, 200);
+    proxy.set(Mode::Hold);
+    let held = Instant::now();
+    until("the process must ask who calls", SOON, || async {
+        (held.elapsed() > Duration::from_millis(600)).then_some(())
+    })
+    .await;
+    let began = Instant::now();
+    let answers = (0..30).map(|_| async {
+        let (status, retry, answer) = ask(&cluster, "GET", "/api/jobs", None).await;
+        (status, retry.is_some(), answer["code"].as_str().map(str::to_owned), began.elapsed())
+    });
+    for (status, retry, code, after) in futures::future::join_all(answers).await {
+        assert_eq!((status, retry, code.as_deref()), (503, true, Some("database_away")), "after {after:?}");
+        // One question of at most five seconds, and a connection for it.
+        assert!(after < Duration::from_secs(15), "{after:?}: one waited for the other");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,7 +25,7 @@ pub enum Mode {
     Pass,
     /// Hold: nothing is read and nothing closed, as when packets are dropped.
     Hold,
-    /// Pass so many bytes to the client, then hold.
+    /// Pass so many bytes to the client of each connection, then hold.
     HoldAfter(u64),
     /// Close every connection, also new ones.
     Cut,
@@ -93,9 +93,9 @@ async fn pump(
     passed: Option<Arc<AtomicU64>>,
 ) {
     let mut buffer = vec![0; 16 << 10];
+    let mut count = 0;
     loop {
         let now = *mode.borrow_and_update();
-        let count = passed.as_ref().map_or(0, |p| p.load(Ordering::SeqCst));
         let read = match now {
             Mode::Cut => return,
             Mode::Hold => None,
@@ -109,12 +109,16 @@ async fn pump(
             }
         };
         tokio::select! {
-            changed = mode.changed() => if changed.is_err() { return },
+            changed = mode.changed() => match changed {
+                Ok(()) => count = 0,
+                Err(_) => return,
+            },
             result = read => match result {
                 Ok(n) if n > 0 => {
                     if to.write_all(&buffer[..n]).await.is_err() {
                         return;
                     }
+                    count += n as u64;
                     if let Some(passed) = &passed {
                         passed.fetch_add(n as u64, Ordering::SeqCst);
                     }
