@@ -10,6 +10,7 @@ pub mod context;
 pub mod enqueuer;
 pub mod error;
 pub mod extract;
+pub mod one_asks;
 pub mod openapi;
 pub mod rate_limit;
 pub mod router;

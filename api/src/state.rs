@@ -4,7 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use common::{
     audit::{self, Actor, Event},
+    cluster::Queue,
     db::{ANSWER_TIMEOUT, Db, DbError},
+    execution::waiting::QueueSnapshot,
     queue::Wakeups,
     seal::SealKey,
 };
@@ -17,10 +19,10 @@ use crate::{
     config::ApiConfig,
     enqueuer::Enqueuer,
     error::ApiError,
+    one_asks::Lately,
     rate_limit::RateLimiter,
-    routes::cluster::Depth,
     server::Stop,
-    waiting::{LastKnown, QueueLook},
+    waiting::LastKnown,
     watch::Watcher,
 };
 
@@ -52,9 +54,9 @@ pub struct AppState {
     /// States for when the database is away.
     pub known: Arc<LastKnown>,
     /// Places in the queue, and why executions wait.
-    pub queue: Arc<QueueLook>,
+    pub queue: Arc<Lately<Arc<QueueSnapshot>>>,
     /// How much waits.
-    pub depth: Arc<Depth>,
+    pub depth: Arc<Lately<Arc<Queue>>>,
     /// How far its stop has come.
     pub stop: Stop,
 }

@@ -155,19 +155,10 @@ impl LastKnown {
     }
 }
 
-/// Why executions wait and where they stand in the queue, from one look a second at most for all who ask.
-#[derive(Default)]
-pub struct QueueLook(tokio::sync::Mutex<Option<Arc<QueueSnapshot>>>);
-
-impl QueueLook {
-    /// The queue as it was a second ago at most; `None` while the database is away.
-    pub async fn snapshot(&self, state: &AppState) -> Option<Arc<QueueSnapshot>> {
-        let mut last = self.0.lock().await;
-        if last.as_ref().is_none_or(|snapshot| snapshot.age() >= QUEUE_AGE) {
-            *last = None;
-            let taken = state.db.within(ANSWER_TIMEOUT, async |conn| QueueSnapshot::take(conn).await).await.ok()?;
-            *last = Some(Arc::new(taken));
-        }
-        last.clone()
-    }
+/// Why executions wait and where they stand in the queue, from one look a second at most for all who ask; `None` while
+/// the database is away.
+pub async fn queue(state: &AppState) -> Option<Arc<QueueSnapshot>> {
+    let take =
+        async { state.db.within(ANSWER_TIMEOUT, async |conn| QueueSnapshot::take(conn).await).await.map(Arc::new) };
+    state.queue.within(QUEUE_AGE, take).await.ok()
 }

@@ -101,14 +101,16 @@ pub fn encryption_key() -> Result<SealKey, ConfigError> {
     let text = required_secret("DBACKUP_ENCRYPTION_KEY", "32 bytes in base64, the same for every API and worker")?;
     let key = parse_key(&text)?;
     let Some(other) = secret("DBACKUP_OTHER_ENCRYPTION_KEY")? else { return Ok(key) };
-    let other =
-        SealKey::parse(other.expose_secret()).map_err(|e| ConfigError(format!("DBACKUP_OTHER_ENCRYPTION_KEY: {e}")))?;
-    Ok(key.with_other(other))
+    Ok(key.with_other(parse_key_of("DBACKUP_OTHER_ENCRYPTION_KEY", &other)?))
 }
 
 /// Reads the text of a `DBACKUP_ENCRYPTION_KEY`.
 pub fn parse_key(text: &SecretString) -> Result<SealKey, ConfigError> {
-    SealKey::parse(text.expose_secret()).map_err(|e| ConfigError(format!("DBACKUP_ENCRYPTION_KEY: {e}")))
+    parse_key_of("DBACKUP_ENCRYPTION_KEY", text)
+}
+
+fn parse_key_of(name: &str, text: &SecretString) -> Result<SealKey, ConfigError> {
+    SealKey::parse(text.expose_secret()).map_err(|e| ConfigError(format!("{name}: {e}")))
 }
 
 /// The clockwork of leases. What is left out follows from the lease in the proportions of the default.

@@ -161,6 +161,13 @@ pub async fn read(conn: &mut PgConnection) -> Result<Settings, sqlx::Error> {
     Ok(known)
 }
 
+/// Takes the lock under which claims are decided, to the end of the transaction: what is changed under it holds for every
+/// claim after the commit. It comes before every other lock.
+pub async fn lock_gate(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query!("select only_row from queue_gate for update").fetch_one(conn).await?;
+    Ok(())
+}
+
 /// Why settings were not changed.
 #[derive(Debug)]
 pub enum ChangeError {
@@ -180,7 +187,7 @@ impl From<sqlx::Error> for ChangeError {
 /// already is left to end. To be called in a transaction.
 pub async fn change(conn: &mut PgConnection, change: &Map<String, Value>) -> Result<Settings, ChangeError> {
     // Two changes at once must not undo each other.
-    sqlx::query!("select only_row from queue_gate for update").fetch_one(&mut *conn).await?;
+    lock_gate(conn).await?;
     let settings = read(conn).await?.changed(change).map_err(ChangeError::Refused)?;
     sqlx::query!(
         "update queue_gate set max_concurrency = $1, paused = $2",

@@ -14,6 +14,7 @@ use crate::{
     label::Labels,
     page::{Page, fetch_limit},
     seal::{SealError, SealKey},
+    setting,
 };
 
 /// What speaks at the other end.
@@ -315,7 +316,7 @@ pub async fn update(
     draft: &SourceDraft,
 ) -> Result<Option<Source>, sqlx::Error> {
     let sealed = draft.config.seal(key, &context(id));
-    sqlx::query!("select only_row from queue_gate for update").fetch_one(&mut *conn).await?;
+    setting::lock_gate(conn).await?;
     let row = sqlx::query_as!(
         Row,
         r#"update sources

@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection, types::Json};
 
-use crate::{id::WorkerId, source::Engine};
+use crate::{id::WorkerId, setting, source::Engine};
 
 /// A tool of a worker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -74,7 +74,7 @@ pub struct Registered {
 pub async fn register(conn: &mut PgConnection, worker: &Registration) -> Result<Registered, sqlx::Error> {
     let mut tx = conn.begin().await?;
     // Whoever cordons takes the gate too: he sees this row, or this sees the cordon.
-    sqlx::query!("select only_row from queue_gate for update").fetch_one(&mut *tx).await?;
+    setting::lock_gate(&mut tx).await?;
     let cordoned = sqlx::query_scalar!(
         "insert into workers (id, name, version, host, pools, concurrency, engines, tools, gone_after_ms, cordoned)
          values ($1, $2, $3, $4, $5, $6, $7, $8, $9, exists (select 1 from workers w where w.name = $2 and w.cordoned))
@@ -257,7 +257,7 @@ pub enum Cordoned {
 /// Cordons the worker of an id or a name, or takes its cordon away. To be called in a transaction: it holds the gate,
 /// so that a cordoned worker claims nothing from the commit on.
 pub async fn cordon(conn: &mut PgConnection, id_or_name: &str, cordoned: bool) -> Result<Cordoned, sqlx::Error> {
-    sqlx::query!("select only_row from queue_gate for update").fetch_one(&mut *conn).await?;
+    setting::lock_gate(conn).await?;
     let worker = match pick(all(conn).await?, id_or_name) {
         Ok(worker) => worker,
         Err(none) => return Ok(none),

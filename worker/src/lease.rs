@@ -246,7 +246,7 @@ impl Lease {
 
     /// Stops the run's activity here and now, on the caller's thread, when its time is up.
     pub fn enforce(&self, now: Instant) -> Fenced {
-        let mut fenced = Fenced::Active(self.falls_at());
+        let mut fenced = Fenced::Cut;
         self.frozen.send_if_modified(|frozen| {
             let falls_at = self.falls_at();
             fenced = match *frozen {

@@ -21,6 +21,8 @@ use common::{
     setting::{self, Settings},
 };
 
+use crate::one_asks::OneAsks;
+
 /// How long a confirmation of the epoch counts, from when it was asked for.
 const TRUST: Duration = Duration::from_millis(500);
 /// Longest time of a question.
@@ -40,8 +42,8 @@ const USE_EVERY: Duration = Duration::from_secs(60);
 pub struct Memory {
     db: Db,
     state: Mutex<State>,
-    /// One question about the epoch at a time; the others wait for its answer. When the last one failed.
-    asking: tokio::sync::Mutex<Option<Instant>>,
+    /// Asks for the epoch.
+    asking: OneAsks,
     uses: Mutex<HashMap<ApiKeyId, LastUse>>,
 }
 
@@ -88,7 +90,7 @@ struct LastUse {
 impl Memory {
     /// Remembers nothing yet.
     pub fn new(db: Db) -> Self {
-        Self { db, state: Mutex::default(), asking: tokio::sync::Mutex::new(None), uses: Mutex::default() }
+        Self { db, state: Mutex::default(), asking: OneAsks::default(), uses: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -102,18 +104,10 @@ impl Memory {
 
     /// The epoch in force, asked for when the last answer is too old.
     pub async fn epoch(&self) -> Result<i64, DbError> {
-        if let Some(epoch) = self.confirmed_epoch() {
-            return Ok(epoch);
-        }
-        let came = Instant::now();
-        let mut failed = self.asking.lock().await;
-        if let Some(epoch) = self.confirmed_epoch() {
-            return Ok(epoch);
-        }
-        if failed.is_some_and(|failed| failed > came) {
-            // It was their question too. One after the other they would each wait for a database that hangs.
-            return Err(DbError::Timeout(TIMEOUT));
-        }
+        self.asking.or_ask(|| self.confirmed_epoch(), self.ask_for_epoch()).await
+    }
+
+    async fn ask_for_epoch(&self) -> Result<i64, DbError> {
         // Counted from before the question: what changed while it was under way may be missing in the answer.
         let asked = Instant::now();
         let known = {
@@ -125,7 +119,7 @@ impl Memory {
             let settings = if known == Some(epoch) { None } else { Some(setting::read(conn).await?) };
             Ok((epoch, settings))
         };
-        let (epoch, settings) = self.db.within(TIMEOUT, ask).await.inspect_err(|_| *failed = Some(Instant::now()))?;
+        let (epoch, settings) = self.db.within(TIMEOUT, ask).await?;
         let mut state = self.state();
         state.epoch = epoch;
         state.confirmed = Some(asked);

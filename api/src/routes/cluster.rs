@@ -1,45 +1,29 @@
 //! `/api/cluster`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{Extension, Json, extract::State, http::StatusCode};
 use common::{
     audit::Event,
-    cluster::{self, Cluster, Queue},
+    cluster::{self, Cluster},
+    db::ANSWER_TIMEOUT,
     queue::Notice,
     worker::{self, Cordoned, Worker},
 };
 use serde_json::Value;
-use tokio::time::{Duration, Instant};
 
 use super::data;
 use crate::{auth::Caller, error::ApiError, extract::Segment, openapi::Data, state::AppState};
 
-/// How old the count of what waits may be.
+/// How old the count of what waits may be: it looks at every row that waits.
 const DEPTH_AGE: Duration = Duration::from_secs(1);
-
-/// How much waits, counted once a second at most: it looks at every row that waits.
-#[derive(Default)]
-pub struct Depth(tokio::sync::Mutex<Option<(Instant, Arc<Queue>)>>);
-
-impl Depth {
-    async fn count(&self, state: &AppState) -> Result<Arc<Queue>, ApiError> {
-        let mut last = self.0.lock().await;
-        if let Some((_, queue)) = last.as_ref().filter(|(at, _)| at.elapsed() < DEPTH_AGE) {
-            return Ok(queue.clone());
-        }
-        let asked = Instant::now();
-        let queue = Arc::new(state.ask(async |conn| cluster::queue(conn).await).await?);
-        *last = Some((asked, queue.clone()));
-        Ok(queue)
-    }
-}
 
 /// The cluster at a glance: workers, slots in use, what waits and the limit. A key that is bound to jobs sees of other
 /// jobs' slots only that they are in use. `queue` is up to a second old.
 #[utoipa::path(get, path = "/api/cluster", tag = "cluster", responses((status = 200, body = Data<Cluster>)))]
 pub async fn get(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Result<Json<Value>, ApiError> {
-    let queue = state.depth.count(&state).await?;
+    let count = async { state.db.within(ANSWER_TIMEOUT, async |conn| cluster::queue(conn).await).await.map(Arc::new) };
+    let queue = state.depth.within(DEPTH_AGE, count).await?;
     let mut cluster = state.ask(async |conn| Cluster::look(conn, (*queue).clone()).await).await?;
     cluster.hide(|job| caller.sees(job));
     Ok(data(&cluster))

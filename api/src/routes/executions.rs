@@ -288,7 +288,7 @@ pub async fn get(
     }
     let mut body = seen.data.clone();
     if pending {
-        let queue = state.queue.snapshot(&state).await;
+        let queue = waiting::queue(&state).await;
         body["queuePosition"] = json!(queue.as_ref().and_then(|queue| queue.position(id)));
         let waiting = seen.waiting.as_ref().zip(queue);
         body["waitingFor"] = json!(waiting.and_then(|(waiting, queue)| queue.waiting_for(waiting)));
@@ -357,7 +357,7 @@ pub async fn list(
     };
     let mut executions = state.ask(async |conn| execution::list(conn, &filter).await).await?;
     if executions.rows.iter().any(|execution| execution.waiting.is_some())
-        && let Some(queue) = state.queue.snapshot(&state).await
+        && let Some(queue) = waiting::queue(&state).await
     {
         for execution in &mut executions.rows {
             execution.waiting_for = execution.waiting.as_ref().and_then(|waiting| queue.waiting_for(waiting));

@@ -185,15 +185,7 @@ async fn main() -> ExitCode {
         disturbed.as_secs_f64(),
         began.elapsed().as_secs_f64()
     );
-    for line in &wrong {
-        println!("WRONG: {line}");
-    }
-    if wrong.is_empty() {
-        println!("limit never exceeded, nothing lost, nothing published twice, nothing left over");
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    audit::verdict(&wrong)
 }
 
 async fn check(cluster: &Cluster, triggered: i64, root: &std::path::Path) -> Vec<String> {

@@ -104,15 +104,7 @@ async fn main() -> ExitCode {
         project.number("select coalesce(max(running), 0)::bigint from lease_history").await,
         began.elapsed().as_secs_f64()
     );
-    for line in &wrong {
-        println!("WRONG: {line}");
-    }
-    if wrong.is_empty() {
-        println!("limit never exceeded, nothing lost, nothing published twice, nothing left over");
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    audit::verdict(&wrong)
 }
 
 /// A few megabytes: enough that a dump can be held in its middle.

@@ -9,9 +9,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Cluster, SOON, at_port, files,
+    Cluster, SOON, files,
     held::Held,
-    postgres_port, postgres_url,
     process::is_alive,
     proxy::{Mode, Proxy},
     source::PostgresSource,
@@ -88,8 +87,7 @@ async fn a_stopped_worker_that_wakes_after_its_lease_changes_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_may_not_freeze_has_no_child_alive_when_its_lease_ends() {
     let mut cluster = Cluster::build().workers(0).env("DBACKUP_FREEZE_SECONDS", 0).start().await;
-    let database = Proxy::start(postgres_port()).await;
-    cluster.add_worker(&[("DATABASE_URL", at_port(&postgres_url(&cluster.database), database.port))]).await;
+    let database = cluster.add_worker_behind_a_proxy().await;
     let held = Held::new(&cluster, json!({})).await;
     let id = held.run(&cluster).await;
     let child = cluster.workers[0].children()[0];
@@ -115,8 +113,7 @@ async fn a_worker_that_may_not_freeze_has_no_child_alive_when_its_lease_ends() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_cut_off_from_postgres_publishes_nothing_although_its_dump_is_whole() {
     let mut cluster = Cluster::build().workers(0).start().await;
-    let database = Proxy::start(postgres_port()).await;
-    cluster.add_worker(&[("DATABASE_URL", at_port(&postgres_url(&cluster.database), database.port))]).await;
+    let database = cluster.add_worker_behind_a_proxy().await;
     let held = Held::new(&cluster, json!({})).await;
     let id = held.run(&cluster).await;
 

@@ -6,9 +6,9 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::harness::{
-    Cluster, SOON, at_port, files,
+    Cluster, SOON, files,
     held::Held,
-    postgres_port, postgres_url,
+    postgres_port,
     process::{is_alive, stands_still},
     proxy::{Mode, Proxy},
     source::PostgresSource,
@@ -102,8 +102,7 @@ async fn a_run_that_stood_still_for_too_long_is_killed_and_given_back_uncounted(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_cut_off_alone_stands_still_before_anyone_takes_over_and_then_gives_up() {
     let mut cluster = Cluster::build().workers(0).start().await;
-    let database = Proxy::start(postgres_port()).await;
-    cluster.add_worker(&[("DATABASE_URL", at_port(&postgres_url(&cluster.database), database.port))]).await;
+    let database = cluster.add_worker_behind_a_proxy().await;
     let job = Held::new(&cluster, json!({})).await;
     let run = job.run(&cluster).await;
     let tool = children(&cluster)[0];

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Cluster, Process, SOON, at_port, postgres_port, postgres_url,
+    Cluster, Process, SOON, postgres_port,
     process::is_alive,
     proxy::{Mode, Proxy},
     source::PostgresSource,
@@ -116,7 +116,7 @@ async fn a_second_signal_ends_a_draining_worker_at_once_with_the_status_of_its_d
 async fn readyz_follows_the_database_and_livez_does_not() {
     let cluster = Cluster::build().workers(0).start().await;
     let database = Proxy::start(postgres_port()).await;
-    let url = at_port(&postgres_url(&cluster.database), database.port);
+    let url = cluster.database_url_at(database.port);
     let args = ["--listen", "127.0.0.1:0"];
     let mut api = Process::start("dbackup-api", &args, cluster.env(), &[("DATABASE_URL", url)]);
     let address = api.wait_for_field("the API listens", "address").await;

@@ -6,7 +6,7 @@
 //!
 //! An execution that published stays, however old: its artifacts are the only record of where the backup lies.
 
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
 /// Executions whose logs go in one batch; a run has at most some thousand lines.
 const LOGS_OF: i64 = 200;
@@ -62,6 +62,7 @@ pub async fn forget_logs(conn: &mut PgConnection, days: i32) -> Result<Batch, sq
 /// Removes executions without a backup that ended more than `days` ago, the oldest first, and groups that have no
 /// execution left.
 pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Batch, sqlx::Error> {
+    let mut tx = conn.begin().await?;
     // What an attempt may have left in a store is known from its row alone: that goes first.
     let gone = sqlx::query_scalar!(
         r#"with old as materialized (
@@ -79,18 +80,22 @@ pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Bat
         f64::from(days),
         EXECUTIONS,
     )
-    .fetch_one(&mut *conn)
+    .fetch_one(&mut *tx)
     .await?;
-    sqlx::query!(
-        "delete from execution_groups where id in (
+    // Only so does a group lose its last execution: no need to look for one at any other time.
+    if gone > 0 {
+        sqlx::query!(
+            "delete from execution_groups where id in (
              select g.id from execution_groups g
               where g.created_at < now() - $1 * interval '1 day'
                 and not exists (select 1 from execution_group_members m where m.group_id = g.id)
               order by g.id limit $2)",
-        f64::from(days),
-        GROUPS,
-    )
-    .execute(conn)
-    .await?;
+            f64::from(days),
+            GROUPS,
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
     Ok(Batch::of(gone, EXECUTIONS))
 }

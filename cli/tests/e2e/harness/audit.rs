@@ -90,3 +90,17 @@ pub async fn most_running_at_source_limit(cluster: &Cluster, limit: i32) -> i64 
     let query = "select coalesce(max(same_source), 0)::bigint from lease_history where change = 1 and source_limit =";
     cluster.count(&format!("{query} {limit}")).await
 }
+
+/// The end of a run that looked for what is wrong: every line, or that there is none.
+#[allow(dead_code, reason = "for the programs that disturb a cluster")]
+pub fn verdict(wrong: &[String]) -> std::process::ExitCode {
+    for line in wrong {
+        println!("WRONG: {line}");
+    }
+    if wrong.is_empty() {
+        println!("limit never exceeded, nothing lost, nothing published twice, nothing left over");
+        std::process::ExitCode::SUCCESS
+    } else {
+        std::process::ExitCode::FAILURE
+    }
+}

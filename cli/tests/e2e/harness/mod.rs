@@ -35,6 +35,7 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgPoolOptions};
 
 pub use process::{Process, binary};
+use proxy::Proxy;
 
 /// Lease of the tests; the real one is 15 s.
 pub const LEASE: Duration = Duration::from_secs(3);
@@ -70,8 +71,7 @@ pub fn postgres_port() -> u16 {
     url::Url::parse(&postgres_url("postgres")).expect("a URL").port().expect("a port")
 }
 
-/// A database's URL with another port: a proxy's.
-pub fn at_port(url: &str, port: u16) -> String {
+fn at_port(url: &str, port: u16) -> String {
     let mut url = url::Url::parse(url).expect("a URL");
     url.set_port(Some(port)).expect("a port");
     url.into()
@@ -339,6 +339,18 @@ impl Cluster {
         };
     }
 
+    /// Another worker, which reaches the database through a proxy of its own.
+    pub async fn add_worker_behind_a_proxy(&mut self) -> Proxy {
+        let proxy = Proxy::start(postgres_port()).await;
+        self.add_worker(&[("DATABASE_URL", self.database_url_at(proxy.port))]).await;
+        proxy
+    }
+
+    /// The URL of its database at another port: a proxy's.
+    pub fn database_url_at(&self, port: u16) -> String {
+        at_port(&postgres_url(&self.database), port)
+    }
+
     /// The environment of its processes.
     pub fn env(&self) -> &BTreeMap<String, String> {
         &self.env
@@ -475,10 +487,7 @@ impl Cluster {
 
     /// One number from the cluster's database.
     pub async fn count(&self, query: &str) -> i64 {
-        sqlx::query_scalar(AssertSqlSafe(query.to_owned()))
-            .fetch_one(&self.pool)
-            .await
-            .unwrap_or_else(|e| panic!("{query}: {e}"))
+        audit::Audited::number(self, query).await
     }
 
     /// One text from the cluster's database.
