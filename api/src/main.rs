@@ -5,7 +5,6 @@ use std::sync::Arc;
 use api::{ApiArgs, ApiConfig};
 use clap::Parser;
 use common::{config, db::Db, queue::Wakeups, seal::SealKey, shutdown, telemetry::Telemetry};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 /// Many small pieces of an answer are made and freed by threads that did not make each other's: the system's allocator
@@ -38,8 +37,7 @@ async fn main() {
 
 async fn start(api: ApiConfig, db: Db, key: SealKey) -> Result<(), common::db::StartError> {
     let stop = shutdown::on_signal()?;
-    let listener = TcpListener::bind(api.listen)
-        .await
+    let listener = api::server::listen(api.listen)
         .map_err(|e| config::ConfigError(format!("DBACKUP_LISTEN: cannot listen on {}: {e}", api.listen)))?;
     common::db::start(&db, &key).await?;
     let wakeups = Wakeups::start(db.clone(), CancellationToken::new());

@@ -14,7 +14,7 @@ use hyper_util::{
     server::graceful::GracefulShutdown,
 };
 use socket2::SockRef;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
@@ -26,6 +26,9 @@ const MOST_HEADER_BYTES: usize = 64 << 10;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time that requests under way get after the stop.
 const DRAIN: Duration = Duration::from_secs(20);
+/// Connections that may wait to be accepted; the kernel takes the lesser of this and `net.core.somaxconn`. One that does
+/// not fit is tried again by its client after a second.
+const BACKLOG: u32 = 4096;
 /// Pause after a connection could not be accepted: with all files open the next try fails at once, too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -51,6 +54,15 @@ impl Stop {
         });
         stop
     }
+}
+
+/// Listens on an address.
+pub fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A connection of the process before, not yet forgotten by the kernel, must not keep this one from starting.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Serves until `stop` closes; requests under way are answered.

@@ -1,6 +1,6 @@
 //! What every handler uses.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Deref, sync::Arc, time::Duration};
 
 use common::{
     audit::{self, Actor, Event},
@@ -26,9 +26,20 @@ use crate::{
     watch::Watcher,
 };
 
-/// Shared by all requests of a process.
+/// Shared by all requests of a process. Every layer that a request passes clones it.
 #[derive(Clone)]
-pub struct AppState {
+pub struct AppState(Arc<Shared>);
+
+impl Deref for AppState {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+/// What [`AppState`] gives access to.
+pub struct Shared {
     /// The database.
     pub db: Db,
     /// Name of the instance: see [`common::seal::instance_name`].
@@ -81,7 +92,7 @@ impl AppState {
         let memory = Arc::new(Memory::new(db.clone()));
         let closing = &stop.closing;
         tokio::spawn(closing.clone().run_until_cancelled_owned(record_uses(memory.clone())));
-        Self {
+        Self(Arc::new(Shared {
             enqueuer: Enqueuer::start(db.clone(), wakeups.clone()),
             instance: instance.clone().into(),
             hashing: Arc::new(Semaphore::new(MOST_HASHING)),
@@ -97,7 +108,7 @@ impl AppState {
             key,
             wakeups,
             stop,
-        }
+        }))
     }
 
     /// Asks the database, within the time that a client waits anyway.

@@ -178,10 +178,13 @@ impl Inner {
                 tracing::debug!(error = %common::error::Chain(&error), "could not look at the executions that clients wait for");
             }
             // Until the next full look, only at what is told to have changed.
-            while let Some(changed) = gather(&mut notices, next).await {
+            // The first at once: those who wait for it should not wait for others.
+            let mut again = Instant::now();
+            while let Some(changed) = gather(&mut notices, again, next).await {
                 match changed {
                     Changed::Some(ids) => {
                         let _ = self.look(Some(&ids), &mut known).await;
+                        again = Instant::now() + GATHER;
                     }
                     Changed::Perhaps => break,
                 }
@@ -293,15 +296,15 @@ enum Changed {
     Perhaps,
 }
 
-/// Gathers the notices of changed executions, the first and those that follow it closely; `None` at `until`.
-async fn gather(notices: &mut broadcast::Receiver<Notice>, until: Instant) -> Option<Changed> {
+/// Gathers the notices of changed executions: the first, and those that come until `not_before`; `None` at `until`.
+async fn gather(notices: &mut broadcast::Receiver<Notice>, not_before: Instant, until: Instant) -> Option<Changed> {
     let mut ids = HashSet::new();
     let mut end = until;
     loop {
         match tokio::time::timeout_at(end, notices.recv()).await {
             Ok(Ok(Notice::Changed(changed))) => {
                 ids.extend(changed);
-                end = end.min(Instant::now() + GATHER);
+                end = end.min(not_before);
             }
             Ok(Ok(Notice::Resync) | Err(broadcast::error::RecvError::Lagged(_))) => return Some(Changed::Perhaps),
             Ok(Ok(_)) => {}

@@ -62,8 +62,7 @@ pub async fn run(data: Option<PathBuf>, args: UpArgs) -> Result<(), StartError> 
     let telemetry = Telemetry::start("dbackup")?;
     let stop = shutdown::on_signal()?;
     let _lock = lock(&folder)?;
-    let listener = TcpListener::bind(api.listen)
-        .await
+    let listener = api::server::listen(api.listen)
         .map_err(|e| ConfigError(format!("DBACKUP_LISTEN: cannot listen on {}: {e}", api.listen)))?;
 
     let secrets = secrets(&folder)?;

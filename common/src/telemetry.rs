@@ -65,6 +65,9 @@ impl Telemetry {
             .with_tracer(provider.tracer("dbackup"))
             .with_location(false)
             .with_threads(false)
+            // Both cost something at each poll of each request, and nothing here asks for the current context.
+            .with_context_activation(false)
+            .with_tracked_inactivity(false)
             .with_filter(LevelFilter::INFO);
         tracing_subscriber::registry()
             .with(traces)
