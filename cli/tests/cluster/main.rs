@@ -15,6 +15,7 @@ mod disturb;
 mod load;
 mod outages;
 mod project;
+mod proxy;
 mod stages;
 
 use std::{process::ExitCode, sync::Arc, time::Instant};
@@ -51,6 +52,7 @@ enum Part {
     Rolling,
     PostgresRestart,
     PostgresStop,
+    Proxy,
 }
 
 /// Triggers a second where the rate is not what is tested.
@@ -87,6 +89,10 @@ async fn main() -> ExitCode {
             Part::Rolling => outages::rolling_restart(&project, &stages[1], &source, &local, args.rate).await,
             Part::PostgresRestart => outages::restarted_postgres(&project, &job, BESIDE).await,
             Part::PostgresStop => outages::stopped_postgres(&project, &local, &job, BESIDE).await,
+            Part::Proxy => {
+                proxy::refuses_in_the_form_of_the_api(&project).await;
+                proxy::repeats_no_trigger(&project, &source, &local).await;
+            }
         }
     }
     let beside = beside.end().await;

@@ -114,7 +114,7 @@ pub async fn killed_api(project: &Project, source: &str, local: &str) {
 }
 
 /// More are triggered than a small machine runs: those that still wait are not waited for.
-async fn cancel_waiting(project: &Project, job: &str) {
+pub async fn cancel_waiting(project: &Project, job: &str) {
     // What runs when it is cancelled counts as a failure.
     project.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
     let query = format!("select id::text from executions where job_id = '{job}' and status = 'Pending'");
@@ -200,6 +200,10 @@ pub async fn stopped_postgres(project: &Project, local: &str, job: &str, rate: u
     acknowledged(&load, 20).await;
     compose(&["stop", "postgres"]).await;
     let stopped = Instant::now();
+    // No process is ready, and yet it is they who answer: they know what is wrong.
+    let answer = project.request("GET", "/api/jobs", None).send().await.expect("answers");
+    let answer: serde_json::Value = answer.json().await.expect("JSON");
+    assert_eq!(answer["code"], "database_away", "{answer}");
     tokio::time::sleep_until((stopped + Duration::from_secs(60)).into()).await;
     compose(&["start", "postgres"]).await;
     acknowledged(&load, 40).await;
