@@ -1,6 +1,6 @@
 # The recipes live in .dev; this names them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup build up fmt lint sqlx openapi fuzz-api bench chaos cluster-test
+.PHONY: help demo test setup build up fmt lint sqlx openapi fuzz-api bench chaos upgrade-test cluster-test
 
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbackup/target
 # Folder of the instance that `make up` runs.
@@ -48,6 +48,9 @@ bench: ## what the queue, the API and a large dump cost, beside the least that w
 
 chaos: ## kill workers at random (ARGS="--seed 7 --kills 20 --lease-ms 3000")
 	@.dev/chaos $(ARGS)
+
+upgrade-test: ## two versions side by side on one database, and the way back (FROM=commit)
+	@.dev/upgrade-test $(FROM)
 
 cluster-test: ## start the Compose cluster, disturb it in every way, check it, take it down (ARGS="--disturbances 20")
 	@.dev/cluster-test $(ARGS)

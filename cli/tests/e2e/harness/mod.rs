@@ -118,7 +118,7 @@ async fn fresh_database() -> String {
     if !exists {
         sql("postgres", &format!("drop database if exists {template}")).await;
         sql("postgres", &format!("create database {template}")).await;
-        migrate(&postgres_url(&template));
+        migrate(&binary("dbackup"), &postgres_url(&template));
         sql("postgres", &format!("alter database {template} is_template true")).await;
     }
     let name = unique("cluster");
@@ -127,9 +127,9 @@ async fn fresh_database() -> String {
     name
 }
 
-fn migrate(url: &str) {
-    let status =
-        Command::new(binary("dbackup")).arg("migrate").env("DATABASE_URL", url).status().expect("dbackup runs");
+/// Applies the migrations that a program knows.
+pub fn migrate(dbackup: &Path, url: &str) {
+    let status = Command::new(dbackup).arg("migrate").env("DATABASE_URL", url).status().expect("dbackup runs");
     assert!(status.success(), "dbackup migrate");
 }
 
@@ -142,6 +142,12 @@ pub struct Builder {
     rate_limits: Value,
     database_url: Option<String>,
     database_port: Option<u16>,
+    programs: Option<PathBuf>,
+}
+
+/// A program of another version in a folder, or the one beside this test.
+fn program(folder: Option<&Path>, name: &str) -> PathBuf {
+    folder.map_or_else(|| binary(name), |folder| folder.join(name))
 }
 
 impl Builder {
@@ -154,6 +160,13 @@ impl Builder {
     /// Its processes reach their database at this port: a proxy's. The test itself goes past it.
     pub fn database_at(mut self, port: u16) -> Self {
         self.database_port = Some(port);
+        self
+    }
+
+    /// Programs of another version, from a folder; see [`Cluster::use_programs`].
+    #[allow(dead_code, reason = "only the upgrade test runs another version")]
+    pub fn programs(mut self, folder: &Path) -> Self {
+        self.programs = Some(folder.to_owned());
         self
     }
 
@@ -198,7 +211,7 @@ impl Builder {
     pub async fn start(self) -> Cluster {
         let (database, database_url) = match self.database_url {
             Some(url) => {
-                migrate(&url);
+                migrate(&program(self.programs.as_deref(), "dbackup"), &url);
                 (String::new(), url)
             }
             None => {
@@ -248,6 +261,7 @@ impl Builder {
             pool,
             scratch,
             env,
+            programs: self.programs,
         };
         for _ in 0..self.apis {
             cluster.add_api().await;
@@ -277,6 +291,7 @@ pub struct Cluster {
     /// A folder under DBACKUP_LOCAL_PATHS.
     pub scratch: PathBuf,
     env: BTreeMap<String, String>,
+    programs: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -292,7 +307,16 @@ impl Cluster {
         }
         let none = json!({ "limit": 1_000_000 });
         let rate_limits = json!({ "read": none, "write": none, "signIn": none });
-        Builder { apis: 2, workers: 2, env, limit: 4, rate_limits, database_url: None, database_port: None }
+        Builder {
+            apis: 2,
+            workers: 2,
+            env,
+            limit: 4,
+            rate_limits,
+            database_url: None,
+            database_port: None,
+            programs: None,
+        }
     }
 
     /// The default.
@@ -300,16 +324,24 @@ impl Cluster {
         Self::build().start().await
     }
 
+    /// Where the processes that start from now on come from; `None` for those beside this test.
+    #[allow(dead_code, reason = "only the upgrade test runs another version")]
+    pub fn use_programs(&mut self, folder: Option<&Path>) {
+        self.programs = folder.map(Path::to_owned);
+    }
+
     /// Another API process.
     pub async fn add_api(&mut self) {
-        let mut process = Process::start("dbackup-api", &["--listen", "127.0.0.1:0"], &self.env, &[]);
+        let api = program(self.programs.as_deref(), "dbackup-api");
+        let mut process = Process::start_at(&api, &["--listen", "127.0.0.1:0"], &self.env, &[]);
         let address = process.wait_for_field("the API listens", "address").await;
         self.apis.push((process, format!("http://{address}")));
     }
 
     /// Another worker, with variables of its own.
     pub async fn add_worker(&mut self, extra: &[(&str, String)]) -> &mut Process {
-        let mut process = Process::start("dbackup-worker", &[], &self.env, extra);
+        let worker = program(self.programs.as_deref(), "dbackup-worker");
+        let mut process = Process::start_at(&worker, &[], &self.env, extra);
         process.wait_for_field("the worker claims executions", "worker").await;
         self.workers.push(process);
         self.workers.last_mut().expect("just pushed")

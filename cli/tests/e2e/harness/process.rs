@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Write},
     os::unix::process::CommandExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -36,9 +36,15 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a program with nothing but these variables.
+    /// Starts a program beside this test with nothing but these variables.
     pub fn start(name: &str, args: &[&str], env: &BTreeMap<String, String>, extra: &[(&str, String)]) -> Self {
-        let mut command = Command::new(binary(name));
+        Self::start_at(&binary(name), args, env, extra)
+    }
+
+    /// The same of a program anywhere.
+    pub fn start_at(program: &Path, args: &[&str], env: &BTreeMap<String, String>, extra: &[(&str, String)]) -> Self {
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut command = Command::new(program);
         command
             .args(args)
             .env_clear()
@@ -53,7 +59,7 @@ impl Process {
         let log = Arc::new(Mutex::new(Vec::new()));
         collect(child.stdout.take().expect("piped"), log.clone());
         collect(child.stderr.take().expect("piped"), log.clone());
-        Self { child, name: name.to_owned(), log, ended: None }
+        Self { child, name, log, ended: None }
     }
 
     /// Its process id.
