@@ -2,7 +2,10 @@
 
 use common::{
     db::{ANSWER_TIMEOUT, Db, DbError},
-    execution::enqueue::{Enqueued, TriggerRequest, enqueue},
+    execution::{
+        enqueue::{Enqueued, TriggerRequest, enqueue},
+        room::Room,
+    },
     queue::{Notice, Wakeups},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -39,10 +42,10 @@ impl Enqueuer {
 }
 
 async fn group(db: Db, wakeups: Wakeups, mut receiver: mpsc::Receiver<Waiting>) {
-    let mut waiting = Vec::new();
+    let (mut waiting, mut room) = (Vec::new(), Room::default());
     while receiver.recv_many(&mut waiting, GROUP).await > 0 {
         let (requests, answers): (Vec<_>, Vec<_>) = waiting.drain(..).map(|w| (w.request, w.answer)).unzip();
-        match db.within(ANSWER_TIMEOUT, async |conn| enqueue(conn, &requests).await).await {
+        match db.within(ANSWER_TIMEOUT, async |conn| enqueue(conn, &mut room, &requests).await).await {
             Ok(outcomes) => {
                 tell(&wakeups, &outcomes);
                 for (answer, outcome) in answers.into_iter().zip(outcomes) {
@@ -59,7 +62,9 @@ async fn group(db: Db, wakeups: Wakeups, mut receiver: mpsc::Receiver<Waiting>) 
             Err(_) => {
                 for (request, answer) in requests.into_iter().zip(answers) {
                     let alone = db
-                        .within(ANSWER_TIMEOUT, async |conn| enqueue(conn, std::slice::from_ref(&request)).await)
+                        .within(ANSWER_TIMEOUT, async |conn| {
+                            enqueue(conn, &mut room, std::slice::from_ref(&request)).await
+                        })
                         .await;
                     let outcome = alone.map_err(ApiError::from).map(|mut outcomes| outcomes.remove(0));
                     if let Ok(outcome) = &outcome {

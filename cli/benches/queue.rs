@@ -1,6 +1,5 @@
-//! What the queue costs, beside the least that PostgreSQL could do: triggers against a bare insert, exact claims against
-//! `SKIP LOCKED` without a limit, without history and with five million executions of it, and while the service's own
-//! database is dumped. `DBACKUP_BENCH_HISTORY` sets the history.
+//! What claims cost: exact ones against `SKIP LOCKED` without a limit, without history and with five million executions
+//! of it, and while the service's own database is dumped. `DBACKUP_BENCH_HISTORY` sets the history.
 
 #![allow(clippy::disallowed_methods, reason = "it asks the database by itself")]
 
@@ -12,7 +11,7 @@ mod report;
 
 use std::{
     process::{Child, Command, ExitCode, Stdio},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use common::execution::{
@@ -20,20 +19,13 @@ use common::execution::{
     finish::{Ending, Failure, finish},
 };
 use harness::{
-    Cluster, SOON, claimant,
+    Cluster, claimant,
     history::{assert_nothing_walks_in, fill, with_job},
-    postgres_url, sql, until,
+    postgres_url, sql,
 };
 use report::Report;
-use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
 
-/// Clients at once.
-const CLIENTS: usize = 32;
 /// Length of one measurement.
 const LONG: Duration = Duration::from_secs(8);
 /// The exact limit, and the workers under it.
@@ -41,88 +33,6 @@ const LIMIT: i32 = 64;
 const WORKERS: usize = 4;
 /// Claims in one batch of a worker.
 const BATCH: usize = 16;
-
-/// One client on one connection, as light as can be: it shares the machine with what it measures.
-struct Client {
-    stream: TcpStream,
-    buffer: Vec<u8>,
-}
-
-impl Client {
-    async fn connect(cluster: &Cluster) -> Self {
-        let address = cluster.url(0).trim_start_matches("http://").to_owned();
-        let stream = TcpStream::connect(address).await.expect("connects");
-        stream.set_nodelay(true).expect("a socket");
-        Self { stream, buffer: vec![0; 64 << 10] }
-    }
-
-    /// Sends a request and reads its whole answer.
-    async fn ask(&mut self, request: &str) -> &str {
-        self.stream.write_all(request.as_bytes()).await.expect("writes");
-        let mut read = 0;
-        loop {
-            let n = self.stream.read(&mut self.buffer[read..]).await.expect("answers");
-            assert!(n > 0, "the connection was closed");
-            read += n;
-            let text = std::str::from_utf8(&self.buffer[..read]).expect("text");
-            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
-            let length =
-                head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
-            if body.len() >= length.unwrap_or(0) {
-                break;
-            }
-        }
-        std::str::from_utf8(&self.buffer[..read]).expect("text")
-    }
-}
-
-fn request(cluster: &Cluster, method: &str, path: &str) -> String {
-    format!(
-        "{method} {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {}\r\nContent-Length: 0\r\n\r\n",
-        cluster.admin_key
-    )
-}
-
-/// Answers a second of so many clients that send one request after the other.
-async fn rate(cluster: &Cluster, request: &str) -> f64 {
-    let until = Instant::now() + LONG;
-    let clients: Vec<_> = (0..CLIENTS)
-        .map(|_| {
-            let (request, connect) = (request.to_owned(), Client::connect(cluster));
-            async move {
-                let mut client = connect.await;
-                let mut count = 0_u32;
-                while Instant::now() < until {
-                    let answer = client.ask(&request).await;
-                    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-                    count += 1;
-                }
-                count
-            }
-        })
-        .collect();
-    let counts = futures::future::join_all(clients).await;
-    f64::from(counts.iter().sum::<u32>()) / LONG.as_secs_f64()
-}
-
-/// The bare insert of one execution, by pgbench, on as many connections.
-async fn bare_inserts(cluster: &Cluster) -> f64 {
-    sql(&cluster.database, "create table bare (like executions including all)").await;
-    let script = cluster.scratch.join("insert.sql");
-    let insert = "insert into bare (id, job_id, job_name, job_slug, source_id, pool, serial, max_attempts, trigger_kind)
-                  values (gen_random_uuid(), gen_random_uuid(), 'bench', 'bench', gen_random_uuid(), 'default', true, 3, 'Api');";
-    std::fs::write(&script, insert).expect("a script");
-    let bin = std::env::var("DBACKUP_PG_BIN").expect("DBACKUP_PG_BIN is set by make bench");
-    let output = Command::new(format!("{bin}/pgbench"))
-        .args(["-n", "-M", "prepared", "-c", &CLIENTS.to_string(), "-j", "2", "-T", &LONG.as_secs().to_string(), "-f"])
-        .arg(&script)
-        .arg(postgres_url(&cluster.database))
-        .output()
-        .expect("pgbench runs");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let tps = text.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok());
-    tps.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)))
-}
 
 async fn connections(cluster: &Cluster) -> Vec<PgConnection> {
     let mut connections = Vec::new();
@@ -209,41 +119,6 @@ async fn claims(cluster: &Cluster) -> Claims {
     best
 }
 
-/// From the request to Running, by the one clock of the machine.
-async fn trigger_to_running(cluster: &mut Cluster, job: &str) -> (f64, f64) {
-    cluster.add_worker(&[]).await;
-    let request = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
-    let mut client = Client::connect(cluster).await;
-    let mut times = Vec::new();
-    for _ in 0..200 {
-        let sent = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock").as_secs_f64();
-        let answer = client.ask(&request).await;
-        let body: serde_json::Value =
-            serde_json::from_str(answer.split_once("\r\n\r\n").expect("a body").1).expect("JSON");
-        let run = body["executionId"].as_str().expect("an id").to_owned();
-        until("it ended", SOON, || async {
-            let open = format!("select count(*) from executions where id = '{run}' and ended_at is null");
-            (cluster.count(&open).await == 0).then_some(())
-        })
-        .await;
-        let started: f64 = sqlx::query_scalar(AssertSqlSafe(format!(
-            "select extract(epoch from started_at)::float8 from executions where id = '{run}'"
-        )))
-        .fetch_one(&cluster.pool)
-        .await
-        .expect("it started");
-        times.push((started - sent) * 1e3);
-    }
-    times.sort_by(f64::total_cmp);
-    (times[times.len() / 2], times[times.len() * 99 / 100])
-}
-
-fn resident_mib(process: &harness::Process) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).expect("it runs");
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("VmRSS");
-    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
-}
-
 /// A dump of the service's own database, again and again until it is dropped: its snapshot keeps dead rows alive.
 struct DumpOfItself(Child);
 
@@ -261,41 +136,6 @@ impl Drop for DumpOfItself {
         let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
         let _ = self.0.wait();
     }
-}
-
-async fn http(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
-    cluster.add_worker(&[]).await;
-    let (api, worker) = (resident_mib(&cluster.apis[0].0), resident_mib(&cluster.workers[0]));
-    cluster.workers.clear();
-    let trigger = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
-    let (mut triggers, mut inserts) = (0_f64, 0_f64);
-    for round in 0..2 {
-        triggers = triggers.max(rate(cluster, &trigger).await);
-        if round > 0 {
-            sql(&cluster.database, "drop table bare").await;
-        }
-        inserts = inserts.max(bare_inserts(cluster).await);
-        forget_pending(cluster).await;
-    }
-    let run = cluster.trigger(job).await;
-    let polls = rate(cluster, &request(cluster, "GET", &format!("/api/executions/{run}"))).await;
-    forget_pending(cluster).await;
-    let (p50, p99) = trigger_to_running(cluster, job).await;
-    report.line("| measured | value | beside | ratio | aim |");
-    report.line("| --- | ---: | ---: | ---: | ---: |");
-    report.line(format!(
-        "| triggers/s through HTTP, {CLIENTS} connections, beside pgbench's bare insert | {triggers:.0} | {inserts:.0} | {:.2} | 1.00 |",
-        triggers / inserts
-    ));
-    report.line(format!(
-        "| polls/s, {CLIENTS} connections, beside the same insert | {polls:.0} | {inserts:.0} | {:.2} | |",
-        polls / inserts
-    ));
-    report.line(format!("| trigger to Running, idle cluster: p50, p99 in ms | {p50:.1} | {p99:.1} | | p50 under 5 |"));
-    report.line(format!(
-        "| resident memory of an idle API process and an idle worker in MiB | {api:.0} | {worker:.0} | | |"
-    ));
-    triggers >= inserts && p50 < 5.0
 }
 
 async fn with_history(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
@@ -335,20 +175,13 @@ async fn with_history(cluster: &mut Cluster, job: &str, report: &mut Report) -> 
 async fn main() -> ExitCode {
     let mut report = Report::new(
         "The queue",
-        "Each figure is the better of two runs of eight seconds. A trigger goes through key, permission, the rate limit in \
-         Redis, and a synchronous commit of its execution and its line of the audit log; pgbench inserts the execution alone, \
-         prepared. A claim is a batch of at most 16, a finish a transaction.",
+        "Each figure is the better of two runs of eight seconds. A claim is a batch of at most 16, a finish a transaction.",
     );
     let mut cluster = Cluster::build().workers(1).limit(0).start().await;
     let job = with_job(&cluster).await;
     cluster.workers.clear();
-    let change = json!({ "maxPending": 1_000_000, "maxPendingPerJob": 1_000_000 });
-    cluster.ok("PATCH", "/api/settings", Some(change)).await;
     sql(&cluster.database, "update jobs set overlap = 'allow', max_attempts = 1").await;
-    sql(&cluster.database, "update queue_gate set max_concurrency = 4").await;
-    let mut kept = http(&mut cluster, &job, &mut report).await;
-    cluster.workers.clear();
-    kept &= with_history(&mut cluster, &job, &mut report).await;
+    let kept = with_history(&mut cluster, &job, &mut report).await;
     report.write();
     cluster.apis.clear();
     assert_nothing_walks_in(cluster, &job, 0, 200_000).await;

@@ -105,6 +105,15 @@ impl Settings {
         if problems.is_empty() { Ok(settings) } else { Err(Refused::Invalid(problems)) }
     }
 
+    /// With the rows of `settings` as one object. One that this version does not understand counts as absent.
+    pub(crate) fn with_stored(self, stored: Option<Value>) -> Self {
+        let Some(Value::Object(stored)) = stored else { return self };
+        stored.into_iter().fold(self, |settings, (name, value)| {
+            let one = Map::from_iter([(name, value)]);
+            settings.changed(&one).unwrap_or(settings)
+        })
+    }
+
     fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut check = |name: &str, value: i64, least: i64, most: i64| {
@@ -145,20 +154,15 @@ fn merge(target: &mut Value, change: &Value) {
     }
 }
 
-/// The settings in force. A row that this version does not understand counts as absent.
+/// The settings in force.
 pub async fn read(conn: &mut PgConnection) -> Result<Settings, sqlx::Error> {
     let row = sqlx::query!(
         r#"select g.max_concurrency, g.paused, (select jsonb_object_agg(name, value) from settings) as stored from queue_gate g"#
     )
     .fetch_one(conn)
     .await?;
-    let defaults = Settings { max_concurrent_jobs: row.max_concurrency, paused: row.paused, ..Settings::default() };
-    let stored = row.stored.and_then(|stored| stored.as_object().cloned()).unwrap_or_default();
-    let known = stored.into_iter().fold(defaults, |settings, (name, value)| {
-        let one = Map::from_iter([(name, value)]);
-        settings.changed(&one).unwrap_or(settings)
-    });
-    Ok(known)
+    let gate = Settings { max_concurrent_jobs: row.max_concurrency, paused: row.paused, ..Settings::default() };
+    Ok(gate.with_stored(row.stored))
 }
 
 /// Takes the lock under which claims are decided, to the end of the transaction: what is changed under it holds for every

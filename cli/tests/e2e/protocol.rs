@@ -278,3 +278,45 @@ async fn every_table_and_column_of_the_schema_says_what_it_holds() {
     .expect("rows");
     assert_eq!(silent, Vec::<String>::new());
 }
+
+/// Triggers through each API process in turn until both refuse; gives how many passed.
+async fn fill_up(cluster: &Cluster, job: &str) -> usize {
+    let (mut passed, mut refused) = (0, 0);
+    while refused < 2 {
+        assert!(passed <= 100, "nobody refuses");
+        let url = format!("{}/api/jobs/{job}/run", cluster.url((passed + refused) % 2));
+        let answer = cluster.http.post(url).bearer_auth(&cluster.admin_key).send().await.expect("answers");
+        match answer.status().as_u16() {
+            200 => (passed, refused) = (passed + 1, 0),
+            429 => refused += 1,
+            other => panic!("{other}"),
+        }
+    }
+    passed
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_caps_hold_though_each_process_remembers_what_it_counted_before_the_other_triggered() {
+    for cap in ["maxPendingPerJob", "maxPending"] {
+        let cluster = with_pending(1).await;
+        let job = cluster.text("select id::text from jobs").await;
+        cluster.ok("PATCH", "/api/settings", Some(json!({ cap: 10, "maxConcurrentJobs": 100 }))).await;
+        assert_eq!(fill_up(&cluster, &job).await, 9, "{cap}");
+        // Room by claims; and runs that come back take it again, though no trigger made them.
+        let mut conn = cluster.pool.acquire().await.expect("connects");
+        let mut claims = Vec::new();
+        while claims.len() < 8 {
+            claims.extend(claim::claim(&mut conn, &claimant(), LEASE, 8 - claims.len()).await.expect("claims"));
+        }
+        for api in [0, 1] {
+            let url = format!("{}/api/jobs/{job}/run", cluster.url(api));
+            let answer = cluster.http.post(url).bearer_auth(&cluster.admin_key).send().await.expect("answers");
+            assert_eq!(answer.status(), 200, "{cap}");
+        }
+        for claim in claims.drain(..5) {
+            finish::finish(&mut conn, claim, &Ending::Released).await.expect("is given back");
+        }
+        assert_eq!(fill_up(&cluster, &job).await, 1, "{cap}: 4 wait, and 5 came back");
+        assert_eq!(cluster.count("select count(*) from executions where status = 'Pending'").await, 10);
+    }
+}

@@ -7,12 +7,13 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
+use super::room::Room;
 use crate::{
     audit::{self, Actor, Event},
     id::{ApiKeyId, ExecutionId, JobId, Reference},
     job::Overlap,
     label::Labels,
-    setting::{self, Settings},
+    setting::Settings,
     telemetry::TraceContext,
     time::as_text,
 };
@@ -90,13 +91,23 @@ pub(crate) struct JobRow {
     max_attempts: i32,
 }
 
+impl JobRow {
+    fn is_named(&self, name: &Reference) -> bool {
+        Some(self.id.0) == name.id() || self.slug == name.slug()
+    }
+}
+
 /// Decides each trigger under its job's row lock and inserts those that pass. When it returns they are
 /// committed with `synchronous_commit = on`: only then may a client be told.
 ///
-/// The total cap is read once and may be overshot by one slice per process; everything else is exact.
-pub async fn enqueue(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Vec<Enqueued>, sqlx::Error> {
+/// The cap of all executions may be overshot by one slice per process; everything else is exact. See [`Room`].
+pub async fn enqueue(
+    conn: &mut PgConnection,
+    room: &mut Room,
+    requests: &[TriggerRequest],
+) -> Result<Vec<Enqueued>, sqlx::Error> {
     let mut tx = conn.begin().await?;
-    let mut desk = Desk::open(&mut tx, requests).await?;
+    let mut desk = Desk::open(&mut tx, room, requests).await?;
     let outcomes = requests.iter().map(|request| desk.decide(request)).collect();
     desk.inserts.run(&mut tx).await?;
     tx.commit().await?;
@@ -124,12 +135,19 @@ struct Reusable {
 }
 
 impl Desk {
-    pub(crate) async fn open(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Self, sqlx::Error> {
-        let jobs = lock_jobs(conn, requests).await?;
-        let settings = setting::read(conn).await?;
+    pub(crate) async fn open(
+        conn: &mut PgConnection,
+        room: &mut Room,
+        requests: &[TriggerRequest],
+    ) -> Result<Self, sqlx::Error> {
+        let Locked { jobs, settings, sequence } = lock_jobs(conn, requests).await?;
+        let wanted = |job: &JobRow| requests.iter().filter(|request| job.is_named(&request.job)).count() as i64;
+        let by_job: Vec<_> = jobs.iter().map(|job| (job.id, wanted(job))).collect();
         Ok(Self {
-            room: settings.max_pending - count_pending(conn, settings.max_pending).await?,
-            pending: pending_by_job(conn, &jobs).await?,
+            room: room
+                .of_all(conn, sequence, settings.max_pending, by_job.iter().map(|(_, wanted)| wanted).sum())
+                .await?,
+            pending: room.of_jobs(conn, sequence, settings.max_pending_per_job, &by_job).await?,
             active: active_by_job(conn, &jobs).await?,
             stored: stored_keys(conn, requests, &jobs).await?,
             reusable: match requests.iter().any(|r| r.max_age_seconds.is_some()) {
@@ -143,7 +161,7 @@ impl Desk {
     }
 
     pub(crate) fn decide(&mut self, request: &TriggerRequest) -> Enqueued {
-        let found = self.jobs.iter().find(|job| Some(job.id.0) == request.job.id() || job.slug == request.job.slug());
+        let found = self.jobs.iter().find(|job| job.is_named(&request.job));
         let Some(job) = found.filter(|job| request.only.as_ref().is_none_or(|only| only.contains(&job.id))) else {
             return Enqueued::JobNotFound;
         };
@@ -196,14 +214,22 @@ impl Reusable {
     }
 }
 
-/// The jobs of a slice, locked in the order of their ids so that two processes never wait for each other in
-/// a ring.
-async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Vec<JobRow>, sqlx::Error> {
+/// The jobs of a slice, and what was read with them.
+struct Locked {
+    jobs: Vec<JobRow>,
+    settings: Settings,
+    /// The last number that `executions.seq` was given, perhaps to a row that is not committed.
+    sequence: i64,
+}
+
+/// Locks the jobs of a slice, in the order of their ids so that two processes never wait for each other in a ring.
+async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Locked, sqlx::Error> {
     let ids: Vec<uuid::Uuid> = requests.iter().filter_map(|r| r.job.id()).collect();
     let slugs: Vec<String> = requests.iter().map(|r| r.job.slug().to_owned()).collect();
-    sqlx::query_as!(
-        JobRow,
-        r#"select j.id as "id: JobId", j.slug, j.name, j.source_id, s.pool, j.overlap as "overlap: Overlap", j.max_attempts
+    let rows = sqlx::query!(
+        r#"select j.id as "id: JobId", j.slug, j.name, j.source_id, s.pool, j.overlap as "overlap: Overlap", j.max_attempts,
+                  (select last_value - (not is_called)::int from executions_seq_seq) as "sequence!",
+                  (select jsonb_object_agg(name, value) from settings) as stored
              from jobs j join sources s on s.id = j.source_id
             where j.id = any ($1) or j.slug = any ($2)
             order by j.id
@@ -212,29 +238,19 @@ async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Resu
         &slugs,
     )
     .fetch_all(conn)
-    .await
-}
-
-/// Waiting executions, counted no further than the cap.
-async fn count_pending(conn: &mut PgConnection, cap: i64) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar!(
-        r#"select count(*) as "n!" from (select 1 from executions where status = 'Pending' limit $1) waiting"#,
-        cap
-    )
-    .fetch_one(conn)
-    .await
-}
-
-async fn pending_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashMap<JobId, i64>, sqlx::Error> {
-    let ids: Vec<JobId> = jobs.iter().map(|j| j.id).collect();
-    let rows = sqlx::query!(
-        r#"select job_id as "job_id: JobId", count(*) as "n!" from executions
-            where status = 'Pending' and job_id = any ($1) group by job_id"#,
-        &ids[..] as _
-    )
-    .fetch_all(conn)
     .await?;
-    Ok(rows.into_iter().map(|r| (r.job_id, r.n)).collect())
+    let sequence = rows.first().map_or(0, |row| row.sequence);
+    let settings = Settings::default().with_stored(rows.first().and_then(|row| row.stored.clone()));
+    let jobs = rows.into_iter().map(|row| JobRow {
+        id: row.id,
+        slug: row.slug,
+        name: row.name,
+        source_id: row.source_id,
+        pool: row.pool,
+        overlap: row.overlap,
+        max_attempts: row.max_attempts,
+    });
+    Ok(Locked { jobs: jobs.collect(), settings, sequence })
 }
 
 async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashMap<JobId, ExecutionId>, sqlx::Error> {

@@ -11,6 +11,7 @@ use super::{
     Execution, Outcome, Stage, Status, Trigger,
     enqueue::{Desk, Enqueued, Idempotency, TriggerRequest, store_key},
     find_all,
+    room::Room,
 };
 use crate::{
     id::{ExecutionId, JobId},
@@ -57,7 +58,7 @@ pub async fn enqueue(
             return Ok(if same { GroupEnqueued::Replayed(id) } else { GroupEnqueued::KeyReused });
         }
     }
-    let mut desk = Desk::open(&mut tx, requests).await?;
+    let mut desk = Desk::open(&mut tx, &mut Room::default(), requests).await?;
     let (mut members, mut refused) = (Vec::new(), Vec::new());
     for (position, request) in requests.iter().enumerate() {
         match desk.decide(request) {

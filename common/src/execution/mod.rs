@@ -18,6 +18,7 @@ pub mod group;
 pub mod history;
 pub mod lease;
 pub mod log;
+pub mod room;
 pub mod ticker;
 pub mod waiting;
 

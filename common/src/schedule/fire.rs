@@ -17,7 +17,10 @@ use super::{Schedule, ScheduleError};
 use crate::{
     audit::{Actor, Event},
     db,
-    execution::enqueue::{Desk, Enqueued, TriggerRequest},
+    execution::{
+        enqueue::{Desk, Enqueued, TriggerRequest},
+        room::Room,
+    },
     id::{ExecutionId, JobId, Reference},
     label::Labels,
     telemetry::TraceContext,
@@ -93,7 +96,7 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Vec<Firing>, sqlx::Erro
     let plans: Vec<Plan> = due.iter().map(|job| job.plan(now)).collect();
     let fresh = record(&mut tx, &plans).await?;
     let requests: Vec<TriggerRequest> = plans.iter().filter(|p| fresh.contains(&p.job.id)).map(Plan::request).collect();
-    let mut desk = Desk::open(&mut tx, &requests).await?;
+    let mut desk = Desk::open(&mut tx, &mut Room::default(), &requests).await?;
     let firings = plans
         .iter()
         .map(|plan| plan.fire(&mut desk, requests.iter().find(|r| r.job.id() == Some(plan.job.id.0))))

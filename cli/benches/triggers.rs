@@ -1,0 +1,136 @@
+//! What a trigger and a poll cost through HTTP, beside the least that PostgreSQL could do, and what idle processes hold.
+
+#![allow(clippy::disallowed_methods, reason = "it asks the database by itself")]
+
+#[path = "../tests/e2e/harness/mod.rs"]
+#[allow(dead_code)]
+mod harness;
+mod load;
+#[allow(dead_code)]
+mod report;
+
+use std::{
+    process::{Command, ExitCode},
+    time::SystemTime,
+};
+
+use harness::{Cluster, SOON, history::with_job, postgres_url, sql, until};
+use load::{CLIENTS, Client, LONG, rate, request};
+use report::Report;
+use serde_json::json;
+use sqlx::AssertSqlSafe;
+
+/// The bare insert of one execution, by pgbench, on as many connections.
+async fn bare_inserts(cluster: &Cluster) -> f64 {
+    sql(&cluster.database, "create table bare (like executions including all)").await;
+    let script = cluster.scratch.join("insert.sql");
+    let insert = "insert into bare (id, job_id, job_name, job_slug, source_id, pool, serial, max_attempts, trigger_kind)
+                  values (gen_random_uuid(), gen_random_uuid(), 'bench', 'bench', gen_random_uuid(), 'default', true, 3, 'Api');";
+    std::fs::write(&script, insert).expect("a script");
+    let bin = std::env::var("DBACKUP_PG_BIN").expect("DBACKUP_PG_BIN is set by make bench");
+    let output = Command::new(format!("{bin}/pgbench"))
+        .args(["-n", "-M", "prepared", "-c", &CLIENTS.to_string(), "-j", "2", "-T", &LONG.as_secs().to_string(), "-f"])
+        .arg(&script)
+        .arg(postgres_url(&cluster.database))
+        .output()
+        .expect("pgbench runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let tps = text.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok());
+    tps.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+async fn forget_pending(cluster: &Cluster) {
+    let forget = "delete from executions where status = 'Pending'";
+    sqlx::query(forget).execute(&cluster.pool).await.expect("deletes");
+    sql(&cluster.database, "vacuum analyze executions").await;
+}
+
+/// From the request to Running, by the one clock of the machine.
+async fn trigger_to_running(cluster: &mut Cluster, job: &str) -> (f64, f64) {
+    cluster.add_worker(&[]).await;
+    let request = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
+    let mut client = Client::connect(cluster).await;
+    let mut times = Vec::new();
+    for _ in 0..200 {
+        let sent = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock").as_secs_f64();
+        let answer = client.ask(&request).await;
+        let body: serde_json::Value =
+            serde_json::from_str(answer.split_once("\r\n\r\n").expect("a body").1).expect("JSON");
+        let run = body["executionId"].as_str().expect("an id").to_owned();
+        until("it ended", SOON, || async {
+            let open = format!("select count(*) from executions where id = '{run}' and ended_at is null");
+            (cluster.count(&open).await == 0).then_some(())
+        })
+        .await;
+        let started: f64 = sqlx::query_scalar(AssertSqlSafe(format!(
+            "select extract(epoch from started_at)::float8 from executions where id = '{run}'"
+        )))
+        .fetch_one(&cluster.pool)
+        .await
+        .expect("it started");
+        times.push((started - sent) * 1e3);
+    }
+    times.sort_by(f64::total_cmp);
+    (times[times.len() / 2], times[times.len() * 99 / 100])
+}
+
+fn resident_mib(process: &harness::Process) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).expect("it runs");
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("VmRSS");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}
+
+async fn http(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
+    cluster.add_worker(&[]).await;
+    let (api, worker) = (resident_mib(&cluster.apis[0].0), resident_mib(&cluster.workers[0]));
+    cluster.workers.clear();
+    let trigger = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
+    let (mut triggers, mut inserts) = (0_f64, 0_f64);
+    for round in 0..2 {
+        triggers = triggers.max(rate(cluster, &trigger).await);
+        if round > 0 {
+            sql(&cluster.database, "drop table bare").await;
+        }
+        inserts = inserts.max(bare_inserts(cluster).await);
+        forget_pending(cluster).await;
+    }
+    let run = cluster.trigger(job).await;
+    let polls = rate(cluster, &request(cluster, "GET", &format!("/api/executions/{run}"))).await;
+    forget_pending(cluster).await;
+    let (p50, p99) = trigger_to_running(cluster, job).await;
+    report.line("| measured | value | beside | ratio | aim |");
+    report.line("| --- | ---: | ---: | ---: | ---: |");
+    report.line(format!(
+        "| triggers/s through HTTP, {CLIENTS} connections, beside pgbench's bare insert | {triggers:.0} | {inserts:.0} | {:.2} | 1.00 |",
+        triggers / inserts
+    ));
+    report.line(format!(
+        "| polls/s, {CLIENTS} connections, beside the same insert | {polls:.0} | {inserts:.0} | {:.2} | |",
+        polls / inserts
+    ));
+    report.line(format!("| trigger to Running, idle cluster: p50, p99 in ms | {p50:.1} | {p99:.1} | | p50 under 5 |"));
+    report.line(format!(
+        "| resident memory of an idle API process and an idle worker in MiB | {api:.0} | {worker:.0} | | |"
+    ));
+    triggers >= inserts && p50 < 5.0
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let mut report = Report::new(
+        "A trigger",
+        "Each figure is the better of two runs of eight seconds. A trigger goes through key, permission, the rate limit in \
+         Redis, and a synchronous commit of its execution and its line of the audit log; pgbench inserts the execution alone, \
+         prepared.",
+    );
+    let mut cluster = Cluster::build().workers(1).limit(0).start().await;
+    let job = with_job(&cluster).await;
+    cluster.workers.clear();
+    let change = json!({ "maxPending": 1_000_000, "maxPendingPerJob": 1_000_000 });
+    cluster.ok("PATCH", "/api/settings", Some(change)).await;
+    sql(&cluster.database, "update jobs set overlap = 'allow', max_attempts = 1").await;
+    sql(&cluster.database, "update queue_gate set max_concurrency = 4").await;
+    let kept = http(&mut cluster, &job, &mut report).await;
+    report.write();
+    if kept { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
