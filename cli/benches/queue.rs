@@ -7,6 +7,7 @@
 #[path = "../tests/e2e/harness/mod.rs"]
 #[allow(dead_code)]
 mod harness;
+mod load;
 #[allow(dead_code)]
 mod report;
 
@@ -24,16 +25,11 @@ use harness::{
     history::{assert_nothing_walks_in, fill, with_job},
     postgres_url, sql, until,
 };
+use load::{CLIENTS, Client, rate, request};
 use report::Report;
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
 
-/// Clients at once.
-const CLIENTS: usize = 32;
 /// Length of one measurement.
 const LONG: Duration = Duration::from_secs(8);
 /// The exact limit, and the workers under it.
@@ -41,69 +37,6 @@ const LIMIT: i32 = 64;
 const WORKERS: usize = 4;
 /// Claims in one batch of a worker.
 const BATCH: usize = 16;
-
-/// One client on one connection, as light as can be: it shares the machine with what it measures.
-struct Client {
-    stream: TcpStream,
-    buffer: Vec<u8>,
-}
-
-impl Client {
-    async fn connect(cluster: &Cluster) -> Self {
-        let address = cluster.url(0).trim_start_matches("http://").to_owned();
-        let stream = TcpStream::connect(address).await.expect("connects");
-        stream.set_nodelay(true).expect("a socket");
-        Self { stream, buffer: vec![0; 64 << 10] }
-    }
-
-    /// Sends a request and reads its whole answer.
-    async fn ask(&mut self, request: &str) -> &str {
-        self.stream.write_all(request.as_bytes()).await.expect("writes");
-        let mut read = 0;
-        loop {
-            let n = self.stream.read(&mut self.buffer[read..]).await.expect("answers");
-            assert!(n > 0, "the connection was closed");
-            read += n;
-            let text = std::str::from_utf8(&self.buffer[..read]).expect("text");
-            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
-            let length =
-                head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
-            if body.len() >= length.unwrap_or(0) {
-                break;
-            }
-        }
-        std::str::from_utf8(&self.buffer[..read]).expect("text")
-    }
-}
-
-fn request(cluster: &Cluster, method: &str, path: &str) -> String {
-    format!(
-        "{method} {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {}\r\nContent-Length: 0\r\n\r\n",
-        cluster.admin_key
-    )
-}
-
-/// Answers a second of so many clients that send one request after the other.
-async fn rate(cluster: &Cluster, request: &str) -> f64 {
-    let until = Instant::now() + LONG;
-    let clients: Vec<_> = (0..CLIENTS)
-        .map(|_| {
-            let (request, connect) = (request.to_owned(), Client::connect(cluster));
-            async move {
-                let mut client = connect.await;
-                let mut count = 0_u32;
-                while Instant::now() < until {
-                    let answer = client.ask(&request).await;
-                    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-                    count += 1;
-                }
-                count
-            }
-        })
-        .collect();
-    let counts = futures::future::join_all(clients).await;
-    f64::from(counts.iter().sum::<u32>()) / LONG.as_secs_f64()
-}
 
 /// The bare insert of one execution, by pgbench, on as many connections.
 async fn bare_inserts(cluster: &Cluster) -> f64 {
@@ -213,7 +146,7 @@ async fn claims(cluster: &Cluster) -> Claims {
 async fn trigger_to_running(cluster: &mut Cluster, job: &str) -> (f64, f64) {
     cluster.add_worker(&[]).await;
     let request = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
-    let mut client = Client::connect(cluster).await;
+    let mut client = Client::connect(cluster.url(0)).await;
     let mut times = Vec::new();
     for _ in 0..200 {
         let sent = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock").as_secs_f64();
@@ -270,7 +203,7 @@ async fn http(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
     let trigger = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
     let (mut triggers, mut inserts) = (0_f64, 0_f64);
     for round in 0..2 {
-        triggers = triggers.max(rate(cluster, &trigger).await);
+        triggers = triggers.max(rate(cluster.url(0), &trigger, LONG).await);
         if round > 0 {
             sql(&cluster.database, "drop table bare").await;
         }
@@ -278,7 +211,7 @@ async fn http(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
         forget_pending(cluster).await;
     }
     let run = cluster.trigger(job).await;
-    let polls = rate(cluster, &request(cluster, "GET", &format!("/api/executions/{run}"))).await;
+    let polls = rate(cluster.url(0), &request(cluster, "GET", &format!("/api/executions/{run}")), LONG).await;
     forget_pending(cluster).await;
     let (p50, p99) = trigger_to_running(cluster, job).await;
     report.line("| measured | value | beside | ratio | aim |");

@@ -1,0 +1,78 @@
+//! Clients that ask an API process as fast as it answers.
+
+use std::time::{Duration, Instant};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use crate::harness::Cluster;
+
+/// Clients at once.
+pub const CLIENTS: usize = 32;
+
+/// One client on one connection, as light as can be: it shares the machine with what it measures.
+pub struct Client {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    /// Connects to an API process.
+    pub async fn connect(url: &str) -> Self {
+        let address = url.trim_start_matches("http://").to_owned();
+        let stream = TcpStream::connect(address).await.expect("connects");
+        stream.set_nodelay(true).expect("a socket");
+        Self { stream, buffer: vec![0; 64 << 10] }
+    }
+
+    /// Sends a request and reads its whole answer.
+    pub async fn ask(&mut self, request: &str) -> &str {
+        self.stream.write_all(request.as_bytes()).await.expect("writes");
+        let mut read = 0;
+        loop {
+            let n = self.stream.read(&mut self.buffer[read..]).await.expect("answers");
+            assert!(n > 0, "the connection was closed");
+            read += n;
+            let text = std::str::from_utf8(&self.buffer[..read]).expect("text");
+            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+            let length =
+                head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
+            if body.len() >= length.unwrap_or(0) {
+                break;
+            }
+        }
+        std::str::from_utf8(&self.buffer[..read]).expect("text")
+    }
+}
+
+/// A request with the administrator's key and no body.
+pub fn request(cluster: &Cluster, method: &str, path: &str) -> String {
+    format!(
+        "{method} {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {}\r\nContent-Length: 0\r\n\r\n",
+        cluster.admin_key
+    )
+}
+
+/// Answers a second of so many clients that send one request after the other.
+pub async fn rate(url: &str, request: &str, long: Duration) -> f64 {
+    let until = Instant::now() + long;
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let (request, connect) = (request.to_owned(), Client::connect(url));
+            async move {
+                let mut client = connect.await;
+                let mut count = 0_u32;
+                while Instant::now() < until {
+                    let answer = client.ask(&request).await;
+                    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+                    count += 1;
+                }
+                count
+            }
+        })
+        .collect();
+    let counts = futures::future::join_all(clients).await;
+    f64::from(counts.iter().sum::<u32>()) / long.as_secs_f64()
+}
