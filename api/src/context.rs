@@ -8,13 +8,16 @@ use std::{
 use axum::{
     body::Body,
     extract::{ConnectInfo, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
     middleware::Next,
     response::Response,
 };
 use common::{
     audit::Actor,
-    telemetry::{TraceContext, trace_id},
+    telemetry::{
+        Span, TraceContext,
+        span::{SpanContext, SpanKind},
+    },
 };
 use tracing::Instrument;
 
@@ -47,6 +50,8 @@ pub struct Visitor {
     pub tls: bool,
     /// The id of the request.
     pub request_id: String,
+    /// The span of the request.
+    pub span: SpanContext,
 }
 
 impl Visitor {
@@ -71,8 +76,60 @@ fn request_id(headers: &HeaderMap) -> String {
 }
 
 fn trace_context(headers: &HeaderMap) -> TraceContext {
-    let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
-    TraceContext { traceparent: text("traceparent"), tracestate: text("tracestate") }
+    let all = |name: &str| headers.get_all(name).iter().filter_map(|v| v.to_str().ok()).collect::<Vec<_>>();
+    // As W3C has it: of several parents none counts, and several lists of vendors are one.
+    let parent = match all("traceparent")[..] {
+        [only] => Some(only.to_owned()),
+        _ => None,
+    };
+    let states = all("tracestate");
+    TraceContext { traceparent: parent, tracestate: (!states.is_empty()).then(|| states.join(",")) }
+}
+
+/// The span of a request, which continues its caller's, by the conventions of OpenTelemetry for HTTP servers. The query is
+/// left out: what a client puts there is not ours to spread.
+fn span_of(request: &Request, route: Option<&str>, address: IpAddr, https: bool) -> Span {
+    let parent = trace_context(request.headers()).span();
+    let method = match request.method() {
+        known @ (&Method::GET
+        | &Method::HEAD
+        | &Method::POST
+        | &Method::PUT
+        | &Method::PATCH
+        | &Method::DELETE
+        | &Method::OPTIONS
+        | &Method::CONNECT
+        | &Method::TRACE) => known.as_str(),
+        _ => "_OTHER",
+    };
+    let named = if method == "_OTHER" { "HTTP" } else { method };
+    let name = route.map_or_else(|| named.to_owned(), |route| format!("{named} {route}"));
+    let mut span = Span::root(&parent, SpanKind::Server, name);
+    if !span.is_recording() {
+        return span;
+    }
+    let text = |name: HeaderName| request.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+    span.set("http.request.method", method.to_owned());
+    if method == "_OTHER" {
+        span.set("http.request.method_original", request.method().as_str().to_owned());
+    }
+    if let Some(route) = route {
+        span.set("http.route", route.to_owned());
+    }
+    span.set("url.path", request.uri().path().to_owned());
+    span.set("url.scheme", if https { "https" } else { "http" });
+    span.set("client.address", address.to_string());
+    span.set("network.protocol.version", if request.version() == Version::HTTP_10 { "1.0" } else { "1.1" });
+    if let Some(host) = text(header::HOST).and_then(|host| host.parse::<Authority>().ok()) {
+        span.set("server.address", host.host().to_owned());
+        if let Some(port) = host.port_u16() {
+            span.set("server.port", i64::from(port));
+        }
+    }
+    if let Some(agent) = text(header::USER_AGENT) {
+        span.set("user_agent.original", agent);
+    }
+    span
 }
 
 /// The middleware around everything else.
@@ -80,29 +137,31 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
     let began = Instant::now();
     let id = request_id(request.headers());
     let method = request.method().clone();
-    let route = request.extensions().get::<MatchedPath>().map_or("unknown", MatchedPath::as_str).to_owned();
+    let route = request.extensions().get::<MatchedPath>().map(|route| route.as_str().to_owned());
     let peer =
         request.extensions().get::<ConnectInfo<SocketAddr>>().map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.0.ip());
     let address = client_address(peer, request.headers(), &state.trusted_proxies);
-    let span = tracing::info_span!(
-        "request",
-        otel.name = %format!("{method} {route}"), otel.kind = "server",
-        http.request.method = %method, http.route = %route, http.response.status_code = tracing::field::Empty,
-        request_id = %id, client.address = %address,
-    );
-    trace_context(request.headers()).adopt(&span);
     let https = request.headers().get("x-forwarded-proto").is_some_and(|proto| proto == "https");
     let trusted = state.trusted_proxies.iter().any(|network| network.contains(&peer.to_canonical()));
-    request.extensions_mut().insert(Visitor { address, tls: https && trusted, request_id: id.clone() });
-    let mut response = next.run(request).instrument(span.clone()).await;
+    let mut span = span_of(&request, route.as_deref(), address, https && trusted);
+    let trace_id = span.context().trace_id().to_string();
+    let route = route.as_deref().unwrap_or("unknown");
+    let log = tracing::info_span!("request", %method, route, request_id = %id, trace_id, client = %address);
+    let context = span.context().clone();
+    let visitor = Visitor { address, tls: https && trusted, request_id: id.clone(), span: context };
+    request.extensions_mut().insert(visitor);
+    let mut response = next.run(request).instrument(log.clone()).await;
 
     let status = response.status();
-    span.record("http.response.status_code", status.as_u16());
+    span.set("http.response.status_code", i64::from(status.as_u16()));
+    if status.is_server_error() {
+        span.fail(status.as_u16().to_string(), "");
+    }
     if status.is_client_error() || status.is_server_error() {
         response = envelope(response, &id);
     }
     let headers = response.headers_mut();
-    for (name, value) in [(REQUEST_ID, id.as_str()), (TRACE_ID, &trace_id(&span))] {
+    for (name, value) in [(REQUEST_ID, id.as_str()), (TRACE_ID, &trace_id)] {
         if let Ok(value) = HeaderValue::from_str(value) {
             headers.insert(name, value);
         }
@@ -111,12 +170,12 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
     for (name, value) in SECURITY_HEADERS {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
-    span.in_scope(|| {
+    log.in_scope(|| {
         let (status, ms) = (status.as_u16(), began.elapsed().as_millis());
         if status >= 500 {
-            tracing::warn!(status, ms, %method, route, "answered");
+            tracing::warn!(status, ms, "answered");
         } else {
-            tracing::debug!(status, ms, %method, route, "answered");
+            tracing::debug!(status, ms, "answered");
         }
     });
     response

@@ -87,6 +87,11 @@ impl ApiError {
         &self.body.error
     }
 
+    /// What programs read.
+    pub fn code(&self) -> &'static str {
+        self.body.code
+    }
+
     /// Whether it says that the database does not answer.
     pub fn is_away(&self) -> bool {
         self.body.code == DATABASE_AWAY

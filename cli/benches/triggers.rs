@@ -11,14 +11,17 @@ mod report;
 
 use std::{
     process::{Command, ExitCode},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use harness::{Cluster, SOON, history::with_job, postgres_url, sql, until};
-use load::{CLIENTS, Client, LONG, rate, request};
+use load::{CLIENTS, Client, rate, request};
 use report::Report;
 use serde_json::json;
 use sqlx::AssertSqlSafe;
+
+/// Length of one measurement.
+const LONG: Duration = Duration::from_secs(8);
 
 /// The bare insert of one execution, by pgbench, on as many connections.
 async fn bare_inserts(cluster: &Cluster) -> f64 {
@@ -49,7 +52,7 @@ async fn forget_pending(cluster: &Cluster) {
 async fn trigger_to_running(cluster: &mut Cluster, job: &str) -> (f64, f64) {
     cluster.add_worker(&[]).await;
     let request = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
-    let mut client = Client::connect(cluster).await;
+    let mut client = Client::connect(cluster.url(0)).await;
     let mut times = Vec::new();
     for _ in 0..200 {
         let sent = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock").as_secs_f64();
@@ -87,7 +90,7 @@ async fn http(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
     let trigger = request(cluster, "POST", &format!("/api/jobs/{job}/run"));
     let (mut triggers, mut inserts) = (0_f64, 0_f64);
     for round in 0..2 {
-        triggers = triggers.max(rate(cluster, &trigger).await);
+        triggers = triggers.max(rate(cluster.url(0), &trigger, LONG).await);
         if round > 0 {
             sql(&cluster.database, "drop table bare").await;
         }
@@ -95,7 +98,7 @@ async fn http(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
         forget_pending(cluster).await;
     }
     let run = cluster.trigger(job).await;
-    let polls = rate(cluster, &request(cluster, "GET", &format!("/api/executions/{run}"))).await;
+    let polls = rate(cluster.url(0), &request(cluster, "GET", &format!("/api/executions/{run}")), LONG).await;
     forget_pending(cluster).await;
     let (p50, p99) = trigger_to_running(cluster, job).await;
     report.line("| measured | value | beside | ratio | aim |");

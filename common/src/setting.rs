@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 
+use crate::telemetry::TraceContext;
+
 /// All settings, as clients see them.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
@@ -23,6 +25,9 @@ pub struct Settings {
     pub keep_executions_days: i32,
     /// Requests that a client may make.
     pub rate_limit: RateLimits,
+    /// Where people see the trace of an execution: a URL that holds `{traceId}`. It becomes `traceUrl` of executions.
+    #[schema(example = "https://jaeger.example.com/trace/{traceId}")]
+    pub trace_url_template: Option<String>,
 }
 
 /// Limits of requests for each client address.
@@ -75,6 +80,7 @@ impl Default for Settings {
             keep_logs_days: 90,
             keep_executions_days: 365,
             rate_limit: RateLimits::default(),
+            trace_url_template: None,
         }
     }
 }
@@ -131,8 +137,34 @@ impl Settings {
             check(&format!("rateLimit.{name}.limit"), limit.limit.into(), 1, 1_000_000);
             check(&format!("rateLimit.{name}.windowSeconds"), limit.window_seconds.into(), 1, 3_600);
         }
+        if self.trace_url_template.as_ref().is_some_and(|template| !is_trace_url_template(template)) {
+            let allowed = format!(
+                "must be null or a URL that begins with http:// or https://, holds {TRACE_ID} and no password, at most {MOST_URL} characters"
+            );
+            problems.push(("traceUrlTemplate".to_owned(), allowed));
+        }
         problems
     }
+}
+
+/// What stands for the trace's id in `traceUrlTemplate`.
+const TRACE_ID: &str = "{traceId}";
+/// Characters of a template, at most.
+const MOST_URL: usize = 2_000;
+
+fn is_trace_url_template(template: &str) -> bool {
+    let some_id = "a".repeat(32);
+    let url = url::Url::parse(&template.replace(TRACE_ID, &some_id));
+    let fits = |url: &url::Url| {
+        let named = url.host_str().is_some_and(|host| !host.contains(&some_id));
+        matches!(url.scheme(), "http" | "https") && named && url.username().is_empty() && url.password().is_none()
+    };
+    template.contains(TRACE_ID) && template.chars().count() <= MOST_URL && url.as_ref().is_ok_and(fits)
+}
+
+/// Where people see a trace.
+pub fn trace_url(template: Option<&str>, trace: &TraceContext) -> Option<String> {
+    Some(template?.replace(TRACE_ID, trace.trace_id()?))
 }
 
 fn merge(target: &mut Value, change: &Value) {
@@ -255,6 +287,11 @@ mod tests {
             (json!({ "maxPending": 0 }), "maxPending"),
             (json!({ "rateLimit": { "write": { "limit": 0 } } }), "rateLimit.write.limit"),
             (json!({ "rateLimit": { "signIn": { "windowSeconds": 3601 } } }), "rateLimit.signIn.windowSeconds"),
+            (json!({ "traceUrlTemplate": "" }), "traceUrlTemplate"),
+            (json!({ "traceUrlTemplate": "https://traces.example/trace/" }), "traceUrlTemplate"),
+            (json!({ "traceUrlTemplate": "javascript:alert('{traceId}')" }), "traceUrlTemplate"),
+            (json!({ "traceUrlTemplate": "https://{traceId}/" }), "traceUrlTemplate"),
+            (json!({ "traceUrlTemplate": "https://me:secret@traces.example/{traceId}" }), "traceUrlTemplate"),
         ] {
             let refused = change(&Settings::default(), bad.clone()).expect_err("is refused");
             assert!(matches!(&refused, Refused::Invalid(problems) if problems[0].0 == field), "{bad}: {refused:?}");
@@ -264,9 +301,23 @@ mod tests {
             (json!({ "rateLimit": 5 }), "rateLimit"),
             (json!({ "rateLimit": { "read": { "limit": "9" } } }), "rateLimit.read.limit"),
             (json!({ "maxPendings": 5 }), "maxPendings"),
+            (json!({ "traceUrlTemplate": 5 }), "traceUrlTemplate"),
         ] {
             let refused = change(&Settings::default(), bad.clone()).expect_err("is refused");
             assert!(matches!(&refused, Refused::Malformed((name, _)) if name == field), "{bad}: {refused:?}");
         }
+    }
+
+    #[test]
+    fn a_trace_has_a_url_where_the_setting_has_a_template() {
+        let trace_id = "4bf92f3577b34da6a3ce929d0e0e4736";
+        let trace = TraceContext { traceparent: Some(format!("00-{trace_id}-00f067aa0ba902b7-01")), tracestate: None };
+        let template = "https://traces.example/explore?id={traceId}#{traceId}";
+        let settings = change(&Settings::default(), json!({ "traceUrlTemplate": template })).expect("fits");
+        let template = settings.trace_url_template.as_deref();
+        let url = format!("https://traces.example/explore?id={trace_id}#{trace_id}");
+        assert_eq!(trace_url(template, &trace), Some(url));
+        assert_eq!(trace_url(template, &TraceContext::default()), None);
+        assert_eq!(trace_url(None, &trace), None);
     }
 }

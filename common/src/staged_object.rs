@@ -7,6 +7,7 @@ use sqlx::PgConnection;
 use crate::{
     execution::claim::{Claim, Token},
     id::{DestinationId, ExecutionId},
+    telemetry::TraceContext,
 };
 
 /// Records a name before it is written; `false` when the claim is no longer ours.
@@ -52,6 +53,16 @@ pub struct Litter {
     pub upload_id: Option<String>,
     /// It was removed before; after this time the record goes.
     pub swept_before: bool,
+    /// Trace of the execution.
+    pub traceparent: Option<String>,
+}
+
+impl Litter {
+    /// Trace of the execution.
+    pub fn trace_id(&self) -> Option<String> {
+        let trace = TraceContext { traceparent: self.traceparent.clone(), tracestate: None };
+        trace.trace_id().map(str::to_owned)
+    }
 }
 
 /// Names of dead claims in the worker's pools that are due for a sweep: at once, and once more a minute later in
@@ -60,7 +71,7 @@ pub async fn due(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<Litter
     sqlx::query_as!(
         Litter,
         r#"select s.id, s.execution_id as "execution: ExecutionId", s.destination_id as "destination: DestinationId", s.path, s.upload_id,
-                  s.swept_at is not null as "swept_before!"
+                  s.swept_at is not null as "swept_before!", e.traceparent
              from staged_objects s join executions e on e.id = s.execution_id
             where e.pool = any ($1)
               and not exists (select 1 from execution_leases l where l.token = s.token)

@@ -30,6 +30,8 @@ const CLAIM_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Claimed {
     /// The lease, already kept.
     pub lease: Arc<Lease>,
+    /// When the claim was sent.
+    pub sent: Instant,
     _slot: Arc<OwnedSemaphorePermit>,
 }
 
@@ -125,7 +127,7 @@ impl Claimer {
         for (claim, slot) in claims.into_iter().zip(slots) {
             let lease = Arc::new(Lease::new(claim, sent, self.shared.config.timing.fence, self.shared.config.freeze));
             self.shared.keeper.keep(&lease);
-            let claimed = Claimed { lease, _slot: Arc::new(slot) };
+            let claimed = Claimed { lease, sent, _slot: Arc::new(slot) };
             if self.stop.is_cancelled() {
                 self.give_back(claimed).await;
             } else if let Err(mpsc::error::SendError(claimed)) = self.sender.send(claimed).await {

@@ -58,10 +58,10 @@ fn watch(shared: &Weak<Shared>) {
             match lease.enforce(now) {
                 Fenced::Active(until) | Fenced::Frozen(until) => sleep = sleep.min(until - now),
                 Fenced::Froze => {
-                    tracing::error!(%execution, %token, "no heartbeat was acknowledged: the run stands still until one is");
+                    tracing::error!(parent: &lease.log(), %execution, %token, "no heartbeat was acknowledged: the run stands still until one is");
                 }
                 Fenced::Cut => {
-                    tracing::error!(%execution, %token, "no heartbeat was acknowledged: the run was ended so that another worker may take it");
+                    tracing::error!(parent: &lease.log(), %execution, %token, "no heartbeat was acknowledged: the run was ended so that another worker may take it");
                     return false;
                 }
             }

@@ -151,7 +151,7 @@ impl Keeper {
                 // It may have finished while we asked: then it is no longer kept, and cutting it does nothing.
                 None if self.leases().contains_key(&lease.claim.token) => {
                     tracing::error!(
-                        execution = %lease.claim.execution, token = %lease.claim.token,
+                        parent: &lease.log(), execution = %lease.claim.execution, token = %lease.claim.token,
                         "the lease was lost: the run was ended, since another worker may have it"
                     );
                     lease.cut();

@@ -6,13 +6,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::execution::{Stage, claim::Claim, lease::Progress};
+use common::{
+    execution::{Stage, claim::Claim, lease::Progress},
+    telemetry::{
+        Span,
+        span::{SpanContext, SpanKind},
+    },
+};
 use nix::{
     sys::signal::{Signal, killpg},
     unistd::Pid,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::trace::RunTrace;
 
 /// Why a run must stop before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +131,7 @@ pub struct Lease {
     /// Since when the run stands still, and how long it may.
     frozen: watch::Sender<Option<Instant>>,
     most_frozen: Mutex<Duration>,
+    trace: OnceLock<RunTrace>,
 }
 
 /// What the fence made of a run.
@@ -153,7 +162,31 @@ impl Lease {
             fence,
             frozen: watch::channel(None).0,
             most_frozen: Mutex::new(most_frozen),
+            trace: OnceLock::new(),
         }
+    }
+
+    /// The run's trace, once it is known what the claim is about.
+    pub fn trace(&self) -> Option<&RunTrace> {
+        self.trace.get()
+    }
+
+    /// See [`Lease::trace`]; the first one stays.
+    pub fn set_trace(&self, trace: RunTrace) {
+        let _ = self.trace.set(trace);
+    }
+
+    /// A span of the run.
+    pub fn span(&self, kind: SpanKind, name: &'static str) -> Span {
+        match self.trace() {
+            Some(trace) => trace.span(kind, name),
+            None => Span::child(&SpanContext::NONE, kind, name),
+        }
+    }
+
+    /// Where lines of the log about the run are told, whoever tells them.
+    pub fn log(&self) -> tracing::Span {
+        self.trace().map_or_else(tracing::Span::none, |trace| trace.log().clone())
     }
 
     /// Stops the run; the first reason stays.
@@ -231,7 +264,7 @@ impl Lease {
             let Some(since) = frozen.filter(|_| self.falls_at() > Instant::now()) else { return false };
             self.groups.thaw();
             tracing::warn!(
-                execution = %self.claim.execution, token = %self.claim.token, frozen_ms = since.elapsed().as_millis(),
+                parent: &self.log(), execution = %self.claim.execution, token = %self.claim.token, frozen_ms = since.elapsed().as_millis(),
                 "the lease was revived: the run goes on"
             );
             *frozen = None;

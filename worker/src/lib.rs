@@ -18,6 +18,7 @@ pub mod scheduler;
 pub mod service;
 pub mod sweeper;
 pub mod tester;
+pub mod trace;
 
 pub use config::{WorkerArgs, WorkerConfig};
 pub use service::serve;

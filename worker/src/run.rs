@@ -14,23 +14,25 @@ use common::{
     db::ANSWER_TIMEOUT,
     execution::{
         Stage,
-        claim::{self, Assignment},
-        finish::{self, Ending, Finished},
+        claim::{self, Assigned, Assignment},
+        finish::{self, Ending, Finished, Published},
         log::Level,
     },
     queue::Notice,
+    telemetry::span::SpanKind,
 };
 use futures::FutureExt;
 use nix::sys::signal::Signal;
-use tracing::{Instrument, Span};
+use tracing::Instrument;
 
 use crate::{
     backend::Claimed,
     failure::{Class, RunError, of_stop},
     lease::{Lease, Stop},
-    pipeline::{self, Attempt, Staging},
+    pipeline::{self, Attempt, StagedBackup, Staging},
     run_log::RunLog,
     service::{Shared, patiently},
+    trace::{RunTrace, noted},
 };
 
 /// What a tool gets between SIGTERM and SIGKILL when somebody cancels: all of it is to be over within two seconds.
@@ -43,23 +45,30 @@ pub async fn run(shared: Shared, claimed: Claimed) {
     let read = tokio::select! {
         biased;
         _ = lease.stopped() => None,
-        read = assignment(&shared, &lease) => Some(read),
+        read = assigned(&shared, &lease) => Some(read),
     };
-    let (ending, span) = match read {
-        Some(Ok(assignment)) => {
-            let span = span_of(&assignment, &shared);
-            let ending = attempt(&shared, &lease, &assignment, &log).instrument(span.clone()).await;
-            (ending, span)
-        }
-        Some(Err(error)) => (failed(&lease, error, &shared, 1), Span::none()),
-        // Nothing was begun; a cancel is recorded from its request.
-        None => (Ending::Released, Span::none()),
+    if let Some(Ok(assigned)) = &read {
+        let (worker, briefing) = (&shared.config.name, assigned.briefing());
+        lease.set_trace(RunTrace::begin(lease.claim, worker, briefing, claimed.sent));
+    }
+    let story = async {
+        let ending = match read {
+            Some(Ok(Assigned::Run(assignment))) => attempt(&shared, &lease, &assignment, &log).await,
+            Some(Ok(Assigned::Gone(_))) => {
+                let error = RunError::give_up("job_gone", "the job was deleted before its run began");
+                failed(&lease, error, &shared, 1)
+            }
+            Some(Err(error)) => failed(&lease, error, &shared, 1),
+            // Nothing was begun; a cancel is recorded from its request.
+            None => Ending::Released,
+        };
+        tell_log(&log, &ending);
+        drop(log);
+        // The last lines are written under the lease, so before it goes.
+        let _ = log_writer.await;
+        record(&shared, &lease, ending).await;
     };
-    tell_log(&log, &ending);
-    drop(log);
-    // The last lines are written under the lease, so before it goes.
-    let _ = log_writer.await;
-    record(&shared, &lease, ending).instrument(span).await;
+    story.instrument(lease.log()).await;
     drop(claimed);
 }
 
@@ -70,29 +79,16 @@ pub async fn abandon(shared: &Shared, lease: &Lease) {
     record(shared, lease, Ending::Failed(error.into_failure(lease.stage()))).await;
 }
 
-async fn assignment(shared: &Shared, lease: &Lease) -> Result<Assignment, RunError> {
+async fn assigned(shared: &Shared, lease: &Lease) -> Result<Assigned, RunError> {
     let claim = lease.claim;
     let read =
         patiently(|| shared.db.within(ANSWER_TIMEOUT, async |conn| claim::assignment(conn, claim).await)).await?;
-    read.ok_or_else(|| RunError::give_up("job_gone", "the job was deleted before its run began"))
-}
-
-fn span_of(assignment: &Assignment, shared: &Shared) -> Span {
-    let claim = assignment.claim;
-    let span = tracing::info_span!(
-        "execution",
-        otel.name = "execution.run",
-        otel.kind = "consumer",
-        execution = %claim.execution, job = %assignment.job.slug, attempt = claim.attempt,
-        slot = claim.slot, worker = %shared.config.name,
-    );
-    assignment.trace.adopt(&span);
-    span
+    read.ok_or_else(|| RunError::retry("lease_lost", "the lease was lost before the run began"))
 }
 
 /// The run itself. Every way out leaves nothing behind but what is published.
 async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, log: &RunLog) -> Ending {
-    tracing::info!("the run begins");
+    tracing::info!(job = assignment.job.slug, slot = assignment.claim.slot, "the run begins");
     log.info(format!(
         "attempt {} on worker {}, slot {}",
         assignment.claim.attempt, shared.config.name, assignment.claim.slot
@@ -103,12 +99,9 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
         let staged = pipeline::stream(attempt).await?;
         // The last moment at which a lost lease can still keep the backup from becoming visible.
         lease.set_stage(Stage::Verifying);
-        shared
-            .keeper
-            .confirm(lease)
-            .await
-            .map_err(|_| RunError::retry("lease_lost", "the lease was lost before the backup was published"))?;
-        pipeline::publish(attempt, staged).await
+        let mut span = lease.span(SpanKind::Internal, "verify");
+        let verified = verify(Attempt { log: &log.within(&span), ..attempt }, staged).await;
+        noted(&mut span, verified)
     };
     let work = AssertUnwindSafe(unless_frozen(lease, log, work)).catch_unwind();
     let result = {
@@ -146,6 +139,13 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
         },
         Err(stop) => stopped(lease, stop, assignment),
     }
+}
+
+/// Has a heartbeat acknowledged, and makes visible what is whole in every destination.
+async fn verify(attempt: Attempt<'_>, staged: StagedBackup) -> Result<Published, RunError> {
+    let confirmed = attempt.shared.keeper.confirm(attempt.lease).await;
+    confirmed.map_err(|_| RunError::retry("lease_lost", "the lease was lost before the backup was published"))?;
+    pipeline::publish(attempt, staged).await
 }
 
 /// Does `work`, but while the run is frozen: then it is not polled, so that it neither reads nor writes.
@@ -215,6 +215,7 @@ const RECORD_PATIENCE: Duration = Duration::from_secs(60);
 
 async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
     let claim = lease.claim;
+    let mut span = matches!(ending, Ending::Success(_)).then(|| lease.span(SpanKind::Internal, "commit"));
     let give_up = tokio::time::Instant::now() + RECORD_PATIENCE.max(shared.config.freeze);
     let mut pause = Duration::from_millis(100);
     let finished = loop {
@@ -231,6 +232,13 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
             }
         }
     };
+    if let Some(span) = span.as_mut().filter(|_| finished != Some(Finished::Ended)) {
+        span.fail("not_recorded", "the end of the run was not recorded: its lease was lost");
+    }
+    drop(span);
+    if let Some(trace) = lease.trace() {
+        trace.close(&ending, finished);
+    }
     match finished {
         Some(Finished::Ended) => {
             tracing::info!(execution = %claim.execution, success = matches!(ending, Ending::Success(_)), "the run ended")

@@ -9,6 +9,7 @@ use common::{
         claim::Claim,
         log::{Level, NewLine, append},
     },
+    telemetry::{Span, attempt::claim_span_id},
 };
 use tokio::{sync::mpsc, task::JoinHandle};
 
@@ -26,6 +27,8 @@ const MOST_LINES: usize = 5_000;
 pub struct RunLog {
     lease: Arc<Lease>,
     lines: mpsc::Sender<NewLine>,
+    /// Of what is being done, in hex.
+    span_id: String,
 }
 
 impl RunLog {
@@ -33,13 +36,23 @@ impl RunLog {
     pub fn start(db: Db, lease: Arc<Lease>) -> (Self, JoinHandle<()>) {
         let (lines, receiver) = mpsc::channel(1024);
         let writer = tokio::spawn(write(db, lease.clone(), receiver));
-        (Self { lease, lines }, writer)
+        let span_id = claim_span_id(lease.claim.execution, lease.claim.token).to_string();
+        (Self { lease, lines, span_id }, writer)
     }
 
     /// A log that nobody writes.
     #[cfg(test)]
     pub fn unheard(lease: Arc<Lease>) -> Self {
-        Self { lease, lines: mpsc::channel(1).0 }
+        Self { lease, lines: mpsc::channel(1).0, span_id: String::new() }
+    }
+
+    /// The same log, for lines that are told within a span.
+    #[must_use]
+    pub fn within(&self, span: &Span) -> Self {
+        match span.context() {
+            context if context.is_valid() => Self { span_id: context.span_id().to_string(), ..self.clone() },
+            _ => self.clone(),
+        }
     }
 
     /// The claim whose log this is.
@@ -55,11 +68,12 @@ impl RunLog {
     /// A line with longer text.
     pub fn with_details(&self, level: Level, message: impl Into<String>, details: Option<String>) {
         let message = message.into();
-        tracing::debug!(execution = %self.lease.claim.execution, level = level.as_str(), "{message}");
+        tracing::debug!(parent: &self.lease.log(), execution = %self.lease.claim.execution, level = level.as_str(), "{message}");
         #[expect(clippy::disallowed_methods, reason = "a line of the log decides nothing, and asks no database")]
         let at = Utc::now();
         // A full channel means the database is slower than the tool's chatter: the run does not wait for its log.
-        let _ = self.lines.try_send(NewLine { at, level, stage: self.lease.stage(), message, details });
+        let span_id = self.span_id.clone();
+        let _ = self.lines.try_send(NewLine { at, level, stage: self.lease.stage(), message, details, span_id });
     }
 
     /// What happens.
@@ -114,12 +128,12 @@ async fn store(db: &Db, lease: &Lease, batch: &[NewLine]) {
             // Not taken: another worker has the run, and its log is not ours to write.
             Ok(_) => return,
             Err(error) if error.is_passing() => {
-                tracing::debug!(execution = %claim.execution, error = %common::error::Chain(&error), "log lines wait for the database");
+                tracing::debug!(parent: &lease.log(), execution = %claim.execution, error = %common::error::Chain(&error), "log lines wait for the database");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(2));
             }
             Err(error) => {
-                tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&error), "log lines could not be written");
+                tracing::warn!(parent: &lease.log(), execution = %claim.execution, error = %common::error::Chain(&error), "log lines could not be written");
                 return;
             }
         }

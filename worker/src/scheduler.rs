@@ -62,14 +62,14 @@ async fn fire_all(db: &Db, wakeups: &Wakeups) -> Result<Option<Duration>, DbErro
 }
 
 fn tell(firing: &Firing) {
-    let Firing { job, job_name, scheduled_for, due_since, outcome } = firing;
+    let Firing { job, job_name, scheduled_for, due_since, outcome, trace_id } = firing;
     let missed = due_since < scheduled_for;
     match outcome {
         Fired::Queued(execution) if missed => {
-            tracing::warn!(%job, job_name, %execution, %scheduled_for, %due_since, "a schedule missed its times; the latest is made up")
+            tracing::warn!(%job, job_name, %execution, trace_id, %scheduled_for, %due_since, "a schedule missed its times; the latest is made up")
         }
         Fired::Queued(execution) => {
-            tracing::info!(%job, job_name, %execution, %scheduled_for, "a schedule triggered a run")
+            tracing::info!(%job, job_name, %execution, trace_id, %scheduled_for, "a schedule triggered a run")
         }
         Fired::Skipped(Reason::Active(execution)) => {
             tracing::info!(%job, job_name, %execution, %scheduled_for, "a scheduled run is left out: a run is active and overlap is reject")

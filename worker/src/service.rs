@@ -139,7 +139,7 @@ async fn drain(shared: &Shared) {
     }
     if tokio::time::timeout(CLEAN_UP, all_gone(shared)).await.is_err() {
         for lease in shared.keeper.all() {
-            tracing::warn!(execution = %lease.claim.execution, "not recorded in time; its lease runs out and another worker takes it");
+            tracing::warn!(parent: &lease.log(), execution = %lease.claim.execution, "not recorded in time; its lease runs out and another worker takes it");
             lease.cut();
         }
     }

@@ -22,7 +22,7 @@ pub async fn run(shared: Shared) {
                 let times: &mut u32 = told.entry(litter.id).or_default();
                 *times += 1;
                 if *times == 1 {
-                    tracing::warn!(path = litter.path, execution = %litter.execution, "an unpublished object could not be removed yet: {error}");
+                    tracing::warn!(path = litter.path, execution = %litter.execution, trace_id = litter.trace_id(), "an unpublished object could not be removed yet: {error}");
                 }
             }
         }
@@ -46,7 +46,7 @@ async fn sweep(shared: &Shared, litter: &staged_object::Litter) -> Result<(), St
             tokio::time::timeout(Duration::from_secs(60), store.remove(&litter.path, litter.upload_id.as_deref()))
                 .await;
         removed.map_err(|_| "no answer within 60 s".to_owned())?.map_err(|e| e.message)?;
-        tracing::info!(path = litter.path, execution = %litter.execution, destination = destination.slug, "removed what an attempt left behind");
+        tracing::info!(path = litter.path, execution = %litter.execution, trace_id = litter.trace_id(), destination = destination.slug, "removed what an attempt left behind");
     }
     shared.db.within(limit, async |conn| staged_object::swept(conn, litter).await).await.map_err(|e| e.to_string())
 }

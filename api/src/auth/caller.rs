@@ -9,6 +9,7 @@ use common::{
     id::{ApiKeyId, JobId, SessionId, UserId},
     permission::PermissionSet,
     session::SignedIn,
+    telemetry::span::SpanContext,
 };
 use ipnet::IpNet;
 use tokio::time::{Duration, Instant, interval_at};
@@ -127,6 +128,11 @@ impl Caller {
     /// When it ends.
     pub fn expires_at(&self) -> Option<DateTime<Utc>> {
         self.key().and_then(|key| key.expires_at)
+    }
+
+    /// The span of the request.
+    pub fn span(&self) -> &SpanContext {
+        &self.visitor.span
     }
 
     /// As the audit log names it.

@@ -16,6 +16,10 @@ use axum::{
 use common::{
     api_key::{ApiKey, Lookup, PlainKey},
     permission::Permission,
+    telemetry::{
+        Span,
+        span::{SpanContext, SpanKind},
+    },
 };
 use tokio::time::Instant;
 
@@ -69,11 +73,19 @@ pub async fn admit(
     let address = visitor.address;
     let identified = match gate.access {
         Access::Open => Ok(None),
-        Access::Identified | Access::Needs(_) => gate.identify(request.headers(), address, hold_until).await.map(Some),
+        Access::Identified | Access::Needs(_) => {
+            let mut span = Span::child(&visitor.span, SpanKind::Internal, "auth");
+            let identified = gate.identify(request.headers(), address, hold_until).await.map(Some);
+            if let Err(error) = &identified {
+                span.fail(error.code(), error.text().to_owned());
+            }
+            identified
+        }
     };
     // A failed sign-in counts too, by its address.
     let identity = identified.as_ref().ok().and_then(Option::as_ref);
-    let decision = match gate.limited(identity, address, hold_until).await {
+    let limited = gate.limited(identity, address, hold_until);
+    let decision = match in_span(&visitor.span, gate.limit, limited).await {
         Ok(decision) => decision,
         Err((error, decision)) => return with_limit_headers(error.into_response(), Some(decision)),
     };
@@ -97,6 +109,26 @@ pub async fn admit(
         Err(error) => error.into_response(),
     };
     with_limit_headers(response, decision)
+}
+
+/// Counts a request under a span; what is not counted has none.
+async fn in_span(
+    parent: &SpanContext,
+    class: LimitClass,
+    limited: impl Future<Output = Result<Option<Decision>, (ApiError, Decision)>>,
+) -> Result<Option<Decision>, (ApiError, Decision)> {
+    if class == LimitClass::Free {
+        return limited.await;
+    }
+    let mut span = Span::child(parent, SpanKind::Internal, "rate_limit");
+    let limited = limited.await;
+    span.set("dbackup.rate_limit.class", class.name());
+    match &limited {
+        Ok(Some(decision)) => span.set("dbackup.rate_limit.remaining", i64::from(decision.remaining)),
+        Ok(None) => {}
+        Err((error, _)) => span.fail(error.code(), error.text().to_owned()),
+    }
+    limited
 }
 
 fn unauthorized(code: &'static str, error: &str) -> ApiError {

@@ -37,7 +37,8 @@ pub enum LimitClass {
 }
 
 impl LimitClass {
-    fn name(self) -> &'static str {
+    /// Its name in counters and traces.
+    pub fn name(self) -> &'static str {
         match self {
             LimitClass::Read | LimitClass::Poll => "read",
             LimitClass::Write => "write",

@@ -19,13 +19,12 @@ use common::{
     job,
     label::Labels,
     queue::Notice,
-    telemetry::TraceContext,
+    telemetry::{Span, TraceContext, span::SpanKind},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::time::{Duration, Instant};
-use tracing::Span;
 
 use super::{Check, page};
 use crate::{
@@ -82,8 +81,14 @@ impl RunBody {
         check.done()
     }
 
-    /// The trigger of one job.
-    pub fn request(&self, job: Reference, caller: &Caller, idempotency: Option<Idempotency>) -> TriggerRequest {
+    /// The trigger of one job, whose run continues `enqueue`.
+    pub fn request(
+        &self,
+        job: Reference,
+        caller: &Caller,
+        idempotency: Option<Idempotency>,
+        enqueue: &Span,
+    ) -> TriggerRequest {
         TriggerRequest {
             job,
             only: caller.only(),
@@ -95,7 +100,7 @@ impl RunBody {
             lock_days: self.lock_days,
             max_age_seconds: self.max_age_seconds,
             start_within_seconds: self.start_within_seconds,
-            trace: TraceContext::of(&Span::current()),
+            trace: TraceContext::of(enqueue.context()),
             scheduled_for: None,
             idempotency,
         }
@@ -130,12 +135,44 @@ pub async fn trigger(
 ) -> Result<Response, ApiError> {
     let body: RunBody = parse(&raw)?;
     body.check()?;
-    let request = body.request(Reference::new(job), &caller, idempotency(&headers, &caller, &raw)?);
-    let accepted = accepted_of(state.enqueuer.enqueue(request).await?)?;
+    let idempotency = idempotency(&headers, &caller, &raw)?;
+    let mut span = enqueue_span(&caller);
+    let request = body.request(Reference::new(job), &caller, idempotency, &span);
+    let accepted = told(&mut span, state.enqueuer.enqueue(request).await.and_then(accepted_of))?;
+    drop(span);
     if let Accepted { id, how: How::New } = accepted {
         tracing::info!(execution = %id, caller = caller.name(), "triggered");
     }
     accepted.answer(&state, &caller, body.wait_until()).await
+}
+
+/// The span from whose end on a run waits: that of whoever claims it continues this one.
+pub fn enqueue_span(caller: &Caller) -> Span {
+    let mut span = Span::child(caller.span(), SpanKind::Producer, "enqueue");
+    if span.is_recording() {
+        span.set("messaging.system", "dbackup");
+        span.set("messaging.operation.type", "send");
+        span.set("messaging.operation.name", "enqueue");
+        span.set("db.system.name", "postgresql");
+        span.set("db.collection.name", "executions");
+    }
+    span
+}
+
+/// Notes in the span of a trigger what became of it.
+pub fn told(span: &mut Span, accepted: Result<Accepted, ApiError>) -> Result<Accepted, ApiError> {
+    match &accepted {
+        Ok(accepted) => {
+            span.set("messaging.message.id", accepted.id.to_string());
+            match accepted.how {
+                How::New => {}
+                How::Reused => span.set("dbackup.reused", true),
+                How::Replayed => span.set("dbackup.replayed", true),
+            }
+        }
+        Err(error) => span.fail(error.code(), error.text().to_owned()),
+    }
+    accepted
 }
 
 /// A trigger that has an execution.
@@ -399,7 +436,9 @@ pub async fn cancel(
     }
     state.wakeups.tell(Notice::Changed(ended));
     state.wakeups.tell(Notice::Cancel(requested));
-    tracing::info!(execution = %execution.id, caller = caller.name(), "cancel requested");
+    // The trace of the run, beside that of this request.
+    let trace_id = execution.trace_id.as_deref();
+    tracing::info!(execution = %execution.id, trace_id, caller = caller.name(), "cancel requested");
     Ok(Json(json!({ "success": true, "message": "cancel requested" })))
 }
 
@@ -422,6 +461,9 @@ pub async fn retry(
     }
     let body = RunBody { priority: Some(old.priority), labels: old.labels, ..RunBody::default() };
     let idempotency = idempotency(&headers, &caller, &[id.as_bytes(), &raw].concat())?;
-    let request = body.request(Reference::new(old.job_id.to_string()), &caller, idempotency);
-    accepted_of(state.enqueuer.enqueue(request).await?)?.answer(&state, &caller, None).await
+    let mut span = enqueue_span(&caller);
+    let request = body.request(Reference::new(old.job_id.to_string()), &caller, idempotency, &span);
+    let accepted = told(&mut span, state.enqueuer.enqueue(request).await.and_then(accepted_of))?;
+    drop(span);
+    accepted.answer(&state, &caller, None).await
 }

@@ -14,7 +14,7 @@ use common::{
 };
 use serde::Deserialize;
 
-use super::executions::{Accepted, How, RunBody, accepted_of, idempotency, key_reused};
+use super::executions::{Accepted, How, RunBody, accepted_of, enqueue_span, idempotency, key_reused, told};
 use crate::{
     auth::Caller,
     error::ApiError,
@@ -45,19 +45,26 @@ pub async fn create(
     body.check()?;
     let jobs = jobs_of(&state, &caller, which).await?;
     let idempotency = idempotency(&headers, &caller, &raw)?;
-    let requests: Vec<_> = jobs.iter().map(|job| body.request(job.clone(), &caller, None)).collect();
-    let made = state.ask(async |conn| group::enqueue(conn, &requests, idempotency.as_ref()).await).await?;
-    let accepted = match made {
-        GroupEnqueued::Made(id) => {
-            tracing::info!(group = %id, members = jobs.len(), caller = caller.name(), "triggered");
-            state.wakeups.tell(Notice::Work);
-            Accepted { id, how: How::New }
-        }
-        GroupEnqueued::Replayed(id) => Accepted { id, how: How::Replayed },
-        GroupEnqueued::KeyReused => return Err(key_reused()),
-        GroupEnqueued::Refused(refused) => return Err(refusal(refused)),
-    };
+    let mut span = enqueue_span(&caller);
+    span.set("messaging.batch.message_count", i64::try_from(jobs.len()).unwrap_or(i64::MAX));
+    let requests: Vec<_> = jobs.iter().map(|job| body.request(job.clone(), &caller, None, &span)).collect();
+    let made = state.ask(async |conn| group::enqueue(conn, &requests, idempotency.as_ref()).await).await;
+    let accepted = told(&mut span, made.and_then(accepted_group))?;
+    drop(span);
+    if accepted.how == How::New {
+        tracing::info!(group = %accepted.id, members = jobs.len(), caller = caller.name(), "triggered");
+        state.wakeups.tell(Notice::Work);
+    }
     accepted.answer(&state, &caller, body.wait_until()).await
+}
+
+fn accepted_group(made: GroupEnqueued) -> Result<Accepted, ApiError> {
+    match made {
+        GroupEnqueued::Made(id) => Ok(Accepted { id, how: How::New }),
+        GroupEnqueued::Replayed(id) => Ok(Accepted { id, how: How::Replayed }),
+        GroupEnqueued::KeyReused => Err(key_reused()),
+        GroupEnqueued::Refused(refused) => Err(refusal(refused)),
+    }
 }
 
 async fn jobs_of(state: &AppState, caller: &Caller, which: Which) -> Result<Vec<Reference>, ApiError> {

@@ -1,4 +1,4 @@
-//! Requests to an API process, by clients as light as can be: they share the machine with what they measure.
+//! Clients that ask an API process as fast as it answers.
 
 use std::time::{Duration, Instant};
 
@@ -11,19 +11,17 @@ use crate::harness::Cluster;
 
 /// Clients at once.
 pub const CLIENTS: usize = 32;
-/// Length of one measurement.
-pub const LONG: Duration = Duration::from_secs(8);
 
-/// One client on one connection.
+/// One client on one connection, as light as can be: it shares the machine with what it measures.
 pub struct Client {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl Client {
-    /// Connects to the first API process.
-    pub async fn connect(cluster: &Cluster) -> Self {
-        let address = cluster.url(0).trim_start_matches("http://").to_owned();
+    /// Connects to an API process.
+    pub async fn connect(url: &str) -> Self {
+        let address = url.trim_start_matches("http://").to_owned();
         let stream = TcpStream::connect(address).await.expect("connects");
         stream.set_nodelay(true).expect("a socket");
         Self { stream, buffer: vec![0; 64 << 10] }
@@ -49,7 +47,7 @@ impl Client {
     }
 }
 
-/// A request with the administrator's key and without a body.
+/// A request with the administrator's key and no body.
 pub fn request(cluster: &Cluster, method: &str, path: &str) -> String {
     format!(
         "{method} {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {}\r\nContent-Length: 0\r\n\r\n",
@@ -58,11 +56,11 @@ pub fn request(cluster: &Cluster, method: &str, path: &str) -> String {
 }
 
 /// Answers a second of so many clients that send one request after the other.
-pub async fn rate(cluster: &Cluster, request: &str) -> f64 {
-    let until = Instant::now() + LONG;
+pub async fn rate(url: &str, request: &str, long: Duration) -> f64 {
+    let until = Instant::now() + long;
     let clients: Vec<_> = (0..CLIENTS)
         .map(|_| {
-            let (request, connect) = (request.to_owned(), Client::connect(cluster));
+            let (request, connect) = (request.to_owned(), Client::connect(url));
             async move {
                 let mut client = connect.await;
                 let mut count = 0_u32;
@@ -76,5 +74,5 @@ pub async fn rate(cluster: &Cluster, request: &str) -> f64 {
         })
         .collect();
     let counts = futures::future::join_all(clients).await;
-    f64::from(counts.iter().sum::<u32>()) / LONG.as_secs_f64()
+    f64::from(counts.iter().sum::<u32>()) / long.as_secs_f64()
 }

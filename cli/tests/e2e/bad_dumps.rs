@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Cluster, SOON, files,
+    Builder, Cluster, SOON, files,
     process::is_alive,
     proxy::{Mode, Proxy},
     source::{MariadbSource, PostgresSource},
@@ -36,11 +36,16 @@ fn write_script(path: &Path, text: &str) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("makes it executable");
 }
 
-/// Runs a job whose pg_dump is `script`; gives the execution and what lies in the destination.
-async fn run_with(script: &str) -> (Value, Vec<PathBuf>, Cluster) {
+/// A cluster whose pg_dump is `script`, and the folder of its tools.
+pub async fn cluster_with(script: &str, cluster: Builder) -> (Cluster, PathBuf) {
     let folder = std::env::temp_dir().join(crate::harness::unique("tools"));
     let bin = tools(&folder, script);
-    let cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", bin.display()).start().await;
+    (cluster.env("DBACKUP_POSTGRES_BIN", bin.display()).start().await, folder)
+}
+
+/// Runs a job whose pg_dump is `script`; gives the execution and what lies in the destination.
+async fn run_with(script: &str) -> (Value, Vec<PathBuf>, Cluster) {
+    let (cluster, folder) = cluster_with(script, Cluster::build()).await;
     let source = PostgresSource::with_rows(10).await;
     let (destination, root) = cluster.local_destination().await;
     let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;

@@ -54,8 +54,14 @@ fn a_mistake_is_one_line_that_names_the_variable_and_exit_status_2() {
         ("dbackup-worker", vec![("DBACKUP_LOG_FORMAT", "xml")], "DBACKUP_LOG_FORMAT"),
         (
             "dbackup-api",
-            vec![("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")],
+            vec![("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")],
             "OTEL_EXPORTER_OTLP_PROTOCOL",
+        ),
+        ("dbackup-worker", vec![("OTEL_TRACES_SAMPLER", "sometimes")], "OTEL_TRACES_SAMPLER"),
+        (
+            "dbackup-api",
+            vec![("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key:hidden-password")],
+            "OTEL_EXPORTER_OTLP_HEADERS",
         ),
         ("dbackup", vec![], "Usage"),
     ] {

@@ -45,7 +45,7 @@ async fn claim_one(conn: &mut PgConnection) -> Claim {
 /// As a process that has seen every lease unchanged for long enough.
 async fn rescue(conn: &mut PgConnection) -> Result<Vec<Rescue>, sqlx::Error> {
     let seen = lease::all(conn).await?;
-    lease::rescue(conn, &seen, PATIENCE).await
+    Ok(lease::rescue(conn, &seen, PATIENCE).await?.into_iter().map(|rescued| rescued.rescue).collect())
 }
 
 async fn expire(conn: &mut PgConnection) {

@@ -1,88 +1,347 @@
 //! One trace from the caller to the stored byte.
 
-use serde_json::json;
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
-use crate::harness::{Cluster, SOON, otlp::Receiver, source::PostgresSource, until};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_callers_trace_holds_the_spans_of_api_and_worker() {
-    let receiver = Receiver::start().await;
-    let cluster = Cluster::build()
-        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
-        .env("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
-        .env("OTEL_BSP_SCHEDULE_DELAY", 100)
-        .start()
-        .await;
+use crate::harness::{
+    Cluster, SOON,
+    held::Held,
+    otlp::{Received, Receiver},
+    proxy::Mode,
+    source::{PASSWORD, PostgresSource},
+    until,
+};
+
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const CALLER: &str = "00f067aa0ba902b7";
+
+/// A cluster that sends its spans at once, or nearly.
+pub fn traced(receiver: &Receiver) -> crate::harness::Builder {
+    Cluster::build().env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint).env("OTEL_BSP_SCHEDULE_DELAY", 100)
+}
+
+/// Triggers a job as a pipeline that traces itself; gives the execution's id.
+async fn trigger(cluster: &Cluster, job: &str, traceparent: &str) -> String {
+    let request = cluster.http.post(format!("{}/api/jobs/{job}/run", cluster.url(1))).bearer_auth(&cluster.admin_key);
+    let request = request.header("traceparent", traceparent).header("tracestate", "vendor=opaque");
+    let response = request.send().await.expect("answers");
+    let trace = traceparent.split('-').nth(1).expect("a trace");
+    assert_eq!(response.headers()["x-trace-id"], trace);
+    let answer: Value = response.json().await.expect("JSON");
+    answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
+}
+
+/// A job on a small database.
+pub async fn plain_job(cluster: &Cluster, more: Value) -> String {
     let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
     let (destination, _) = cluster.local_destination().await;
-    let job = cluster.job(&source, &[&destination], json!({})).await;
-    let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
-    let response = cluster
-        .http
-        .post(format!("{}/api/jobs/{job}/run", cluster.url(1)))
-        .bearer_auth(&cluster.admin_key)
-        .header("traceparent", format!("00-{trace}-{parent}-01"))
-        .send()
-        .await
-        .expect("answers");
-    assert_eq!(response.headers()["x-trace-id"], trace);
-    let id =
-        response.json::<serde_json::Value>().await.expect("JSON")["executionId"].as_str().expect("an id").to_owned();
+    cluster.job(&source, &[&destination], more).await
+}
+
+/// Those of this name, in the order of time.
+pub fn named<'a>(spans: &'a [Received], name: &str) -> Vec<&'a Received> {
+    spans.iter().filter(|s| s.span.name == name).collect()
+}
+
+/// The one of this name.
+pub fn one<'a>(spans: &'a [Received], name: &str) -> &'a Received {
+    match named(spans, name)[..] {
+        [one] => one,
+        _ => panic!("{} spans of the name {name}", named(spans, name).len()),
+    }
+}
+
+/// Every span has a parent that came too, but for the root.
+fn assert_whole(spans: &[Received], root: &str) {
+    let by_id: HashMap<String, &Received> = spans.iter().map(|s| (s.id(), s)).collect();
+    assert_eq!(by_id.len(), spans.len(), "two spans of one id");
+    for span in spans.iter().filter(|s| s.parent() != root) {
+        assert!(by_id.contains_key(&span.parent()), "the parent of {} is missing", span.span.name);
+    }
+}
+
+/// The names of the spans under one, each with how often it is there.
+fn under(spans: &[Received], parent: &str) -> BTreeMap<String, usize> {
+    let mut names = BTreeMap::new();
+    for span in spans.iter().filter(|s| s.parent() == parent) {
+        *names.entry(span.span.name.clone()).or_default() += 1;
+    }
+    names
+}
+
+fn counted(names: &[(&str, usize)]) -> BTreeMap<String, usize> {
+    names.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_worker_was_killed_is_one_story_from_the_callers_span_to_the_commit_on_another_worker() {
+    let receiver = Receiver::start().await;
+    let mut cluster = traced(&receiver).start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    held.proxy.set(Mode::HoldAfter(1_000_000));
+    let id = trigger(&cluster, &held.job, &format!("00-{TRACE}-{CALLER}-01")).await;
+    held.proxy.passes(1_000_000).await;
+    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let lost = cluster.text("select worker from execution_leases").await;
+    // As the last heartbeat told.
+    let dumping = "select count(*) from execution_leases where stage = 'Dumping'";
+    until("a heartbeat tells its stage", SOON, || async { (cluster.count(dumping).await == 1).then_some(()) }).await;
+    receiver.holds(TRACE, &[("claim", 1), ("inspect", 1)], SOON).await;
+    cluster.workers[victim].kill().await;
+    held.proxy.set(Mode::Pass);
     let execution = cluster.ended(&id, SOON).await;
     assert_eq!(
-        (execution["status"].as_str(), execution["traceId"].as_str()),
-        (Some("Success"), Some(trace)),
+        (execution["status"].as_str(), execution["attempt"].as_i64(), execution["traceId"].as_str()),
+        (Some("Success"), Some(2), Some(TRACE)),
         "{execution:#}"
     );
 
-    let wanted = [
-        "POST /api/jobs/{id}/run",
-        "execution.run",
-        "source.inspect",
-        "pipeline.dump",
-        "pipeline.upload",
-        "pipeline.publish",
-    ];
-    let spans = until("every span arrives", SOON, || async {
-        let spans: Vec<_> = receiver.spans().into_iter().filter(|s| hex::encode(&s.span.trace_id) == trace).collect();
-        wanted.iter().all(|name| spans.iter().any(|s| s.span.name == *name)).then_some(spans)
-    })
-    .await;
-    let named = |name: &str| spans.iter().find(|s| s.span.name == name).expect("it is there");
-    let (request, run) = (named(wanted[0]), named(wanted[1]));
-    assert_eq!(hex::encode(&request.span.parent_span_id), parent, "the request continues the caller's span");
-    assert_eq!(run.span.parent_span_id, request.span.span_id, "the run continues the request");
-    assert!(
-        request.service.contains("dbackup-api") && run.service.contains("dbackup-worker"),
-        "{} {}",
-        request.service,
-        run.service
-    );
-    for stage in &wanted[2..] {
-        assert_eq!(named(stage).span.parent_span_id, run.span.span_id, "{stage}");
+    let spans = receiver.holds(TRACE, &[("POST /api/jobs/{id}/run", 1), ("attempt", 2), ("commit", 1)], SOON).await;
+    assert_whole(&spans, CALLER);
+    let request = one(&spans, "POST /api/jobs/{id}/run");
+    assert_eq!(request.parent(), CALLER, "the request continues the caller's span");
+    assert_eq!(request.span.trace_state, "vendor=opaque");
+    assert_eq!(under(&spans, &request.id()), counted(&[("auth", 1), ("rate_limit", 1), ("enqueue", 1)]));
+    let enqueue = one(&spans, "enqueue");
+    assert_eq!(under(&spans, &enqueue.id()), counted(&[("queue.wait", 2), ("claim", 2), ("attempt", 2)]));
+
+    let [first, second] = named(&spans, "claim")[..] else { panic!("two claims") };
+    assert_eq!(under(&spans, &first.id()), counted(&[("inspect", 1)]), "what the killed worker had ended");
+    let stages = [("inspect", 1), ("dump", 1), ("compress", 1), ("upload", 1), ("verify", 1), ("commit", 1)];
+    assert_eq!(under(&spans, &second.id()), counted(&stages));
+    assert_eq!((first.links(), second.links()), (vec![], vec![first.id()]), "the second claim links to the first");
+    let of = |key: &str| [first, second].map(|claim| claim.get(key));
+    assert_eq!(of("dbackup.attempt"), [Some("1".to_owned()), Some("2".to_owned())]);
+    assert_eq!(first.get("dbackup.worker"), Some(lost.clone()));
+    assert_ne!(first.of_process("service.instance.id"), second.of_process("service.instance.id"));
+
+    let [closed, success] = named(&spans, "attempt")[..] else { panic!("two attempts") };
+    assert_eq!((closed.links(), success.links()), (vec![first.id()], vec![second.id()]));
+    assert!(closed.error().is_some_and(|text| text.contains(&lost) && text.contains("dumping")), "{closed:?}");
+    assert_eq!(closed.get("dbackup.outcome").as_deref(), Some("worker_lost"));
+    assert_eq!(closed.get("dbackup.worker"), Some(lost));
+    let silent: u64 = closed.get("dbackup.without_heartbeat_ms").and_then(|ms| ms.parse().ok()).expect("a number");
+    assert!((3_000..30_000).contains(&silent), "a lease of 3 s ran out first: {silent} ms");
+    assert_eq!((success.error(), success.get("dbackup.outcome").as_deref()), (None, Some("success")));
+    assert!(named(&spans, "queue.wait").iter().all(|wait| wait.length() < Duration::from_secs(20)));
+    assert_conventions(&spans, &execution);
+}
+
+/// The attributes that OpenTelemetry's conventions name.
+fn assert_conventions(spans: &[Received], execution: &Value) {
+    let id = execution["id"].as_str().expect("an id");
+    for (name, service, attributes) in [
+        (
+            "POST /api/jobs/{id}/run",
+            "dbackup-api",
+            &[
+                ("http.request.method", "POST"),
+                ("http.route", "/api/jobs/{id}/run"),
+                ("http.response.status_code", "200"),
+                ("url.scheme", "http"),
+                ("client.address", "127.0.0.1"),
+                ("server.address", "127.0.0.1"),
+            ][..],
+        ),
+        ("rate_limit", "dbackup-api", &[("dbackup.rate_limit.class", "write")]),
+        (
+            "enqueue",
+            "dbackup-api",
+            &[("messaging.system", "dbackup"), ("messaging.operation.type", "send"), ("messaging.message.id", id)],
+        ),
+        (
+            "claim",
+            "dbackup-worker",
+            &[
+                ("messaging.operation.type", "receive"),
+                ("messaging.destination.name", "default"),
+                ("messaging.message.id", id),
+            ],
+        ),
+        ("inspect", "dbackup-worker", &[("db.system.name", "postgresql"), ("server.address", "127.0.0.1")]),
+        (
+            "dump",
+            "dbackup-worker",
+            &[("db.system.name", "postgresql"), ("process.executable.name", "pg_dump"), ("process.exit.code", "0")],
+        ),
+        ("compress", "dbackup-worker", &[("dbackup.compression", "zstd")]),
+        ("upload", "dbackup-worker", &[("dbackup.destination.kind", "local")]),
+        ("attempt", "dbackup-worker", &[("dbackup.execution.id", id)]),
+    ] {
+        let span = *named(spans, name).last().unwrap_or_else(|| panic!("no {name}"));
+        let told = |key: &str| span.get(key).or_else(|| span.of_process(key));
+        for (key, value) in attributes.iter().copied().chain([("service.name", service)]) {
+            assert_eq!(told(key).as_deref(), Some(value), "{name} {key}");
+        }
+        assert!(told("service.version").is_some() && told("host.name").is_some(), "{name}");
+    }
+    let number = |name: &str, key: &str| one(spans, name).get(key).and_then(|text| text.parse::<i64>().ok());
+    assert_eq!(number("upload", "dbackup.bytes"), execution["size"].as_i64());
+    assert_eq!(number("compress", "dbackup.bytes"), execution["size"].as_i64());
+    assert!(number("dump", "dbackup.bytes") > execution["size"].as_i64());
+    for name in ["dump", "compress", "upload"] {
+        assert!(number(name, "dbackup.bytes_per_second").is_some_and(|rate| rate > 0), "{name}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trigger_without_a_trace_begins_one() {
+async fn a_claim_is_sent_at_once_and_does_not_wait_for_a_batch() {
     let receiver = Receiver::start().await;
-    let cluster = Cluster::build()
-        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
-        .env("OTEL_BSP_SCHEDULE_DELAY", 100)
-        .start()
-        .await;
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let (destination, _) = cluster.local_destination().await;
-    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
-    let (first, second) = (cluster.backup(&job).await, cluster.backup(&job).await);
-    let trace = first["traceId"].as_str().expect("a trace");
-    assert_ne!(first["traceId"], second["traceId"], "each trigger has its own");
-    until("the run's span continues the request's", SOON, || async {
-        let spans = receiver.spans();
-        let run = spans.iter().find(|s| s.span.name == "execution.run" && hex::encode(&s.span.trace_id) == trace)?;
-        let request = spans.iter().find(|s| s.span.span_id == run.span.parent_span_id)?;
-        assert!(request.span.parent_span_id.is_empty(), "the request has a parent");
-        Some(())
+    let cluster = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 600_000).start().await;
+    let job = plain_job(&cluster, json!({})).await;
+    let run = cluster.backup(&job).await;
+    receiver.holds(run["traceId"].as_str().expect("a trace"), &[("claim", 1)], Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tool_that_fails_is_told_with_its_exit_status_and_last_words_and_the_next_attempt_links_to_it() {
+    let receiver = Receiver::start().await;
+    let script = "echo PGDMP; echo 'pg_dump: error: the disk of the server is on fire' >&2; exit 3";
+    let (cluster, folder) = crate::bad_dumps::cluster_with(script, traced(&receiver)).await;
+    let job = plain_job(&cluster, json!({ "maxAttempts": 2 })).await;
+    let run = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!((run["status"].as_str(), run["attempt"].as_i64()), (Some("Failed"), Some(2)), "{run:#}");
+    let trace = run["traceId"].as_str().expect("a trace");
+    let spans = receiver.holds(trace, &[("attempt", 2), ("dump", 2)], SOON).await;
+    std::fs::remove_dir_all(folder).expect("removes");
+    let request = one(&spans, "POST /api/jobs/{id}/run");
+    assert_eq!(request.parent(), "", "a trigger without a trace begins one");
+    assert_whole(&spans, "");
+    for dump in named(&spans, "dump") {
+        assert_eq!(dump.get("process.exit.code").as_deref(), Some("3"));
+        assert_eq!(dump.of_event("process.exit", "process.exit.code").as_deref(), Some("3"));
+        let words = dump.of_event("process.stderr", "dbackup.stderr.tail").expect("its last words");
+        assert!(words.contains("on fire"), "{words}");
+        assert!(dump.error().is_some_and(|text| text.contains("status 3")), "{:?}", dump.error());
+        assert_eq!(dump.get("error.type").as_deref(), Some("dump_failed"));
+    }
+    let [first, second] = named(&spans, "claim")[..] else { panic!("two claims") };
+    assert_eq!(second.links(), vec![first.id()]);
+    let outcomes: Vec<_> = named(&spans, "attempt").iter().map(|a| a.get("dbackup.outcome").expect("one")).collect();
+    assert_eq!(outcomes, ["retry", "failed"]);
+    assert!(named(&spans, "attempt").iter().all(|attempt| attempt.error().is_some()));
+    let [_, wait] = named(&spans, "queue.wait")[..] else { panic!("two waits") };
+    assert!(wait.span.start_time_unix_nano > first.span.end_time_unix_nano, "the second wait begins after the failure");
+    // The whole of what was sent, by whomever.
+    let all = format!("{:?}", receiver.spans());
+    assert!(!all.contains(PASSWORD) && !all.contains(&cluster.admin_key) && !all.contains("postgres://"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_is_traced_whole_or_not_at_all_however_differently_the_processes_sample() {
+    let receiver = Receiver::start().await;
+    let half = traced(&receiver).env("OTEL_TRACES_SAMPLER", "traceidratio").env("OTEL_TRACES_SAMPLER_ARG", 0.5);
+    let mut cluster = half.workers(0).limit(16).start().await;
+    cluster.add_worker(&[("OTEL_TRACES_SAMPLER", "always_off".to_owned())]).await;
+    cluster.add_worker(&[("OTEL_TRACES_SAMPLER", "always_on".to_owned())]).await;
+    let job = plain_job(&cluster, json!({ "overlap": "allow" })).await;
+    let mut runs = Vec::new();
+    for n in 0..8_u128 {
+        // Half of the callers sample: then everybody does.
+        let trace = format!("{:032x}", n + 1);
+        runs.push((trigger(&cluster, &job, &format!("00-{trace}-{CALLER}-0{}", n % 2)).await, Some(n % 2 == 1)));
+        runs.push((cluster.trigger(&job).await, None));
+    }
+    let mut sampled = Vec::new();
+    for (id, expected) in runs {
+        let run = cluster.ended(&id, SOON).await;
+        assert_eq!(run["status"], "Success", "{run:#}");
+        sampled.push((run["traceId"].as_str().expect("a trace").to_owned(), expected));
+    }
+    let whole = [("POST /api/jobs/{id}/run", 1), ("enqueue", 1), ("claim", 1), ("commit", 1), ("attempt", 1)];
+    for (trace, expected) in &sampled {
+        let known = !receiver.of(trace).is_empty();
+        if let Some(expected) = expected {
+            assert!(!known || *expected, "{trace}: spans of a trace that its caller does not sample");
+        }
+        if known || *expected == Some(true) {
+            receiver.holds(trace, &whole, SOON).await;
+        }
+    }
+    // What was not known at first has not begun to come meanwhile, or came whole.
+    for (trace, _) in &sampled {
+        if !receiver.of(trace).is_empty() {
+            receiver.holds(trace, &whole, SOON).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schedules_run_is_a_trace_of_its_own_that_begins_with_the_firing() {
+    let receiver = Receiver::start().await;
+    let cluster = traced(&receiver).start().await;
+    let job = plain_job(&cluster, json!({ "schedule": "0 0 1 1 *" })).await;
+    let due = "update jobs set next_run_at = clock_timestamp() - interval '1 second'";
+    sqlx::query(due).execute(&cluster.pool).await.expect("updates");
+    let run = until("it fires and ends", SOON, || async {
+        let runs = cluster.ok("GET", &format!("/api/executions?jobId={job}&status=Success"), None).await;
+        runs.get(0).cloned()
     })
     .await;
+    let trace = run["traceId"].as_str().expect("a trace");
+    let spans = receiver.holds(trace, &[("schedule.fire", 1), ("claim", 1), ("attempt", 1)], SOON).await;
+    assert_whole(&spans, "");
+    let fire = one(&spans, "schedule.fire");
+    assert_eq!(fire.get("messaging.message.id").as_deref(), run["id"].as_str());
+    assert_eq!(under(&spans, &fire.id()), counted(&[("queue.wait", 1), ("claim", 1), ("attempt", 1)]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_wakes_after_its_lease_writes_no_second_closing_span() {
+    let receiver = Receiver::start().await;
+    let mut cluster = traced(&receiver).start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    let stopped = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    cluster.workers[stopped].signal(Signal::SIGSTOP);
+    until("the run is taken from it", SOON, || async {
+        (cluster.count("select rescues::bigint from executions").await == 1).then_some(())
+    })
+    .await;
+    held.proxy.set(Mode::Pass);
+    let run = cluster.ended(&id, SOON).await;
+    assert_eq!((run["status"].as_str(), run["attempt"].as_i64()), (Some("Success"), Some(2)), "{run:#}");
+    cluster.workers[stopped].signal(Signal::SIGCONT);
+    cluster.workers[stopped].says("nothing was recorded", SOON).await;
+    // At its end it sends whatever it has.
+    cluster.workers[stopped].signal(Signal::SIGTERM);
+    cluster.workers[stopped].end(SOON).await;
+    let trace = run["traceId"].as_str().expect("a trace");
+    let spans = receiver.holds(trace, &[("attempt", 2), ("commit", 1)], SOON).await;
+    assert_whole(&spans, "");
+    let outcomes: Vec<_> = named(&spans, "attempt").iter().map(|a| a.get("dbackup.outcome").expect("one")).collect();
+    assert_eq!(outcomes, ["worker_lost", "success"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_execution_has_a_link_to_its_trace_where_the_setting_has_a_template() {
+    let cluster = Cluster::start().await;
+    let job = plain_job(&cluster, json!({})).await;
+    let run = cluster.backup(&job).await;
+    assert!(run.get("traceUrl").is_none(), "{run:#}");
+    let change =
+        |template: Value| cluster.request("PATCH", "/api/settings", Some(json!({ "traceUrlTemplate": template })));
+    let (status, refused) = change(json!("https://traces.example/")).await;
+    assert_eq!((status, &refused["fields"][0]["field"]), (422, &json!("traceUrlTemplate")), "{refused}");
+    let template = "https://traces.example/trace/{traceId}";
+    let (status, settings) = change(json!(template)).await;
+    assert_eq!((status, &settings["data"]["traceUrlTemplate"]), (200, &json!(template)), "{settings}");
+    let id = run["id"].as_str().expect("an id");
+    let url = format!("https://traces.example/trace/{}", run["traceId"].as_str().expect("a trace"));
+    assert_eq!(cluster.execution(id).await["traceUrl"], url);
+    assert_eq!(cluster.ok("GET", "/api/executions", None).await[0]["traceUrl"], url);
+    let group = cluster.ok("POST", "/api/runs", Some(json!({ "jobs": [job] }))).await;
+    let group = cluster.ended(group["executionId"].as_str().expect("an id"), SOON).await;
+    let of_group = format!("https://traces.example/trace/{}", group["traceId"].as_str().expect("a trace"));
+    assert_eq!(group["traceUrl"], of_group);
+    let audited = cluster.ok("GET", "/api/audit", None).await;
+    assert!(audited.to_string().contains(template), "{audited:#}");
+    let (status, settings) = change(Value::Null).await;
+    assert_eq!((status, &settings["data"]["traceUrlTemplate"]), (200, &Value::Null));
+    assert!(cluster.execution(id).await.get("traceUrl").is_none());
 }

@@ -92,13 +92,47 @@ pub async fn next_due(conn: &mut PgConnection, pools: &[String]) -> Result<Optio
     Ok(ms.map(|ms| Duration::from_secs_f64(ms.max(0.0) / 1000.0)))
 }
 
+/// What is known of a claim whatever became of its job.
+#[derive(Clone, Debug)]
+pub struct Briefing {
+    /// Trace of the trigger.
+    pub trace: TraceContext,
+    /// The pool of its source at the trigger.
+    pub pool: String,
+    /// When the run was queued, or queued again, by the database's clock.
+    pub queued_at: DateTime<Utc>,
+    /// When this attempt was claimed, by the database's clock: names the files.
+    pub claimed_at: DateTime<Utc>,
+    /// Token of the attempt before.
+    pub previous: Option<Token>,
+}
+
+/// What a claim turned out to be about.
+#[derive(Clone, Debug)]
+pub enum Assigned {
+    /// Its job or source was deleted meanwhile.
+    Gone(Briefing),
+    /// A run.
+    Run(Box<Assignment>),
+}
+
+impl Assigned {
+    /// What is known in both cases.
+    pub fn briefing(&self) -> &Briefing {
+        match self {
+            Assigned::Gone(briefing) => briefing,
+            Assigned::Run(assignment) => &assignment.briefing,
+        }
+    }
+}
+
 /// All that a run needs to know, read once after its claim.
 #[derive(Clone, Debug)]
 pub struct Assignment {
     /// The claim.
     pub claim: Claim,
-    /// When this attempt was claimed, by the database's clock: names the files.
-    pub claimed_at: DateTime<Utc>,
+    /// When, where and for whom.
+    pub briefing: Briefing,
     /// The job as it is now.
     pub job: Job,
     /// The job's slug at the trigger.
@@ -111,15 +145,13 @@ pub struct Assignment {
     pub labels: Labels,
     /// Retention leaves the backup alone.
     pub locked: bool,
-    /// Trace of the trigger.
-    pub trace: TraceContext,
 }
 
-/// Reads what a claim is about; `None` when the claim is no longer ours or its job is gone.
-pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<Assignment>, sqlx::Error> {
+/// Reads what a claim is about; `None` when the claim is no longer ours.
+pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<Assigned>, sqlx::Error> {
     let row = sqlx::query!(
         r#"select e.job_id as "job_id: JobId", e.job_slug, e.labels as "labels: Json<Labels>", e.locked, e.traceparent, e.tracestate,
-                  l.claimed_at
+                  e.pool, coalesce(e.requeued_at, e.queued_at) as "queued_at!", e.previous_token as "previous: Token", l.claimed_at
              from executions e join execution_leases l on l.execution_id = e.id and l.token = $2
             where e.id = $1"#,
         claim.execution as _,
@@ -128,18 +160,26 @@ pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<
     .fetch_optional(&mut *conn)
     .await?;
     let Some(row) = row else { return Ok(None) };
-    let Some(job) = job::find(conn, &Reference::new(row.job_id.to_string())).await? else { return Ok(None) };
-    let Some(source) = source::find(conn, &Reference::new(job.source_id.to_string())).await? else { return Ok(None) };
-    let destinations = destination::of_job(conn, job.id).await?;
-    Ok(Some(Assignment {
-        claim,
+    let briefing = Briefing {
+        trace: TraceContext { traceparent: row.traceparent, tracestate: row.tracestate },
+        pool: row.pool,
+        queued_at: row.queued_at,
         claimed_at: row.claimed_at,
+        previous: row.previous,
+    };
+    let gone = |briefing| Ok(Some(Assigned::Gone(briefing)));
+    let Some(job) = job::find(conn, &Reference::new(row.job_id.to_string())).await? else { return gone(briefing) };
+    let source = source::find(conn, &Reference::new(job.source_id.to_string())).await?;
+    let Some(source) = source else { return gone(briefing) };
+    let destinations = destination::of_job(conn, job.id).await?;
+    Ok(Some(Assigned::Run(Box::new(Assignment {
+        claim,
+        briefing,
         job,
         job_slug: row.job_slug,
         source,
         destinations,
         labels: row.labels.0,
         locked: row.locked,
-        trace: TraceContext { traceparent: row.traceparent, tracestate: row.tracestate },
-    }))
+    }))))
 }

@@ -126,6 +126,8 @@ async fn fail(
     sqlx::query_scalar!(
         r#"update executions e
               set failures = e.failures + 1,
+                  previous_token = e.last_token,
+                  requeued_at = case when r.again then clock_timestamp() else e.requeued_at end,
                   status = case when r.again then 'Pending' else 'Failed' end,
                   run_at = case when r.again then clock_timestamp() + $7::bigint * interval '1 millisecond' else e.run_at end,
                   ended_at = case when r.again then null else clock_timestamp() end,
@@ -153,6 +155,8 @@ async fn release(conn: &mut PgConnection, claim: Claim) -> Result<Option<bool>, 
     sqlx::query_scalar!(
         r#"update executions
               set status = case when cancel_requested_at is null then 'Pending' else 'Failed' end,
+                  previous_token = last_token,
+                  requeued_at = clock_timestamp(),
                   outcome = case when cancel_requested_at is not null then 'Cancelled' end,
                   error = case when cancel_requested_at is not null then 'cancelled on request' end,
                   error_code = case when cancel_requested_at is not null then 'cancelled' end,

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     id::{ExecutionId, JobId},
     label::Labels,
+    setting,
     telemetry::TraceContext,
 };
 
@@ -148,6 +149,7 @@ struct GroupRow {
     trigger_label: Option<String>,
     labels: Json<Labels>,
     traceparent: Option<String>,
+    trace_url_template: Option<String>,
     created_at: DateTime<Utc>,
 }
 
@@ -155,7 +157,8 @@ struct GroupRow {
 pub async fn find_groups(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
     let groups = sqlx::query_as!(
         GroupRow,
-        r#"select id as "id: ExecutionId", trigger_kind, trigger_label, labels as "labels: Json<Labels>", traceparent, created_at
+        r#"select id as "id: ExecutionId", trigger_kind, trigger_label, labels as "labels: Json<Labels>", traceparent, created_at,
+                  (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template
              from execution_groups where id = any ($1)"#,
         ids as _
     )
@@ -211,6 +214,7 @@ fn summary(group: GroupRow, members: &[&Execution]) -> Execution {
             .map_or(Stage::Queued.as_str().to_owned(), |m| m.stage.clone()),
         Status::Success | Status::Failed => Stage::Completed.as_str().to_owned(),
     };
+    let trace = TraceContext { traceparent: group.traceparent, tracestate: None };
     Execution {
         id: group.id,
         // A group has no job of its own; the contract wants a string.
@@ -239,7 +243,8 @@ fn summary(group: GroupRow, members: &[&Execution]) -> Execution {
         trigger: Trigger { kind: group.trigger_kind, label: group.trigger_label },
         priority: 0,
         labels: group.labels.0,
-        trace_id: TraceContext { traceparent: group.traceparent, tracestate: None }.trace_id().map(str::to_owned),
+        trace_url: setting::trace_url(group.trace_url_template.as_deref(), &trace),
+        trace_id: trace.trace_id().map(str::to_owned),
         members: Some(
             members
                 .iter()

@@ -6,7 +6,10 @@ use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
 use super::{Stage, claim::Token};
-use crate::id::ExecutionId;
+use crate::{
+    id::ExecutionId,
+    telemetry::{TraceContext, attempt::Attempt},
+};
 
 /// Rescues after which an execution fails instead of going back to the queue.
 pub const MAX_RESCUES: i32 = 3;
@@ -64,6 +67,23 @@ pub enum Rescue {
     Closed(ExecutionId),
 }
 
+/// A run that was taken back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rescued {
+    /// What became of it.
+    pub rescue: Rescue,
+    /// The attempt that was lost: nobody but who took it back can tell of its end.
+    pub attempt: Attempt,
+    /// Where its bytes were.
+    pub stage: String,
+    /// When it was claimed.
+    pub claimed_at: DateTime<Utc>,
+    /// When its lease ended.
+    pub expired_at: DateTime<Utc>,
+    /// When it was taken back. All by the database's clock.
+    pub at: DateTime<Utc>,
+}
+
 /// A lease as somebody else saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sight {
@@ -94,7 +114,7 @@ pub async fn all(conn: &mut PgConnection) -> Result<Vec<Sight>, sqlx::Error> {
 ///
 /// It needs no gate, since it only ever lowers the number of leases. The execution is locked before its lease
 /// (the lock order), and the lease's time is looked at again under the lock: a heartbeat may have won.
-pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration) -> Result<Vec<Rescue>, sqlx::Error> {
+pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration) -> Result<Vec<Rescued>, sqlx::Error> {
     let Some(newest) = seen.iter().map(|sight| sight.at).max() else { return Ok(Vec::new()) };
     let tokens: Vec<i64> = seen.iter().map(|sight| sight.token.0).collect();
     let expiries: Vec<DateTime<Utc>> = seen.iter().map(|sight| sight.expires_at).collect();
@@ -110,7 +130,7 @@ pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration)
            ), dead as (
                delete from execution_leases l using expired x
                 where l.token = x.token and l.expires_at = x.expires_at
-               returning l.execution_id, l.token, l.worker, l.stage
+               returning l.execution_id, l.token, l.worker, l.stage, l.claimed_at, l.expires_at
            ), closed as (
                update executions e
                   set status = case when e.cancel_requested_at is not null or e.rescues >= $1 then 'Failed' else 'Pending' end,
@@ -124,18 +144,25 @@ pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration)
                                    then format('the worker was lost %s times, at last %s while %s: look at its log and memory',
                                                e.rescues + 1, d.worker, lower(d.stage)) end,
                       stage = case when e.cancel_requested_at is not null or e.rescues >= $1 then d.stage end,
-                      rescues = e.rescues + 1
+                      rescues = e.rescues + 1,
+                      previous_token = d.token,
+                      requeued_at = clock_timestamp()
                  from dead d
                 where e.id = d.execution_id and e.last_token = d.token and e.status = 'Running'
-               returning e.id, e.status, d.worker, d.stage
+               returning e.id, e.status, e.attempt, e.traceparent, e.tracestate, d.token, d.worker, d.stage, d.claimed_at, d.expires_at
            ), told as (
-               insert into execution_logs (execution_id, at, level, stage, message)
+               insert into execution_logs (execution_id, at, level, stage, message, span_id)
                select id, clock_timestamp(), 'warning', stage,
                       format('worker %s stopped answering; %s', worker,
-                             case status when 'Pending' then 'the run waits for another worker' else 'the run is closed' end)
+                             case status when 'Pending' then 'the run waits for another worker' else 'the run is closed' end),
+                      -- As telemetry::attempt::claim_span_id.
+                      encode(substring(sha256(uuid_send(id) || int8send(token)) from 1 for 8), 'hex')
                  from closed
            )
-           select id as "id!: ExecutionId", status as "status!" from closed"#,
+           select id as "id!: ExecutionId", status as "status!", attempt as "attempt!", traceparent, tracestate, token as "token!: Token",
+                  worker as "worker!", stage as "stage!", claimed_at as "claimed_at!", expires_at as "expires_at!",
+                  clock_timestamp() as "at!"
+             from closed"#,
         MAX_RESCUES,
         newest + patience,
         &tokens,
@@ -145,6 +172,19 @@ pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration)
     .await?;
     Ok(rows
         .into_iter()
-        .map(|r| if r.status == "Pending" { Rescue::Requeued(r.id) } else { Rescue::Closed(r.id) })
+        .map(|r| Rescued {
+            rescue: if r.status == "Pending" { Rescue::Requeued(r.id) } else { Rescue::Closed(r.id) },
+            attempt: Attempt {
+                execution: r.id,
+                token: r.token,
+                number: r.attempt,
+                worker: r.worker,
+                trace: TraceContext { traceparent: r.traceparent, tracestate: r.tracestate },
+            },
+            stage: r.stage,
+            claimed_at: r.claimed_at,
+            expired_at: r.expires_at,
+            at: r.at,
+        })
         .collect())
 }

@@ -48,6 +48,8 @@ pub struct NewLine {
     pub message: String,
     /// Longer text.
     pub details: Option<String>,
+    /// The span in which it was told, in hex.
+    pub span_id: String,
 }
 
 /// A line as clients read it.
@@ -65,6 +67,9 @@ pub struct Line {
     /// Longer text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub details: Option<String>,
+    /// The span of the execution's trace in which it was told.
+    #[serde(rename = "spanId", skip_serializing_if = "Option::is_none")]
+    pub span_id: Option<String>,
     /// Order and cursor.
     #[serde(skip)]
     pub seq: i64,
@@ -79,12 +84,13 @@ pub async fn append(conn: &mut PgConnection, token: Token, lines: &[NewLine]) ->
     let clean = |text: &str| text.replace('\0', "\u{fffd}");
     let message: Vec<String> = lines.iter().map(|l| clean(&l.message)).collect();
     let details: Vec<Option<String>> = lines.iter().map(|l| l.details.as_deref().map(clean)).collect();
+    let span_id: Vec<String> = lines.iter().map(|l| l.span_id.clone()).collect();
     let done = sqlx::query!(
-        "insert into execution_logs (execution_id, at, level, stage, message, details)
-         select l.execution_id, n.at, n.level, n.stage, n.message, n.details
+        "insert into execution_logs (execution_id, at, level, stage, message, details, span_id)
+         select l.execution_id, n.at, n.level, n.stage, n.message, n.details, n.span_id
            from execution_leases l,
-                unnest($2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[])
-                    with ordinality as n (at, level, stage, message, details, position)
+                unnest($2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[])
+                    with ordinality as n (at, level, stage, message, details, span_id, position)
           where l.token = $1
           order by n.position",
         token as _,
@@ -93,6 +99,7 @@ pub async fn append(conn: &mut PgConnection, token: Token, lines: &[NewLine]) ->
         &stage,
         &message,
         &details as &[Option<String>],
+        &span_id,
     )
     .execute(conn)
     .await?;
@@ -107,7 +114,7 @@ pub async fn read(
 ) -> Result<Vec<Line>, sqlx::Error> {
     sqlx::query_as!(
         Line,
-        "select at as timestamp, level, stage, message, details, seq from execution_logs
+        "select at as timestamp, level, stage, message, details, span_id, seq from execution_logs
           where execution_id = $1 and seq > $2 order by seq",
         execution as _,
         after.unwrap_or(0),
@@ -130,7 +137,7 @@ pub async fn read_new(conn: &mut PgConnection, cursors: &[LogCursor]) -> Result<
     let ids: Vec<ExecutionId> = cursors.iter().map(|c| c.execution).collect();
     let after: Vec<i64> = cursors.iter().map(|c| c.after).collect();
     let rows = sqlx::query!(
-        r#"select c.id as "id!: ExecutionId", l.at, l.level, l.stage, l.message, l.details, l.seq
+        r#"select c.id as "id!: ExecutionId", l.at, l.level, l.stage, l.message, l.details, l.span_id, l.seq
              from unnest($1::uuid[], $2::bigint[]) as c (id, after)
             cross join lateral (select * from execution_logs l where l.execution_id = c.id and l.seq > c.after
                                  order by l.seq limit $3) l
@@ -150,6 +157,7 @@ pub async fn read_new(conn: &mut PgConnection, cursors: &[LogCursor]) -> Result<
                 stage: r.stage,
                 message: r.message,
                 details: r.details,
+                span_id: r.span_id,
                 seq: r.seq,
             };
             (r.id, line)

@@ -30,6 +30,8 @@ use crate::{
     id::{ExecutionId, JobId, SourceId},
     label::Labels,
     page::{Page, fetch_limit},
+    setting,
+    telemetry::TraceContext,
 };
 
 /// The four states of the contract.
@@ -188,6 +190,9 @@ pub struct Execution {
     pub labels: Labels,
     /// Trace of the request that triggered it.
     pub trace_id: Option<String>,
+    /// Where people see that trace, by the setting `traceUrlTemplate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_url: Option<String>,
     /// The runs of a group.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub members: Option<Vec<group::Member>>,
@@ -228,6 +233,7 @@ struct Row {
     priority: i16,
     labels: Json<Labels>,
     traceparent: Option<String>,
+    trace_url_template: Option<String>,
     source_id: SourceId,
     pool: String,
     serial: bool,
@@ -254,6 +260,7 @@ impl Row {
 impl From<Row> for Execution {
     fn from(row: Row) -> Self {
         let waiting = row.waiting();
+        let trace = TraceContext { traceparent: row.traceparent, tracestate: None };
         let duration = row.ended_at.map(|end| (end - row.started_at.unwrap_or(row.queued_at)).num_milliseconds());
         let (progress, stage) = match row.status {
             Status::Pending => (None, Stage::Queued.as_str().to_owned()),
@@ -288,9 +295,8 @@ impl From<Row> for Execution {
             trigger: Trigger { kind: row.trigger_kind, label: row.trigger_label },
             priority: row.priority,
             labels: row.labels.0,
-            trace_id: crate::telemetry::TraceContext { traceparent: row.traceparent, tracestate: None }
-                .trace_id()
-                .map(str::to_owned),
+            trace_url: setting::trace_url(row.trace_url_template.as_deref(), &trace),
+            trace_id: trace.trace_id().map(str::to_owned),
             members: None,
             waiting_for: None,
             waiting,
@@ -318,7 +324,8 @@ pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Ve
                   e.started_at,
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt as "attempt!",
                   e.trigger_kind as "trigger_kind!", e.trigger_label, e.priority as "priority!", e.labels as "labels!: Json<Labels>",
-                  e.traceparent, e.source_id as "source_id!: SourceId", e.pool as "pool!", e.serial as "serial!", e.run_at as "run_at!"
+                  e.traceparent, (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template,
+                  e.source_id as "source_id!: SourceId", e.pool as "pool!", e.serial as "serial!", e.run_at as "run_at!"
              from executions e left join execution_leases l on l.execution_id = e.id
             where e.id = any ($1)"#,
         ids as _
@@ -357,6 +364,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
                   e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at, e.started_at,
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt, e.trigger_kind,
                   e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent,
+                  (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template,
                   e.source_id as "source_id: SourceId", e.pool, e.serial, e.run_at
              from executions e left join execution_leases l on l.execution_id = e.id
             where ($1::uuid is null or e.job_id = $1)

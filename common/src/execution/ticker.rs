@@ -8,17 +8,19 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use opentelemetry::KeyValue;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     claim::Token,
     expire::expire,
-    lease::{self, Rescue, Sight},
+    lease::{self, Rescue, Rescued, Sight},
 };
 use crate::{
     config::Timing,
     db::{Db, DbError},
     queue::{Notice, Wakeups},
+    telemetry::attempt::Closing,
 };
 
 /// Rescues lost runs, when this process may.
@@ -101,7 +103,10 @@ impl Rescuer {
             return Ok(0);
         }
         let rescued = self.db.within(limit, async |conn| lease::rescue(conn, &due, limit).await).await?;
-        tell(&rescued, &self.wakeups);
+        for rescued in &rescued {
+            close(rescued, self.timing.lease);
+            tell(rescued, &self.wakeups);
+        }
         Ok(rescued.len())
     }
 }
@@ -150,18 +155,39 @@ impl Contact {
     }
 }
 
-fn tell(rescued: &[Rescue], wakeups: &Wakeups) {
-    for rescue in rescued {
-        let (Rescue::Requeued(id) | Rescue::Closed(id)) = rescue;
-        match rescue {
-            Rescue::Requeued(_) => {
-                tracing::warn!(execution = %id, "took back a run whose worker was lost; it waits for another")
-            }
-            Rescue::Closed(_) => tracing::error!(execution = %id, "closed a run whose worker was lost"),
+/// Writes the closing span of an attempt in place of its worker. Should that be alive and wake up, it finds its lease lost
+/// and writes none.
+fn close(rescued: &Rescued, lease: Duration) {
+    let Rescued { attempt, stage, .. } = rescued;
+    // The last heartbeat set the end of the lease; with another length of lease there this is a little off.
+    let silent = (rescued.at - rescued.expired_at).to_std().unwrap_or_default() + lease;
+    let silent_ms = i64::try_from(silent.as_millis()).unwrap_or(i64::MAX);
+    attempt.close(Closing {
+        from: rescued.claimed_at.into(),
+        to: rescued.at.into(),
+        outcome: "worker_lost",
+        error: Some((
+            "worker_lost".to_owned(),
+            format!("worker {} stopped answering while {}", attempt.worker, stage.to_lowercase()),
+        )),
+        attributes: vec![
+            KeyValue::new("dbackup.stage", stage.clone()),
+            KeyValue::new("dbackup.without_heartbeat_ms", silent_ms),
+        ],
+    });
+}
+
+fn tell(rescued: &Rescued, wakeups: &Wakeups) {
+    let (Rescue::Requeued(id) | Rescue::Closed(id)) = rescued.rescue;
+    let (trace_id, worker) = (rescued.attempt.trace.trace_id(), &rescued.attempt.worker);
+    match rescued.rescue {
+        Rescue::Requeued(_) => {
+            tracing::warn!(execution = %id, trace_id, worker, "took back a run whose worker was lost; it waits for another")
         }
-        wakeups.tell(Notice::Changed(vec![*id]));
-        wakeups.tell(Notice::Work);
+        Rescue::Closed(_) => tracing::error!(execution = %id, trace_id, worker, "closed a run whose worker was lost"),
     }
+    wakeups.tell(Notice::Changed(vec![id]));
+    wakeups.tell(Notice::Work);
 }
 
 #[cfg(test)]

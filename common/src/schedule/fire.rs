@@ -23,7 +23,10 @@ use crate::{
     },
     id::{ExecutionId, JobId, Reference},
     label::Labels,
-    telemetry::TraceContext,
+    telemetry::{
+        Span, TraceContext,
+        span::{SpanContext, SpanKind},
+    },
     time::as_text,
 };
 
@@ -47,6 +50,8 @@ pub struct Firing {
     pub scheduled_for: DateTime<Utc>,
     /// What was decided.
     pub outcome: Fired,
+    /// The trace of the run that was made.
+    pub trace_id: Option<String>,
 }
 
 /// What was decided about a time.
@@ -95,9 +100,11 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Vec<Firing>, sqlx::Erro
     let now = db::now(&mut tx).await?;
     let plans: Vec<Plan> = due.iter().map(|job| job.plan(now)).collect();
     let fresh = record(&mut tx, &plans).await?;
-    let requests: Vec<TriggerRequest> = plans.iter().filter(|p| fresh.contains(&p.job.id)).map(Plan::request).collect();
+    let fresh = plans.iter().filter(|p| fresh.contains(&p.job.id));
+    // They end after the commit: what a rollback leaves is made again, by a span of its own.
+    let (requests, mut spans): (Vec<TriggerRequest>, Vec<Span>) = fresh.map(Plan::request).unzip();
     let mut desk = Desk::open(&mut tx, &mut Room::default(), &requests).await?;
-    let firings = plans
+    let firings: Vec<Firing> = plans
         .iter()
         .map(|plan| plan.fire(&mut desk, requests.iter().find(|r| r.job.id() == Some(plan.job.id.0))))
         .collect();
@@ -105,7 +112,24 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Vec<Firing>, sqlx::Erro
     advance(&mut tx, &plans).await?;
     forget_old(&mut tx, &plans).await?;
     tx.commit().await?;
+    for (request, span) in requests.iter().zip(&mut spans) {
+        if let Some(firing) = firings.iter().find(|firing| request.job.id() == Some(firing.job.0)) {
+            firing.tell(span);
+        }
+    }
     Ok(firings)
+}
+
+impl Firing {
+    fn tell(&self, span: &mut Span) {
+        span.set("dbackup.scheduled_for", as_text(&self.scheduled_for));
+        match &self.outcome {
+            Fired::Queued(id) => span.set("messaging.message.id", id.to_string()),
+            Fired::Skipped(Reason::Active(_)) => span.set("dbackup.skipped", "already_active"),
+            Fired::Skipped(Reason::QueueFull(_)) => span.set("dbackup.skipped", "queue_full"),
+            Fired::Again | Fired::Unreadable(_) => {}
+        }
+    }
 }
 
 struct DueJob {
@@ -141,9 +165,16 @@ impl DueJob {
 }
 
 impl Plan<'_> {
-    fn request(&self) -> TriggerRequest {
-        let span = tracing::info_span!("fire", otel.name = "schedule.fire", job = %self.job.id);
-        TriggerRequest {
+    /// The trigger, and the span that begins its trace.
+    fn request(&self) -> (TriggerRequest, Span) {
+        let mut span = Span::root(&SpanContext::NONE, SpanKind::Producer, "schedule.fire");
+        if span.is_recording() {
+            span.set("messaging.system", "dbackup");
+            span.set("messaging.operation.type", "send");
+            span.set("messaging.operation.name", "schedule.fire");
+            span.set("dbackup.job.id", self.job.id.to_string());
+        }
+        let request = TriggerRequest {
             job: Reference::new(self.job.id.to_string()),
             only: None,
             kind: "Schedule",
@@ -154,10 +185,11 @@ impl Plan<'_> {
             lock_days: None,
             max_age_seconds: None,
             start_within_seconds: None,
-            trace: TraceContext::of(&span),
+            trace: TraceContext::of(span.context()),
             scheduled_for: Some(self.scheduled_for),
             idempotency: None,
-        }
+        };
+        (request, span)
     }
 
     fn fire(&self, desk: &mut Desk, request: Option<&TriggerRequest>) -> Firing {
@@ -178,11 +210,13 @@ impl Plan<'_> {
                 fired
             }
         };
+        let queued = matches!(outcome, Fired::Queued(_));
         Firing {
             job: self.job.id,
             job_name: self.job.name.clone(),
             due_since: self.job.next_run_at,
             scheduled_for: self.scheduled_for,
+            trace_id: request.filter(|_| queued).and_then(|request| request.trace.trace_id()).map(str::to_owned),
             outcome,
         }
     }

@@ -1,10 +1,13 @@
 //! Compression and the checksums on both sides of it, on threads of their own: they are the one part of a run that is
 //! bound by the processor.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    time::Instant,
+};
 
 use bytes::Bytes;
-use common::job::Compression;
+use common::{job::Compression, telemetry::Span};
 use flate2::write::GzEncoder;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -162,6 +165,25 @@ pub fn measure(mut input: mpsc::Receiver<Bytes>, output: mpsc::Sender<Bytes>) ->
         }
     }
     (meter.end(), ends)
+}
+
+/// As [`compress`], under a span that ends with it.
+pub fn compress_in(
+    mut span: Span,
+    compression: Compression,
+    input: mpsc::Receiver<Bytes>,
+    sender: mpsc::Sender<Bytes>,
+) -> io::Result<Measure> {
+    let began = Instant::now();
+    span.set("dbackup.compression", compression.as_str());
+    let compressed = compress(compression, input, sender);
+    match &compressed {
+        Ok(stored) => span.set_bytes(stored.bytes, began.elapsed()),
+        // The other end went: what failed has a span of its own.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        Err(error) => span.fail("compression_failed", error.to_string()),
+    }
+    compressed
 }
 
 /// Compresses everything that comes in until the other side closes, and measures what goes out. Blocks.

@@ -5,9 +5,13 @@ pub mod compress;
 pub mod dump;
 pub mod manifest;
 pub mod name;
+mod sending;
 pub mod upload;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
 
 use bytes::{Bytes, BytesMut};
 use common::{
@@ -17,24 +21,26 @@ use common::{
     execution::{Stage, claim::Assignment, finish::Published, log::Level},
     id::DestinationId,
     staged_object,
+    telemetry::{Span, span::SpanKind},
 };
 use futures::{
     TryFutureExt,
     future::{join_all, try_join_all},
 };
 use tokio::{io::AsyncReadExt, process::ChildStdout, sync::mpsc};
-use tracing::Instrument;
 
 use crate::{
     failure::RunError,
     lease::Lease,
     run_log::RunLog,
     service::{Shared, patiently},
+    trace::noted,
 };
 use compress::Compressed;
-use dump::{Dump, Inspected};
+use dump::{Database, Dump, Inspected};
 use manifest::{FORMAT_VERSION, Manifest, ManifestObject};
 use name::Names;
+use sending::Sending;
 use upload::{Store, Upload};
 
 /// One read from the dump tool, at most.
@@ -146,7 +152,11 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
         .access(&shared.key)
         .map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", assignment.source.slug)))?;
     let dump = Dump::new(&shared.config, access);
-    let inspected = dump.inspect(&lease.groups, log).instrument(tracing::info_span!("source.inspect")).await?;
+    let mut span = lease.span(SpanKind::Client, "inspect");
+    dump.describe(&mut span, None);
+    let inspected = dump.inspect(&lease.groups, &log.within(&span)).await;
+    let inspected = noted(&mut span, inspected)?;
+    drop(span);
     if let Some(most) = inspected.most_frozen {
         lease.limit_freeze(most);
     }
@@ -158,7 +168,7 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
         inspected.estimate(),
         inspected.databases.len()
     ));
-    let names = Names::new(&assignment.job_slug, assignment.claimed_at, assignment.claim);
+    let names = Names::new(&assignment.job_slug, assignment.briefing.claimed_at, assignment.claim);
     let mut backup = StagedBackup { targets, names, inspected, objects: Vec::new() };
     for at in 0..backup.inspected.databases.len() {
         let object = stream_one(attempt, &dump, &backup, at).await?;
@@ -197,59 +207,59 @@ async fn stream_one(
     let Attempt { lease, assignment, log, .. } = attempt;
     let database = &backup.inspected.databases[at];
     let path = backup.names.object(&database.name, assignment.source.engine, assignment.job.compression);
-    let mut uploads = begin_uploads(attempt, backup, &path, database.estimate).await?;
+    let mut sendings = sending::begin(attempt, &backup.targets, &path, database.estimate).await?;
     lease.set_stage(Stage::Dumping);
+    let mut span = lease.span(SpanKind::Client, "dump");
+    dump.describe(&mut span, Some(&database.name));
+    let facts = dump_into(attempt, dump, backup, database, &mut sendings, &mut span).await?;
+    drop(span);
+    lease.set_stage(Stage::Uploading);
+    let uploads = sending::flush(sendings).await?;
+    log.info(format!("'{}': {} bytes dumped, {} to store", database.name, facts.plain.bytes, facts.stored.bytes));
+    Ok(StagedObject { database: database.name.clone(), path, facts, uploads })
+}
+
+/// Streams one database through the compression to the destinations. When it returns, the tool has ended well and
+/// everything was handed over. A destination that failed is told by its own span and not by that of the dump.
+async fn dump_into(
+    attempt: Attempt<'_>,
+    dump: &Dump,
+    backup: &StagedBackup,
+    database: &Database,
+    sendings: &mut [Sending],
+    span: &mut Span,
+) -> Result<Compressed, RunError> {
+    let Attempt { lease, assignment, .. } = attempt;
+    let (log, began) = (attempt.log.within(span), Instant::now());
     log.info(format!("dumping '{}'", database.name));
-    let mut tool = dump.start(&database.name, &backup.inspected, lease, log)?;
+    let mut tool = noted(span, dump.start(&database.name, &backup.inspected, lease, &log))?;
 
     let (plain_out, plain_in) = mpsc::channel(QUEUE);
     let (measured_out, measured_in) = mpsc::channel(QUEUE);
     let (stored_out, stored_in) = mpsc::channel(QUEUE);
     let measuring = tokio::task::spawn_blocking(move || compress::measure(plain_in, measured_out));
     let compression = assignment.job.compression;
-    let compressing = tokio::task::spawn_blocking(move || compress::compress(compression, measured_in, stored_out));
+    let compress_span = lease.span(SpanKind::Internal, "compress");
+    let compressing =
+        tokio::task::spawn_blocking(move || compress::compress_in(compress_span, compression, measured_in, stored_out));
     let done_before: u64 = backup.objects.iter().map(|o| o.facts.plain.bytes).sum();
     let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate())
         .map_err(|e| RunError::retry("dump_failed", format!("the dump of '{}' could not be read: {e}", database.name)));
-    let writing = distribute(stored_in, &mut uploads, &backup.targets);
-    let span = tracing::info_span!("dump", otel.name = "pipeline.dump", db.namespace = %database.name);
+    let reading = async { noted(&mut *span, reading.await) };
     // The first failure ends both: a destination that failed must not wait for a dump that stalls.
-    async { tokio::try_join!(reading, writing) }.instrument(span).await?;
+    tokio::try_join!(reading, sending::distribute(stored_in, sendings))?;
     let ended = |e| RunError::give_up("internal_error", format!("a thread of the stream ended: {e}"));
     let (plain, plain_ends) = measuring.await.map_err(ended)?;
     let stored = compressing.await.map_err(ended)?;
-    tool.finish().await?;
+    span.set_bytes(plain.bytes, began.elapsed());
+    let finished = tool.finish(span).await;
+    noted(span, finished)?;
     let stored = stored.map_err(|e| {
         RunError::retry("compression_failed", format!("the dump of '{}' could not be compressed: {e}", database.name))
     })?;
     let facts = Compressed { plain, plain_ends, stored };
-    dump.check_complete(&database.name, &facts)?;
-    lease.set_stage(Stage::Uploading);
-    let flush = try_join_all(
-        uploads
-            .iter_mut()
-            .zip(&backup.targets)
-            .map(async |(upload, target)| upload.flush().await.map_err(|e| e.at(&target.name))),
-    );
-    flush.instrument(tracing::info_span!("upload", otel.name = "pipeline.upload")).await?;
-    log.info(format!("'{}': {} bytes dumped, {} to store", database.name, facts.plain.bytes, facts.stored.bytes));
-    Ok(StagedObject { database: database.name.clone(), path, facts, uploads })
-}
-
-/// Opens an upload in every destination, each recorded before its first byte.
-async fn begin_uploads(
-    attempt: Attempt<'_>,
-    backup: &StagedBackup,
-    path: &str,
-    estimate: u64,
-) -> Result<Vec<Upload>, RunError> {
-    let mut uploads = Vec::new();
-    for target in &backup.targets {
-        let upload = target.store.begin(path, estimate).await.map_err(|e| e.at(&target.name))?;
-        attempt.staging.record(attempt, target, path, upload.id()).await?;
-        uploads.push(upload.start().await.map_err(|e| e.at(&target.name))?);
-    }
-    Ok(uploads)
+    noted(span, dump.check_complete(&database.name, &facts))?;
+    Ok(facts)
 }
 
 /// Reads the dump to its end and tells how far it is, by the server's own estimate of all databases.
@@ -275,28 +285,8 @@ async fn read_dump(
     }
 }
 
-/// Hands each chunk to every destination; the slowest sets the pace.
-async fn distribute(
-    mut input: mpsc::Receiver<Bytes>,
-    uploads: &mut [Upload],
-    targets: &[Target],
-) -> Result<(), RunError> {
-    while let Some(chunk) = input.recv().await {
-        try_join_all(uploads.iter_mut().zip(targets).map(|(upload, target)| {
-            let chunk = chunk.clone();
-            async move { upload.write(chunk).await.map_err(|e| e.at(&target.name)) }
-        }))
-        .await?;
-    }
-    Ok(())
-}
-
 /// Makes a staged backup visible: every object in every destination, checked, and then the manifests.
-pub async fn publish(attempt: Attempt<'_>, backup: StagedBackup) -> Result<Published, RunError> {
-    publish_all(attempt, backup).instrument(tracing::info_span!("publish", otel.name = "pipeline.publish")).await
-}
-
-async fn publish_all(attempt: Attempt<'_>, mut backup: StagedBackup) -> Result<Published, RunError> {
+pub async fn publish(attempt: Attempt<'_>, mut backup: StagedBackup) -> Result<Published, RunError> {
     let Attempt { assignment, log, staging, .. } = attempt;
     let mut artifacts = Vec::new();
     for object in &mut backup.objects {
@@ -361,7 +351,7 @@ fn manifest_text(assignment: &Assignment, backup: &StagedBackup) -> Result<Bytes
     let manifest = Manifest {
         format_version: FORMAT_VERSION,
         execution_id: assignment.claim.execution.to_string(),
-        trace_id: assignment.trace.trace_id().map(str::to_owned),
+        trace_id: assignment.briefing.trace.trace_id().map(str::to_owned),
         job_id: assignment.job.id.to_string(),
         job: assignment.job_slug.clone(),
         engine: assignment.source.engine.as_str(),

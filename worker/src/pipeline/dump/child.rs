@@ -185,6 +185,8 @@ pub struct Ended {
     pub stderr: String,
     /// Its name.
     pub name: String,
+    /// The id that it had.
+    pub pid: i32,
 }
 
 impl Running {
@@ -202,7 +204,8 @@ impl Running {
             Some(reader) => reader.await.unwrap_or_default(),
             None => String::new(),
         };
-        Ok(Ended { status, stderr, name: self.name.clone() })
+        // It leads its group.
+        Ok(Ended { status, stderr, name: self.name.clone(), pid: self.group })
     }
 }
 

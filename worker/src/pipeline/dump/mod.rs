@@ -13,7 +13,10 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use common::source::{Engine, SourceAccess};
+use common::{
+    source::{Engine, SourceAccess},
+    telemetry::{Span, span::KeyValue},
+};
 use tokio::process::ChildStdout;
 
 use super::compress::Compressed;
@@ -104,6 +107,31 @@ impl Dump {
         }
     }
 
+    /// What is dumped, by the conventions of OpenTelemetry for databases.
+    pub fn describe(&self, span: &mut Span, database: Option<&str>) {
+        if !span.is_recording() {
+            return;
+        }
+        let SourceAccess { engine, config, .. } = &self.access;
+        span.set(
+            "db.system.name",
+            match engine {
+                Engine::Postgres => "postgresql",
+                Engine::Mysql => "mysql",
+                Engine::Mariadb => "mariadb",
+            },
+        );
+        if let Some(database) = database {
+            span.set("db.namespace", database.to_owned());
+        }
+        if let Some(socket) = &config.socket {
+            span.set("server.address", socket.display().to_string());
+        } else if let Some(host) = &config.host {
+            span.set("server.address", host.clone());
+            span.set("server.port", i64::from(config.port.unwrap_or(engine.default_port())));
+        }
+    }
+
     /// Starts the dump of one database.
     pub fn start(
         &self,
@@ -159,8 +187,10 @@ impl RunningDump {
     }
 
     /// Waits for the tool. Only an exit status of 0 makes a good dump, whatever was written.
-    pub async fn finish(&mut self) -> Result<(), RunError> {
-        let Ended { status, stderr, name } = self.running.wait().await?;
+    pub async fn finish(&mut self, span: &mut Span) -> Result<(), RunError> {
+        let ended = self.running.wait().await?;
+        tell(&ended, span);
+        let Ended { status, stderr, name, .. } = ended;
         if status.success() {
             return Ok(());
         }
@@ -171,6 +201,30 @@ impl RunningDump {
             Engine::Postgres => postgres::classify(&stderr, doing),
             Engine::Mysql | Engine::Mariadb => mariadb::classify(&stderr, doing),
         })
+    }
+}
+
+/// How the tool ended, by the conventions of OpenTelemetry for processes. Never its arguments; what it wrote to its
+/// standard error is what the log of the execution has, too.
+fn tell(ended: &Ended, span: &mut Span) {
+    use std::os::unix::process::ExitStatusExt;
+    if !span.is_recording() {
+        return;
+    }
+    span.set("process.executable.name", ended.name.clone());
+    span.set("process.pid", i64::from(ended.pid));
+    let (code, signal) = (ended.status.code().map(i64::from), ended.status.signal().map(i64::from));
+    if let Some(code) = code {
+        span.set("process.exit.code", code);
+    }
+    if ended.status.success() {
+        return;
+    }
+    let mut facts: Vec<KeyValue> = code.map(|code| KeyValue::new("process.exit.code", code)).into_iter().collect();
+    facts.extend(signal.map(|signal| KeyValue::new("dbackup.process.signal", signal)));
+    span.event("process.exit", facts);
+    if !ended.stderr.is_empty() {
+        span.event("process.stderr", vec![KeyValue::new("dbackup.stderr.tail", ended.stderr.clone())]);
     }
 }
 

@@ -68,6 +68,14 @@ impl Store {
         })
     }
 
+    /// What it is, as clients write it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Store::Local(_) => "local",
+            Store::S3(_) => "s3",
+        }
+    }
+
     /// Whether a run may begin to write.
     pub async fn check(&self) -> Result<(), StoreError> {
         match self {

@@ -1,0 +1,149 @@
+//! What tracing costs: triggers through an API process that samples and exports every one, beside one that exports nothing,
+//! in turn on one database.
+
+#![allow(clippy::disallowed_methods, reason = "it looks into the database")]
+
+#[path = "../tests/e2e/harness/mod.rs"]
+#[allow(dead_code)]
+mod harness;
+#[allow(dead_code)]
+mod load;
+#[allow(dead_code)]
+mod report;
+
+use std::{
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use harness::{Cluster, history::with_job, sql};
+use load::{CLIENTS, rate, request};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use prost::Message;
+use report::Report;
+use serde_json::json;
+use sqlx::AssertSqlSafe;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{TcpListener, TcpStream},
+};
+
+/// Length of one measurement, and how often the two take turns.
+const LONG: Duration = Duration::from_secs(4);
+const ROUNDS: usize = 7;
+/// Triggers a second that tracing may cost: a twentieth.
+const AIM: f64 = 0.95;
+
+/// What came to the collector.
+#[derive(Default)]
+struct Came {
+    spans: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// A collector that is as light as can be, since it shares the machine with what is measured: it reads every request whole,
+/// and decodes the first of a connection and every fiftieth after it to count the spans by.
+async fn collector() -> (String, Arc<Came>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
+    let came = Arc::new(Came::default());
+    let counting = came.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(take(stream, counting.clone()));
+        }
+    });
+    (endpoint, came)
+}
+
+async fn take(stream: TcpStream, came: Arc<Came>) {
+    let mut stream = BufReader::with_capacity(256 << 10, stream);
+    let (mut body, mut each, mut number) = (Vec::new(), 0, 0_u32);
+    loop {
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
+                return;
+            }
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().expect("a length");
+            }
+            if line == "\r\n" {
+                break;
+            }
+        }
+        body.resize(length, 0);
+        stream.read_exact(&mut body).await.expect("a whole body");
+        if number.is_multiple_of(50) {
+            let request = ExportTraceServiceRequest::decode(&body[..]).expect("OTLP");
+            let spans: usize = request.resource_spans.iter().flat_map(|r| &r.scope_spans).map(|s| s.spans.len()).sum();
+            each = length / spans.max(1);
+        }
+        number += 1;
+        came.bytes.fetch_add(length as u64, Ordering::Relaxed);
+        came.spans.fetch_add((length / each.max(1)) as u64, Ordering::Relaxed);
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.expect("answers");
+    }
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let mut report = Report::new(
+        "What tracing costs",
+        "One API process exports nothing, another samples every request and exports it over OTLP (HTTP, protobuf) to a \
+         collector on the same machine; they take turns of four seconds on one database, and the ratio is of each two \
+         that follow each other. A trigger makes four spans: the request, auth, rate limit, enqueue.",
+    );
+    let (endpoint, came) = collector().await;
+    let mut cluster = Cluster::build().workers(1).limit(0).start().await;
+    let job = with_job(&cluster).await;
+    cluster.workers.clear();
+    cluster.apis.truncate(1);
+    cluster.set_env("OTEL_EXPORTER_OTLP_ENDPOINT", Some(&endpoint));
+    cluster.add_api().await;
+    let change = json!({ "maxPending": 1_000_000, "maxPendingPerJob": 1_000_000 });
+    cluster.ok("PATCH", "/api/settings", Some(change)).await;
+    sql(&cluster.database, "update jobs set overlap = 'allow', max_attempts = 1").await;
+    let trigger = request(&cluster, "POST", &format!("/api/jobs/{job}/run"));
+    // The first of each is slower: connections, caches, the first pages of the tables.
+    for api in 0..2 {
+        rate(cluster.url(api), &trigger, Duration::from_secs(1)).await;
+    }
+    report.line(format!("| triggers/s, {CLIENTS} connections | without | every one traced | ratio |"));
+    report.line("| --- | ---: | ---: | ---: |");
+    let (mut ratios, mut triggers) = (Vec::new(), 0.0);
+    for round in 1..=ROUNDS {
+        let mut rates = [0.0; 2];
+        // Now the one first, now the other: the second finds more in the tables.
+        for turn in 0..2 {
+            let api = (turn + round) % 2;
+            rates[api] = rate(cluster.url(api), &trigger, LONG).await;
+            let forget = "delete from executions where status = 'Pending'";
+            sqlx::query(AssertSqlSafe(forget)).execute(&cluster.pool).await.expect("deletes");
+            sql(&cluster.database, "vacuum analyze executions").await;
+        }
+        triggers += rates[1] * LONG.as_secs_f64();
+        ratios.push(rates[1] / rates[0]);
+        report.line(format!("| round {round} | {:.0} | {:.0} | {:.3} |", rates[0], rates[1], rates[1] / rates[0]));
+    }
+    let ratio = median(&mut ratios);
+    let (spans, bytes) = (came.spans.load(Ordering::Relaxed), came.bytes.load(Ordering::Relaxed));
+    #[allow(clippy::cast_precision_loss, reason = "a figure for people")]
+    let (each, size) = (spans as f64 / triggers, bytes as f64 / spans.max(1) as f64);
+    report.line("");
+    report.line(format!(
+        "Median of the ratios: {ratio:.3} (aim: at least {AIM:.2}). The collector took {each:.1} spans of {size:.0} bytes for each trigger."
+    ));
+    report.write();
+    if ratio >= AIM { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,169 @@
+//! Collectors: how spans reach them, and that one which is slow or away is in nobody's way.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::harness::{
+    Builder, Cluster, SOON,
+    otlp::{self, Receiver},
+    source::PostgresSource,
+    until,
+};
+
+async fn job(cluster: &Cluster) -> String {
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    cluster.job(&source, &[&destination], json!({})).await
+}
+
+/// A run that is traced by such a cluster, from the request to the end.
+async fn is_traced(receiver: &Receiver, cluster: Builder) -> Vec<crate::harness::otlp::Received> {
+    let cluster = cluster
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+        .env("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=of%20the%20tests,x-dataset=backups")
+        .env("OTEL_BSP_SCHEDULE_DELAY", 100)
+        .start()
+        .await;
+    let run = cluster.backup(&job(&cluster).await).await;
+    let trace = run["traceId"].as_str().expect("a trace");
+    let spans = receiver.holds(trace, &[("enqueue", 1), ("claim", 1), ("commit", 1), ("attempt", 1)], SOON).await;
+    for span in &spans {
+        assert_eq!(span.headers["x-api-key"], "of the tests");
+        assert_eq!(span.headers["x-dataset"], "backups");
+    }
+    assert!(!cluster.logs().contains("of the tests"), "a header is in the log");
+    spans
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_go_by_grpc_where_the_variable_says_so() {
+    let receiver = Receiver::start().await;
+    let spans = is_traced(&receiver, Cluster::build().env("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")).await;
+    assert!(spans.iter().all(|s| s.headers["content-type"] == "application/grpc"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_go_over_tls_by_both_protocols_to_a_collector_whose_authority_is_trusted() {
+    let (receiver, authority) = Receiver::with_tls().await;
+    for protocol in ["http/protobuf", "grpc"] {
+        let cluster = Cluster::build()
+            .env("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+            .env("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+            .env("SSL_CERT_FILE", authority.display());
+        is_traced(&receiver, cluster).await;
+    }
+    // Without the authority among those of the system, nothing is sent.
+    let before = receiver.spans().len();
+    for protocol in ["http/protobuf", "grpc"] {
+        let cluster = Cluster::build()
+            .env("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+            .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+            .env("OTEL_EXPORTER_OTLP_TIMEOUT", 2_000)
+            .env("OTEL_BSP_SCHEDULE_DELAY", 100)
+            .start()
+            .await;
+        cluster.backup(&job(&cluster).await).await;
+        until("a process tells that nobody takes its spans", SOON, || async {
+            cluster.logs().contains("spans could not be sent").then_some(())
+        })
+        .await;
+    }
+    assert_eq!(receiver.spans().len(), before, "sent to a stranger");
+    std::fs::remove_dir_all(authority.parent().expect("a folder")).expect("removes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_process_is_named_as_the_operator_wants() {
+    let receiver = Receiver::start().await;
+    let named = Cluster::build()
+        .env("OTEL_SERVICE_NAME", "backups")
+        .env("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test,service.name=ignored");
+    for span in is_traced(&receiver, named).await {
+        assert_eq!(span.of_process("service.name").as_deref(), Some("backups"));
+        assert_eq!(span.of_process("deployment.environment.name").as_deref(), Some("test"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sent_when_the_exporter_is_none_or_the_sdk_disabled() {
+    let receiver = Receiver::start().await;
+    for (name, value) in [("OTEL_TRACES_EXPORTER", "none"), ("OTEL_SDK_DISABLED", "true")] {
+        let mut cluster = Cluster::build()
+            .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+            .env("OTEL_BSP_SCHEDULE_DELAY", 100)
+            .env(name, value)
+            .start()
+            .await;
+        let run = cluster.backup(&job(&cluster).await).await;
+        assert!(run["traceId"].is_string(), "a trace id is there all the same");
+        // What they have they send at their end.
+        for worker in &mut cluster.workers {
+            worker.signal(Signal::SIGTERM);
+            worker.end(SOON).await;
+        }
+        assert_eq!(receiver.spans().len(), 0, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_sends_what_it_has_at_its_end() {
+    let receiver = Receiver::start().await;
+    let mut cluster = Cluster::build()
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+        .env("OTEL_BSP_SCHEDULE_DELAY", 600_000)
+        .start()
+        .await;
+    let run = cluster.backup(&job(&cluster).await).await;
+    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
+        process.signal(Signal::SIGTERM);
+        process.end(SOON).await;
+    }
+    let trace = run["traceId"].as_str().expect("a trace");
+    receiver.holds(trace, &[("enqueue", 1), ("attempt", 1)], Duration::from_secs(1)).await;
+}
+
+/// The longest of some triggers, and the longest of their runs, with the time that the processes took to stop.
+async fn times(cluster: Builder) -> (Duration, Duration, Duration) {
+    let mut cluster = cluster.start().await;
+    let job = job(&cluster).await;
+    let (mut trigger, mut run) = (Duration::ZERO, Duration::ZERO);
+    for _ in 0..3 {
+        let began = Instant::now();
+        let id = cluster.trigger(&job).await;
+        trigger = trigger.max(began.elapsed());
+        assert_eq!(cluster.ended(&id, SOON).await["status"], "Success");
+        run = run.max(began.elapsed());
+    }
+    let began = Instant::now();
+    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
+        process.signal(Signal::SIGTERM);
+    }
+    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
+        process.end(SOON).await;
+    }
+    (trigger, run, began.elapsed())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_is_away_or_never_answers_costs_no_trigger_no_run_and_two_seconds_of_a_stop() {
+    let without = times(Cluster::build()).await;
+    let silent = otlp::silent().await;
+    for (protocol, endpoint) in [
+        ("http/protobuf", silent.as_str()),
+        ("grpc", &silent),
+        ("http/protobuf", "http://127.0.0.1:1"),
+        ("grpc", "http://127.0.0.1:1"),
+    ] {
+        let cluster = Cluster::build()
+            .env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+            .env("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+            .env("OTEL_BSP_SCHEDULE_DELAY", 100);
+        let with = times(cluster).await;
+        let second = Duration::from_secs(1);
+        assert!(with.0 < without.0 + second, "triggers by {protocol} to {endpoint}: {with:?}, {without:?} without");
+        assert!(with.1 < without.1 + second * 2, "runs by {protocol} to {endpoint}: {with:?}, {without:?} without");
+        assert!(with.2 < without.2 + second * 4, "stops by {protocol} to {endpoint}: {with:?}, {without:?} without");
+    }
+}
