@@ -134,14 +134,14 @@ async fn main() {
     sql("postgres", &format!("create database {database}")).await;
     let url = postgres_url(&database);
     let cluster = Cluster::build().programs(&from).on(url.clone()).workers(0).start().await;
-    let source = cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
-    let (destination, _) = cluster.local_destination().await;
-    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
-    let held = Held::new(&cluster, json!({ "overlap": "allow" })).await;
-    let mut upgrade = Upgrade { cluster, job, names: Vec::new(), started: 0 };
+    let mut upgrade = Upgrade { cluster, job: String::new(), names: Vec::new(), started: 0 };
     for _ in 0..2 {
         upgrade.worker("old").await;
     }
+    let source = upgrade.cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
+    let (destination, _) = upgrade.cluster.local_destination().await;
+    upgrade.job = upgrade.cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let held = Held::new(&upgrade.cluster, json!({ "overlap": "allow" })).await;
     upgrade.everybody_serves("before", &["old"]).await;
 
     migrate(&binary("dbackup"), &url);
