@@ -14,6 +14,7 @@ use axum::{
 };
 use common::{
     audit::Actor,
+    metrics::{self, Trace},
     telemetry::{TraceContext, trace_id},
 };
 use tracing::Instrument;
@@ -98,6 +99,7 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
 
     let status = response.status();
     span.record("http.response.status_code", status.as_u16());
+    metrics::get().answered(method.as_str(), &route, status.as_u16(), began.elapsed(), Trace::of(&span));
     if status.is_client_error() || status.is_server_error() {
         response = envelope(response, &id);
     }

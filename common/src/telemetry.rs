@@ -121,6 +121,13 @@ impl TraceContext {
     }
 }
 
+/// The trace id of a span in hex, if its trace is kept.
+pub fn sampled_trace_id(span: &Span) -> Option<String> {
+    let context = span.context();
+    let context = context.span().span_context().clone();
+    (context.is_valid() && context.is_sampled()).then(|| context.trace_id().to_string())
+}
+
 /// The trace id of a span in hex.
 pub fn trace_id(span: &Span) -> String {
     span.context().span().span_context().trace_id().to_string()

@@ -99,6 +99,8 @@ pub struct Assignment {
     pub claim: Claim,
     /// When this attempt was claimed, by the database's clock: names the files.
     pub claimed_at: DateTime<Utc>,
+    /// When the run was triggered.
+    pub queued_at: DateTime<Utc>,
     /// The job as it is now.
     pub job: Job,
     /// The job's slug at the trigger.
@@ -119,7 +121,7 @@ pub struct Assignment {
 pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<Assignment>, sqlx::Error> {
     let row = sqlx::query!(
         r#"select e.job_id as "job_id: JobId", e.job_slug, e.labels as "labels: Json<Labels>", e.locked, e.traceparent, e.tracestate,
-                  l.claimed_at
+                  l.claimed_at, e.queued_at
              from executions e join execution_leases l on l.execution_id = e.id and l.token = $2
             where e.id = $1"#,
         claim.execution as _,
@@ -134,6 +136,7 @@ pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<
     Ok(Some(Assignment {
         claim,
         claimed_at: row.claimed_at,
+        queued_at: row.queued_at,
         job,
         job_slug: row.job_slug,
         source,

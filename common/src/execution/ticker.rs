@@ -18,6 +18,7 @@ use super::{
 use crate::{
     config::Timing,
     db::{Db, DbError},
+    metrics,
     queue::{Notice, Wakeups},
 };
 
@@ -87,6 +88,7 @@ impl Rescuer {
     async fn expire(&self) -> Result<(), DbError> {
         let expired = self.db.within(self.timing.heartbeat_timeout, async |conn| expire(conn).await).await?;
         if !expired.is_empty() {
+            metrics::get().expired.inc_by(expired.len() as u64);
             tracing::info!(count = expired.len(), "ended runs that were not started in time");
             self.wakeups.tell(Notice::Changed(expired));
         }
@@ -153,6 +155,7 @@ impl Contact {
 fn tell(rescued: &[Rescue], wakeups: &Wakeups) {
     for rescue in rescued {
         let (Rescue::Requeued(id) | Rescue::Closed(id)) = rescue;
+        metrics::get().rescued(matches!(rescue, Rescue::Closed(_)));
         match rescue {
             Rescue::Requeued(_) => {
                 tracing::warn!(execution = %id, "took back a run whose worker was lost; it waits for another")

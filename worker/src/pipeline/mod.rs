@@ -16,7 +16,7 @@ use common::{
     destination::Destination,
     execution::{Stage, claim::Assignment, finish::Published, log::Level},
     id::DestinationId,
-    staged_object,
+    metrics, staged_object,
 };
 use futures::{
     TryFutureExt,
@@ -103,6 +103,7 @@ impl Staging {
 struct Target {
     id: DestinationId,
     name: String,
+    kind: &'static str,
     store: Arc<Store>,
 }
 
@@ -147,6 +148,7 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
         .map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", assignment.source.slug)))?;
     let dump = Dump::new(&shared.config, access);
     let inspected = dump.inspect(&lease.groups, log).instrument(tracing::info_span!("source.inspect")).await?;
+    shared.note_inventory(assignment.source.id, &inspected);
     if let Some(most) = inspected.most_frozen {
         lease.limit_freeze(most);
     }
@@ -177,7 +179,8 @@ async fn open_targets(shared: &Shared, assignment: &Assignment) -> Result<Vec<Ta
 async fn open_target(shared: &Shared, destination: &Destination) -> Result<Target, RunError> {
     let store = open_store(shared, destination)?;
     store.check().await.map_err(|e| e.at(&destination.slug))?;
-    Ok(Target { id: destination.id, name: destination.slug.clone(), store: Arc::new(store) })
+    let (name, kind) = (destination.slug.clone(), destination.kind.as_str());
+    Ok(Target { id: destination.id, name, kind, store: Arc::new(store) })
 }
 
 /// Opens a destination without asking it anything.
@@ -209,9 +212,10 @@ async fn stream_one(
     let compression = assignment.job.compression;
     let compressing = tokio::task::spawn_blocking(move || compress::compress(compression, measured_in, stored_out));
     let done_before: u64 = backup.objects.iter().map(|o| o.facts.plain.bytes).sum();
-    let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate())
+    let engine = assignment.source.engine.as_str();
+    let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate(), engine)
         .map_err(|e| RunError::retry("dump_failed", format!("the dump of '{}' could not be read: {e}", database.name)));
-    let writing = distribute(stored_in, &mut uploads, &backup.targets);
+    let writing = distribute(stored_in, &mut uploads, &backup.targets, engine);
     let span = tracing::info_span!("dump", otel.name = "pipeline.dump", db.namespace = %database.name);
     // The first failure ends both: a destination that failed must not wait for a dump that stalls.
     async { tokio::try_join!(reading, writing) }.instrument(span).await?;
@@ -259,13 +263,18 @@ async fn read_dump(
     lease: &Lease,
     mut read: u64,
     estimate: u64,
+    engine: &'static str,
 ) -> std::io::Result<()> {
     let Some(mut stdout) = stdout else { return Ok(()) };
+    let dumped = metrics::get().dumped(engine);
     loop {
         let mut chunk = BytesMut::with_capacity(READ);
         match stdout.read_buf(&mut chunk).await? {
             0 => return Ok(()),
-            n => read += n as u64,
+            n => {
+                read += n as u64;
+                dumped.inc_by(n as u64);
+            }
         }
         lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate.max(1)).unwrap_or(99));
         // A closed channel means that a destination failed, which is told where it failed.
@@ -280,11 +289,19 @@ async fn distribute(
     mut input: mpsc::Receiver<Bytes>,
     uploads: &mut [Upload],
     targets: &[Target],
+    engine: &'static str,
 ) -> Result<(), RunError> {
+    let counters: Vec<_> =
+        targets.iter().map(|target| metrics::get().stored(engine, target.kind, &target.name)).collect();
     while let Some(chunk) = input.recv().await {
-        try_join_all(uploads.iter_mut().zip(targets).map(|(upload, target)| {
+        try_join_all(uploads.iter_mut().zip(targets).zip(&counters).map(|((upload, target), stored)| {
             let chunk = chunk.clone();
-            async move { upload.write(chunk).await.map_err(|e| e.at(&target.name)) }
+            async move {
+                let bytes = chunk.len() as u64;
+                upload.write(chunk).await.map_err(|e| e.at(&target.name))?;
+                stored.inc_by(bytes);
+                Ok::<_, RunError>(())
+            }
         }))
         .await?;
     }
