@@ -22,6 +22,7 @@ mod lifecycle;
 mod limits;
 mod lists;
 mod metrics;
+mod observability;
 mod openapi;
 mod people;
 mod protocol;
