@@ -14,6 +14,7 @@ use axum::{
 };
 use common::{
     audit::Actor,
+    metrics::{self, Trace},
     telemetry::{
         Span, TraceContext,
         span::{SpanContext, SpanKind},
@@ -157,6 +158,7 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
     if status.is_server_error() {
         span.fail(status.as_u16().to_string(), "");
     }
+    metrics::get().answered(method.as_str(), route, status.as_u16(), began.elapsed(), Trace::of(span.context()));
     if status.is_client_error() || status.is_server_error() {
         response = envelope(response, &id);
     }

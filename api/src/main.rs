@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use api::{ApiArgs, ApiConfig};
 use clap::Parser;
-use common::{config, db::Db, queue::Wakeups, seal::SealKey, shutdown, telemetry::Telemetry};
+use common::{config, db::Db, metrics, queue::Wakeups, seal::SealKey, shutdown, telemetry::Telemetry};
 use tokio_util::sync::CancellationToken;
 
 /// Many small pieces of an answer are made and freed by threads that did not make each other's: the system's allocator
@@ -18,15 +18,20 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Program {
     #[command(flatten)]
     api: ApiArgs,
+    #[command(flatten)]
+    metrics: metrics::MetricsArgs,
 }
 
 #[tokio::main]
 async fn main() {
-    let api = config::parse_or_exit::<Program>().api.validate().unwrap_or_else(|e| config::exit_with(&e));
+    let program = config::parse_or_exit::<Program>();
+    let api = program.api.validate().unwrap_or_else(|e| config::exit_with(&e));
+    let metrics = program.metrics.listen().unwrap_or_else(|e| config::exit_with(&e));
     let telemetry = Telemetry::start("dbackup-api").unwrap_or_else(|e| config::exit_with(&e));
     let url = config::database_url().unwrap_or_else(|e| config::exit_with(&e));
     let key = config::encryption_key().unwrap_or_else(|e| config::exit_with(&e));
     let db = Db::new(&url, "dbackup-api", 16).unwrap_or_else(|e| config::exit_with(&e));
+    metrics::serve(metrics, metrics::Role::Api, &db);
     let status = match start(api, db, key).await {
         Ok(()) => 0,
         Err(error) => error.report(),

@@ -31,8 +31,8 @@ use crate::{
     rate_limit::LimitClass,
     router::{Route, table},
     routes::{
-        api_keys, audit, cluster, destinations, events, executions, health, jobs, runs, sessions, settings, setup,
-        sources, users,
+        api_keys, audit, cluster, destinations, events, executions, freshness, health, jobs, runs, sessions, settings,
+        setup, sources, users,
     },
 };
 
@@ -209,6 +209,7 @@ pub struct Failure {
         health::livez,
         health::readyz,
         health::health,
+        freshness::backups,
         jobs::list,
         jobs::create,
         jobs::get,

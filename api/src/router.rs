@@ -20,8 +20,8 @@ use crate::{
     openapi,
     rate_limit::LimitClass,
     routes::{
-        api_keys, audit, cluster, destinations, events, executions, health, jobs, runs, sessions, settings, setup,
-        sources, users,
+        api_keys, audit, cluster, destinations, events, executions, freshness, health, jobs, runs, sessions, settings,
+        setup, sources, users,
     },
     state::AppState,
 };
@@ -87,6 +87,7 @@ pub fn table() -> Vec<Route> {
         row(Method::GET,    "/livez",                          Open,                      Free,   get(health::livez)),
         row(Method::GET,    "/readyz",                         Open,                      Free,   get(health::readyz)),
         row(Method::GET,    "/api/health",                     Open,                      Read,   get(health::health)),
+        row(Method::GET,    "/api/health/backups",             Needs(JobsRead),           Read,   get(freshness::backups)),
         row(Method::GET,    "/api/jobs",                       Needs(JobsRead),           Read,   get(jobs::list)),
         row(Method::POST,   "/api/jobs",                       Needs(JobsWrite),          Write,  post(jobs::create)),
         row(Method::GET,    "/api/jobs/{id}",                  Needs(JobsRead),           Read,   get(jobs::get)),

@@ -11,6 +11,7 @@ use std::{
 use common::{
     config::{self, ConfigError, TimingArgs},
     db::{Db, StartError},
+    metrics,
     queue::Wakeups,
     seal::SealKey,
     shutdown,
@@ -39,6 +40,8 @@ pub struct UpArgs {
     http: api::HttpArgs,
     #[command(flatten)]
     worker: worker::WorkerArgs,
+    #[command(flatten)]
+    metrics: metrics::MetricsArgs,
 }
 
 fn start_error(error: EmbeddedError) -> StartError {
@@ -59,19 +62,24 @@ pub async fn run(data: Option<PathBuf>, args: UpArgs) -> Result<(), StartError> 
     let api = args.http.validate(args.listen, timing.validate()?)?;
     let folder = prepare_folder(&folder)?;
     let worker = worker_config(args.worker, &folder)?;
+    let named = |n| worker::WorkerConfig { name: format!("{}-{n}", worker.name), ..worker.clone() };
+    let workers: Vec<_> = (1..=workers).map(named).collect();
     let telemetry = Telemetry::start("dbackup")?;
     let stop = shutdown::on_signal()?;
     let _lock = lock(&folder)?;
     let listener = api::server::listen(api.listen)
         .map_err(|e| ConfigError(format!("DBACKUP_LISTEN: cannot listen on {}: {e}", api.listen)))?;
+    let metrics = args.metrics.listen()?;
 
     let secrets = secrets(&folder)?;
+    let db = Db::new(&secrets.database_url, "dbackup", 24)?;
+    metrics::serve(metrics, metrics::Role::Both, &db);
     let (password, start_folder) = (password_of(&secrets)?, folder.clone());
     let postgres = tokio::task::spawn_blocking(move || Embedded::start(&start_folder, &password))
         .await
         .map_err(std::io::Error::other)?
         .map_err(start_error)?;
-    let served = serve(&folder, secrets, api, worker, workers, listener, stop).await;
+    let served = serve(&folder, secrets, db, api, workers, listener, stop).await;
     let _ = tokio::task::spawn_blocking(move || postgres.stop()).await;
     telemetry.stop().await;
     served
@@ -80,23 +88,22 @@ pub async fn run(data: Option<PathBuf>, args: UpArgs) -> Result<(), StartError> 
 async fn serve(
     folder: &Path,
     secrets: InstanceSecrets,
+    db: Db,
     api: api::ApiConfig,
-    worker: worker::WorkerConfig,
-    workers: usize,
+    workers: Vec<worker::WorkerConfig>,
     listener: TcpListener,
     stop: CancellationToken,
 ) -> Result<(), StartError> {
-    let db = Db::new(&secrets.database_url, "dbackup", 24)?;
     let key = Arc::new(config::parse_key(&secrets.encryption_key)?);
     common::db::start(&db, &key).await?;
     let wakeups = Wakeups::start(db.clone(), CancellationToken::new());
     let mut running = JoinSet::new();
-    for n in 1..=workers {
-        let config = worker::WorkerConfig { name: format!("{}-{n}", worker.name), ..worker.clone() };
+    let count = workers.len();
+    for config in workers {
         running.spawn(worker::serve(config, db.clone(), key.clone(), wakeups.clone(), stop.clone()));
     }
     let address = listener.local_addr()?;
-    println!("DBackup listens on http://{address} with {workers} workers; data in {}", folder.display());
+    println!("DBackup listens on http://{address} with {count} workers; data in {}", folder.display());
     let served = api::serve(api, listener, db, key, wakeups, stop.clone()).await;
     // A failed listener ends the workers too.
     stop.cancel();

@@ -149,6 +149,52 @@ async fn held_slots(conn: &mut PgConnection) -> Result<Vec<HeldSlot>, sqlx::Erro
     .await
 }
 
+/// What a scrape tells of the cluster, but for the queue.
+#[derive(Clone, Debug)]
+pub struct Numbers {
+    /// Runs at once over all workers.
+    pub limit: i32,
+    /// Nothing new is claimed.
+    pub paused: bool,
+    /// Slots in use.
+    pub used: i64,
+    /// Every pool that a source or a worker names.
+    pub pools: Vec<String>,
+    /// Workers by state, every state.
+    pub workers: Vec<(&'static str, i64)>,
+}
+
+/// Counts slots and workers. What is looked at is small: the gate, the leases, the workers and the sources.
+pub async fn numbers(conn: &mut PgConnection) -> Result<Numbers, sqlx::Error> {
+    let row = sqlx::query!(
+        r#"with seen as (
+               select case when state <> 'Stopped' and seen_at < clock_timestamp() - gone_after_ms * interval '1 millisecond' then 'Gone'
+                           else state end as state, cordoned from workers
+           )
+           select max_concurrency, paused, (select count(*) from execution_leases) as "used!",
+                  array(select pool from sources union select unnest(pools) from workers order by 1) as "pools!: Vec<String>",
+                  (select count(*) from seen where state = 'Active' and not cordoned) as "active!",
+                  (select count(*) from seen where state = 'Active' and cordoned) as "cordoned!",
+                  (select count(*) from seen where state = 'Draining') as "draining!",
+                  (select count(*) from seen where state = 'Gone') as "gone!"
+             from queue_gate"#
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(Numbers {
+        limit: row.max_concurrency,
+        paused: row.paused,
+        used: row.used,
+        pools: row.pools,
+        workers: vec![
+            ("active", row.active),
+            ("cordoned", row.cordoned),
+            ("draining", row.draining),
+            ("gone", row.gone),
+        ],
+    })
+}
+
 /// What waits, counted: by the index of what is Pending, so history costs nothing, but each row that waits is looked
 /// at (some 0.2 s for 200,000).
 pub async fn queue(conn: &mut PgConnection) -> Result<Queue, sqlx::Error> {

@@ -43,6 +43,17 @@ pub struct Db {
     options: PgConnectOptions,
 }
 
+/// Connections of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connections {
+    /// Held by somebody.
+    pub in_use: u32,
+    /// Open and free.
+    pub idle: u32,
+    /// As many there may be.
+    pub most: u32,
+}
+
 /// Longest time of an ordinary question, once it has a connection.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -83,6 +94,14 @@ impl Db {
     /// A connection outside the pool, for heartbeats, listening and migrations.
     pub async fn connect_apart(&self) -> Result<PgConnection, sqlx::Error> {
         self.options.connect().await
+    }
+
+    /// How its pool is used now.
+    pub fn connections(&self) -> Connections {
+        let (size, idle) = (self.pool.size(), u32::try_from(self.pool.num_idle()).unwrap_or(u32::MAX));
+        // Two looks: a connection may have been given back between them.
+        let in_use = size.saturating_sub(idle);
+        Connections { in_use, idle, most: self.pool.options().get_max_connections() }
     }
 
     /// A pool of one, apart from the shared one: what a listener needs.

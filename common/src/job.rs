@@ -101,7 +101,7 @@ pub struct Job {
     pub max_attempts: i32,
     /// Longest time of one attempt.
     pub timeout_seconds: i32,
-    /// A good backup is expected this often.
+    /// A good backup is expected this often, whatever triggers it.
     pub expect_every_seconds: Option<i32>,
     /// Free labels.
     pub labels: Labels,

@@ -1,7 +1,7 @@
 //! The domain of DBackup and its SQL.
 //!
 //! Every query of the project is here, in the file of its noun, checked at compile time. There is no HTTP
-//! and no child process on purpose: the API and the workers meet only in the database.
+//! but the page of metrics, and no child process, on purpose: the API and the workers meet only in the database.
 
 pub mod api_key;
 pub mod artifact;
@@ -14,9 +14,11 @@ pub mod db;
 pub mod destination;
 pub mod error;
 pub mod execution;
+pub mod freshness;
 pub mod id;
 pub mod job;
 pub mod label;
+pub mod metrics;
 pub mod network;
 pub mod page;
 pub mod password;

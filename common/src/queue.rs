@@ -13,7 +13,7 @@ use tokio::sync::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{db::Db, id::ExecutionId};
+use crate::{db::Db, id::ExecutionId, metrics};
 
 const CHANNEL: &str = "dbackup";
 /// Shortest time between two notices of a process.
@@ -36,6 +36,19 @@ pub enum Notice {
     Test,
     /// The listener was away: look once at everything.
     Resync,
+}
+
+impl Notice {
+    /// Its kind, for metrics.
+    fn kind(&self) -> &'static str {
+        match self {
+            Notice::Work => "work",
+            Notice::Changed(_) => "changed",
+            Notice::Cancel(_) => "cancel",
+            Notice::Test => "test",
+            Notice::Resync => "resync",
+        }
+    }
 }
 
 /// Waits until something of this kind may have happened, at most `limit`: a notice that is `wanted`, a resync, or
@@ -106,7 +119,10 @@ impl Wakeups {
             let outbox = std::mem::take(&mut *self.outbox.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
             for payload in payloads(&outbox) {
                 let sent = tokio::time::timeout(Duration::from_secs(2), send(&db, &mut conn, &payload)).await;
-                if !matches!(sent, Ok(Ok(()))) {
+                if matches!(sent, Ok(Ok(()))) {
+                    metrics::get().notice_sent(parse(&payload).kind());
+                } else {
+                    metrics::get().notices_failed.inc();
                     // The others find out at their next poll.
                     tracing::debug!("a notice could not be sent");
                     conn = None;
@@ -170,7 +186,9 @@ async fn listen_once(db: &Db, fan_out: &broadcast::Sender<Notice>) -> Result<(),
     loop {
         match tokio::time::timeout(SILENCE, listener.try_recv()).await {
             Ok(Ok(Some(notification))) => {
-                let _ = fan_out.send(parse(notification.payload()));
+                let notice = parse(notification.payload());
+                metrics::get().notice_received(notice.kind());
+                let _ = fan_out.send(notice);
             }
             Ok(Ok(None)) => return Ok(()),
             Ok(Err(error)) => return Err(error),

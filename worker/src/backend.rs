@@ -14,6 +14,7 @@ use apalis::prelude::{Backend, Status, Task, TaskBuilder, TaskId, WorkerContext}
 use apalis_core::backend::{BackendConfig, finalize::Ephemeral};
 use common::{
     execution::{claim, finish, ticker::Rescuer},
+    metrics,
     queue::{Notice, heard},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -124,6 +125,7 @@ impl Claimer {
             .within(CLAIM_TIMEOUT, async |conn| claim::claim(conn, &claimant, lease, slots.len()).await)
             .await?;
         let count = claims.len();
+        metrics::get().claimed(count, sent.elapsed());
         for (claim, slot) in claims.into_iter().zip(slots) {
             let lease = Arc::new(Lease::new(claim, sent, self.shared.config.timing.fence, self.shared.config.freeze));
             self.shared.keeper.keep(&lease);

@@ -13,6 +13,7 @@ use common::{
         claim::Token,
         lease::{Progress, heartbeat},
     },
+    metrics,
     queue::{Notice, Wakeups},
 };
 use sqlx::PgConnection;
@@ -52,12 +53,16 @@ impl Keeper {
     /// Takes a lease in.
     pub fn keep(&self, lease: &Arc<Lease>) {
         self.fence.watch(lease);
-        self.leases().insert(lease.claim.token, lease.clone());
+        if self.leases().insert(lease.claim.token, lease.clone()).is_none() {
+            metrics::get().running.inc();
+        }
     }
 
     /// Lets a lease go: its run is recorded, or lost.
     pub fn drop_lease(&self, token: Token) {
-        self.leases().remove(&token);
+        if self.leases().remove(&token).is_some() {
+            metrics::get().running.dec();
+        }
     }
 
     /// Every lease that is kept.
@@ -93,6 +98,7 @@ impl Keeper {
                         .await;
                 match asked {
                     Ok(Ok(alive)) => {
+                        metrics::get().heartbeats.inc();
                         silence.over();
                         self.learn(&leases, &alive, sent);
                         if changed {
@@ -100,6 +106,7 @@ impl Keeper {
                         }
                     }
                     Ok(Err(error)) => {
+                        metrics::get().heartbeats_missed.inc();
                         silence.goes_on(runs.len(), &error);
                         conn = None;
                         // Sooner than the next one is due: the fence does not wait.
@@ -107,6 +114,7 @@ impl Keeper {
                         continue;
                     }
                     Err(_) => {
+                        metrics::get().heartbeats_missed.inc();
                         silence.goes_on(runs.len(), &"no answer in time");
                         conn = None;
                         continue;

@@ -8,6 +8,7 @@ use std::{
 
 use common::{
     execution::{Stage, claim::Claim, lease::Progress},
+    metrics,
     telemetry::{
         Span,
         span::{SpanContext, SpanKind},
@@ -197,9 +198,16 @@ impl Lease {
 
     /// Stops the run and kills its children here and now, on the caller's thread.
     pub fn cut(&self) {
-        let _ = self.reason.set(Stop::Lost);
+        self.note_loss();
         self.groups.kill();
         self.stop.cancel();
+    }
+
+    /// Counts a lost lease once, unless the run was stopped for another reason before.
+    pub fn note_loss(&self) {
+        if self.reason.set(Stop::Lost).is_ok() {
+            metrics::get().leases_lost.inc();
+        }
     }
 
     /// Waits until the run must stop, and says why.
@@ -286,6 +294,7 @@ impl Lease {
                 None if falls_at > now => Fenced::Active(falls_at),
                 None if self.most_frozen().is_zero() => Fenced::Cut,
                 None => {
+                    metrics::get().freezes.inc();
                     self.groups.freeze();
                     *frozen = Some(now);
                     Fenced::Froze

@@ -8,16 +8,21 @@
 //! Whatever stops it in between (a lost lease, a cancel, the job's time limit, the end of the process) drops the
 //! stream, which kills the tools, and what was staged is cleaned away before the end is recorded.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use common::{
     db::ANSWER_TIMEOUT,
     execution::{
-        Stage,
+        Outcome, Stage,
         claim::{self, Assigned, Assignment},
         finish::{self, Ending, Finished, Published},
         log::Level,
     },
+    metrics::{self, Trace},
     queue::Notice,
     telemetry::span::SpanKind,
 };
@@ -41,6 +46,7 @@ const CANCEL_GRACE: Duration = Duration::from_millis(1_200);
 /// Runs a claim to its end.
 pub async fn run(shared: Shared, claimed: Claimed) {
     let lease = claimed.lease.clone();
+    let began = Instant::now();
     let (log, log_writer) = RunLog::start(shared.db.clone(), lease.clone());
     let read = tokio::select! {
         biased;
@@ -52,8 +58,14 @@ pub async fn run(shared: Shared, claimed: Claimed) {
         lease.set_trace(RunTrace::begin(lease.claim, worker, briefing, claimed.sent));
     }
     let story = async {
+        let mut counted = None;
         let ending = match read {
-            Some(Ok(Assigned::Run(assignment))) => attempt(&shared, &lease, &assignment, &log).await,
+            Some(Ok(Assigned::Run(assignment))) => {
+                let (engine, trace) = (assignment.source.engine.as_str(), Trace::stored(&assignment.briefing.trace));
+                count_wait(&assignment, trace.clone());
+                counted = Some((engine, trace));
+                attempt(&shared, &lease, &assignment, &log).await
+            }
             Some(Ok(Assigned::Gone(_))) => {
                 let error = RunError::give_up("job_gone", "the job was deleted before its run began");
                 failed(&lease, error, &shared, 1)
@@ -66,10 +78,36 @@ pub async fn run(shared: Shared, claimed: Claimed) {
         drop(log);
         // The last lines are written under the lease, so before it goes.
         let _ = log_writer.await;
-        record(&shared, &lease, ending).await;
+        let outcome = outcome_of(&ending, &lease);
+        let recorded = record(&shared, &lease, ending).await;
+        if let Some((engine, trace)) = counted {
+            let outcome = if recorded == Some(Finished::Zombie) { "lost" } else { outcome };
+            metrics::get().ended(engine, outcome, began.elapsed(), trace);
+        }
     };
     story.instrument(lease.log()).await;
     drop(claimed);
+}
+
+/// The wait of a run until its first attempt; that of a retry is a pause.
+fn count_wait(assignment: &Assignment, trace: Option<Trace>) {
+    if assignment.claim.attempt == 1 {
+        let wait = (assignment.briefing.claimed_at - assignment.briefing.queued_at).to_std().unwrap_or_default();
+        metrics::get().waited(assignment.source.engine.as_str(), wait, trace);
+    }
+}
+
+/// An ending in a word, for metrics.
+fn outcome_of(ending: &Ending, lease: &Lease) -> &'static str {
+    match (ending, lease.stop_reason()) {
+        (Ending::Success(_), _) => "success",
+        (_, Some(Stop::Lost)) => "lost",
+        (_, Some(Stop::Cancelled)) => "cancelled",
+        (Ending::Released, _) => "released",
+        (Ending::Failed(failure), _) if failure.outcome == Some(Outcome::TimedOut) => "timed_out",
+        (Ending::Failed(_), _) => "failed",
+        (Ending::Retry(..), _) => "retry",
+    }
 }
 
 /// Ends a run whose task panicked outside the part that is guarded.
@@ -213,7 +251,7 @@ fn tell_log(log: &RunLog, ending: &Ending) {
 /// lies in its destinations already, and nobody else can publish it.
 const RECORD_PATIENCE: Duration = Duration::from_secs(60);
 
-async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
+async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Finished> {
     let claim = lease.claim;
     let mut span = matches!(ending, Ending::Success(_)).then(|| lease.span(SpanKind::Internal, "commit"));
     let give_up = tokio::time::Instant::now() + RECORD_PATIENCE.max(shared.config.freeze);
@@ -245,6 +283,7 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
         }
         Some(Finished::Requeued) => tracing::info!(execution = %claim.execution, "the run waits for another attempt"),
         Some(Finished::Zombie) => {
+            lease.note_loss();
             tracing::warn!(execution = %claim.execution, token = %claim.token, "the lease was lost: nothing was recorded")
         }
         None => {}
@@ -252,6 +291,7 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) {
     shared.keeper.drop_lease(claim.token);
     shared.wakeups.tell(Notice::Changed(vec![claim.execution]));
     shared.wakeups.tell(Notice::Work);
+    finished
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use common::{
         claim::Claim,
         log::{Level, NewLine, append},
     },
+    metrics,
     telemetry::{Span, attempt::claim_span_id},
 };
 use tokio::{sync::mpsc, task::JoinHandle};
@@ -73,7 +74,10 @@ impl RunLog {
         let at = Utc::now();
         // A full channel means the database is slower than the tool's chatter: the run does not wait for its log.
         let span_id = self.span_id.clone();
-        let _ = self.lines.try_send(NewLine { at, level, stage: self.lease.stage(), message, details, span_id });
+        let line = NewLine { at, level, stage: self.lease.stage(), message, details, span_id };
+        if self.lines.try_send(line).is_err() {
+            metrics::get().lines_dropped.inc();
+        }
     }
 
     /// What happens.
@@ -95,7 +99,9 @@ async fn write(db: Db, lease: Arc<Lease>, mut receiver: mpsc::Receiver<NewLine>)
         open = gather(&mut receiver, &mut batch).await;
         let room = MOST_LINES.saturating_sub(written);
         if batch.len() > room {
+            let before = batch.len();
             batch.retain(|line| matches!(line.level, Level::Error | Level::Success));
+            metrics::get().lines_dropped.inc_by((before - batch.len()) as u64);
         }
         if !batch.is_empty() {
             store(&db, &lease, &batch).await;

@@ -4,8 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use apalis::{layers::WorkerBuilderExt, prelude::*};
 use common::{
-    db::{Db, DbError},
+    db::{ANSWER_TIMEOUT, Db, DbError},
     execution::ticker::Rescuer,
+    freshness,
+    id::SourceId,
+    metrics,
     queue::Wakeups,
     seal::SealKey,
 };
@@ -17,6 +20,7 @@ use crate::{
     forgetter,
     keeper::Keeper,
     lease::Stop,
+    pipeline::dump::Inspected,
     presence::Presence,
     run, scheduler, sweeper, tester,
 };
@@ -36,6 +40,20 @@ pub struct Shared {
     pub keeper: Arc<Keeper>,
     /// Tells the cluster that this worker lives.
     pub presence: Arc<Presence>,
+}
+
+impl Shared {
+    /// Notes which databases the server of a source has, beside the run: it does not wait for that, nor fail of it.
+    pub fn note_inventory(&self, source: SourceId, inspected: &Inspected) {
+        let (db, mut names) = (self.db.clone(), inspected.all_databases.clone());
+        names.sort();
+        tokio::spawn(async move {
+            let noted = db.within(ANSWER_TIMEOUT, async |conn| freshness::saw(conn, source, &names).await).await;
+            if let Err(error) = noted {
+                tracing::debug!(%source, error = %common::error::Chain(&error), "the databases of a source could not be noted");
+            }
+        });
+    }
 }
 
 /// Time between two tries of a run to reach the service's database.
@@ -70,6 +88,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
             return;
         }
     };
+    metrics::get().concurrency.inc_by(i64::try_from(config.concurrency).unwrap_or(i64::MAX));
     let presence = Presence::begin(config.clone(), db.clone(), &stop).await;
     let shared = Shared {
         config: config.clone(),

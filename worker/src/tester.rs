@@ -78,6 +78,7 @@ async fn test(shared: &Shared, target: Target, groups: &ProcessGroups) -> Result
             let access =
                 source.access(&shared.key).map_err(|e| RunError::give_up("secret_unreadable", e.to_string()))?;
             let (inspected, warning) = Dump::new(&shared.config, access).look(groups).await?;
+            shared.note_inventory(id, &inspected);
             let mut message = format!(
                 "{} database(s), about {} bytes, dumped with {}",
                 inspected.databases.len(),

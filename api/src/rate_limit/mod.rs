@@ -13,6 +13,7 @@ use std::{
 use common::{
     api_key::KeyLimits,
     id::ApiKeyId,
+    metrics,
     setting::{RateLimit, RateLimits},
 };
 use secrecy::SecretString;
@@ -133,10 +134,13 @@ impl RateLimiter {
         if let Some(shared) = &self.shared {
             let key = format!("dbackup:{}:limit:{}:{}", self.instance, class.name(), subject.name());
             if let Some(decision) = shared.check(&key, rule).await {
+                metrics::get().decided(class.name(), "redis", decision.allowed);
                 return decision;
             }
         }
-        self.local.check(class, subject, rule)
+        let decision = self.local.check(class, subject, rule);
+        metrics::get().decided(class.name(), "process", decision.allowed);
+        decision
     }
 
     /// Where the counters are now: `redis`, or `process` for each process its own.

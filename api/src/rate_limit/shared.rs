@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use common::setting::RateLimit;
+use common::{metrics, setting::RateLimit};
 use redis::{AsyncConnectionConfig, Client, Script, aio::MultiplexedConnection};
 use secrecy::ExposeSecret;
 use tokio::sync::Notify;
@@ -65,6 +65,7 @@ impl SharedLimiter {
             failures: AtomicU32::new(0),
             lost: Notify::new(),
         });
+        metrics::get().limiter_fallback.set(1);
         match Client::open(config.url.expose_secret()) {
             Ok(client) => {
                 tokio::spawn(stop.run_until_cancelled_owned(inner.clone().keep_connected(client)));
@@ -117,6 +118,7 @@ impl Inner {
         }
         // Only the one who takes the connection away tells of it.
         if self.connection.write().unwrap_or_else(PoisonError::into_inner).take().is_some() {
+            metrics::get().limiter_fallback.set(1);
             tracing::warn!(why, "Redis is away: every API process limits by itself until it is back");
             self.lost.notify_one();
         }
@@ -129,6 +131,7 @@ impl Inner {
                 Ok(Ok(connection)) => {
                     self.failures.store(0, Ordering::Relaxed);
                     *self.connection.write().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+                    metrics::get().limiter_fallback.set(0);
                     tracing::info!("Redis holds the rate limits of all API processes");
                     told = true;
                     self.lost.notified().await;

@@ -49,8 +49,10 @@ pub struct JobBody {
     overlap: Option<Overlap>,
     max_attempts: Option<i32>,
     timeout_seconds: Option<i32>,
+    /// A good backup is expected this often, whatever triggers it: see `GET /api/health/backups`. Null for none but that
+    /// of the schedule.
     #[serde(default, deserialize_with = "present")]
-    #[schema(value_type = Option<i32>)]
+    #[schema(value_type = Option<i32>, minimum = 60, maximum = 31622400, example = 90000)]
     expect_every_seconds: Option<Option<i32>>,
     labels: Option<Labels>,
     #[schema(ignore)]
@@ -78,6 +80,8 @@ impl JobBody {
         let mut check = Check::default();
         self.not_yet(&mut check);
         let old = old.as_ref();
+        // Only what is sent: a version before took any number, and what it stored must not block another change.
+        let expects = self.expect_every_seconds.flatten();
         let source_id =
             source.or(old.map(|o| o.source_id)).ok_or_else(|| ApiError::malformed("sourceId", "is required"))?;
         let draft = JobDraft {
@@ -110,8 +114,8 @@ impl JobBody {
         if !(1..=2_592_000).contains(&draft.timeout_seconds) {
             check.refuse("timeoutSeconds", "must be between 1 and 2592000 (30 days)");
         }
-        if draft.expect_every_seconds.is_some_and(|n| n < 1) {
-            check.refuse("expectEverySeconds", "must be at least 1, or null");
+        if expects.is_some_and(|n| !(60..=31_622_400).contains(&n)) {
+            check.refuse("expectEverySeconds", "must be between 60 and 31622400 (366 days), or null");
         }
         check.done()?;
         Ok(draft)

@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod destinations;
 pub mod events;
 pub mod executions;
+pub mod freshness;
 pub mod health;
 pub mod jobs;
 pub mod runs;
@@ -47,8 +48,12 @@ fn created<T: Serialize>(value: &T) -> Response {
 /// A page, with the address of the next in `Link`. `bare` gives the array alone.
 fn page<T: Serialize>(page: &Page<T>, uri: &Uri, bare: bool) -> Response {
     let body = if bare { Json(json!(page.rows)) } else { data(&page.rows) };
-    let mut response = body.into_response();
-    if let Some(next) = &page.next {
+    linked(body.into_response(), page.next.as_deref(), uri)
+}
+
+/// An answer that names the page after it.
+fn linked(mut response: Response, next: Option<&str>, uri: &Uri) -> Response {
+    if let Some(next) = next {
         let kept =
             uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("cursor="));
         let query: Vec<&str> = kept.collect();

@@ -51,6 +51,8 @@ fn a_mistake_is_one_line_that_names_the_variable_and_exit_status_2() {
         ("dbackup-worker", vec![("DBACKUP_WORKER_NAME", "")], "DBACKUP_WORKER_NAME"),
         ("dbackup-api", vec![("DBACKUP_TICKER_MS", "20000")], "DBACKUP_TICKER_MS"),
         ("dbackup-worker", vec![("DBACKUP_FENCE_MS", "14900")], "DBACKUP_FENCE_MS"),
+        ("dbackup-api", vec![("DBACKUP_METRICS_LISTEN", "9464")], "DBACKUP_METRICS_LISTEN"),
+        ("dbackup-worker", vec![("DBACKUP_METRICS_LISTEN", "192.0.2.1:9464")], "DBACKUP_METRICS_LISTEN"),
         ("dbackup-worker", vec![("DBACKUP_LOG_FORMAT", "xml")], "DBACKUP_LOG_FORMAT"),
         (
             "dbackup-api",

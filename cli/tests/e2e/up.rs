@@ -33,12 +33,16 @@ impl Data {
     }
 
     fn up(&self, port: u16) -> Process {
+        self.up_with(port, &[])
+    }
+
+    fn up_with(&self, port: u16, extra: &[(&str, String)]) -> Process {
         let folder = self.0.to_str().expect("text");
         let listen = format!("127.0.0.1:{port}");
         let env: BTreeMap<String, String> = [("DBACKUP_LEASE_MS", "3000"), ("DBACKUP_TICKER_MS", "300")]
             .map(|(k, v)| (k.to_owned(), v.to_owned()))
             .into();
-        Process::start("dbackup", &["--data", folder, "up", "--listen", &listen, "--workers", "2"], &env, &[])
+        Process::start("dbackup", &["--data", folder, "up", "--listen", &listen, "--workers", "2"], &env, extra)
     }
 
     fn dbackup(&self, args: &[&str]) -> String {
@@ -136,7 +140,8 @@ impl Client {
 #[tokio::test(flavor = "multi_thread")]
 async fn up_serves_backs_up_and_stops_with_its_postgres_and_keeps_its_folder_private() {
     let (data, port) = (Data::new(), free_port());
-    let mut up = data.up(port);
+    let metrics = free_port();
+    let mut up = data.up_with(port, &[("DBACKUP_METRICS_LISTEN", format!("127.0.0.1:{metrics}"))]);
     let mut client = Client::ready(port).await;
     let key = data.dbackup(&["key", "create", "--name", "ci", "--permission", "*"]);
     assert_eq!(key.lines().count(), 1, "the key stands alone: {key}");
@@ -144,6 +149,18 @@ async fn up_serves_backs_up_and_stops_with_its_postgres_and_keeps_its_folder_pri
     client.job(&data.0, &PostgresSource::with_rows(100).await).await;
     client.backup().await;
     assert_eq!(data.dbackup(&["health"]).trim(), "healthy");
+    let page = client.http.get(format!("http://127.0.0.1:{metrics}/metrics")).send().await.expect("answers");
+    let page = page.text().await.expect("a page");
+    let of_all = [
+        "http_requests_total{",
+        "job_paused{backup_job=\"daily\"} 0",
+        "claimed_executions_total 1",
+        "worker_concurrency 8",
+    ];
+    assert!(
+        of_all.iter().all(|of_it| page.contains(&format!("dbackup_{of_it}"))),
+        "one page for all of the process: {page}"
+    );
 
     let mode = |name: &str| std::fs::metadata(data.0.join(name)).expect("exists").mode() & 0o777;
     assert_eq!((mode("run"), mode("pg"), mode("dbackup.env")), (0o700, 0o700, 0o600));

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     config::Timing,
     db::{Db, DbError},
+    metrics,
     queue::{Notice, Wakeups},
     telemetry::attempt::Closing,
 };
@@ -89,6 +90,7 @@ impl Rescuer {
     async fn expire(&self) -> Result<(), DbError> {
         let expired = self.db.within(self.timing.heartbeat_timeout, async |conn| expire(conn).await).await?;
         if !expired.is_empty() {
+            metrics::get().expired.inc_by(expired.len() as u64);
             tracing::info!(count = expired.len(), "ended runs that were not started in time");
             self.wakeups.tell(Notice::Changed(expired));
         }
@@ -178,6 +180,7 @@ fn close(rescued: &Rescued, lease: Duration) {
 }
 
 fn tell(rescued: &Rescued, wakeups: &Wakeups) {
+    metrics::get().rescued(matches!(rescued.rescue, Rescue::Closed(_)));
     let (Rescue::Requeued(id) | Rescue::Closed(id)) = rescued.rescue;
     let (trace_id, worker) = (rescued.attempt.trace.trace_id(), &rescued.attempt.worker);
     match rescued.rescue {

@@ -20,7 +20,7 @@ use common::{
     destination::Destination,
     execution::{Stage, claim::Assignment, finish::Published, log::Level},
     id::DestinationId,
-    staged_object,
+    metrics, staged_object,
     telemetry::{Span, span::SpanKind},
 };
 use futures::{
@@ -157,6 +157,7 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
     let inspected = dump.inspect(&lease.groups, &log.within(&span)).await;
     let inspected = noted(&mut span, inspected)?;
     drop(span);
+    shared.note_inventory(assignment.source.id, &inspected);
     if let Some(most) = inspected.most_frozen {
         lease.limit_freeze(most);
     }
@@ -243,7 +244,8 @@ async fn dump_into(
     let compressing =
         tokio::task::spawn_blocking(move || compress::compress_in(compress_span, compression, measured_in, stored_out));
     let done_before: u64 = backup.objects.iter().map(|o| o.facts.plain.bytes).sum();
-    let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate())
+    let engine = assignment.source.engine.as_str();
+    let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate(), engine)
         .map_err(|e| RunError::retry("dump_failed", format!("the dump of '{}' could not be read: {e}", database.name)));
     let reading = async { noted(&mut *span, reading.await) };
     // The first failure ends both: a destination that failed must not wait for a dump that stalls.
@@ -269,13 +271,18 @@ async fn read_dump(
     lease: &Lease,
     mut read: u64,
     estimate: u64,
+    engine: &'static str,
 ) -> std::io::Result<()> {
     let Some(mut stdout) = stdout else { return Ok(()) };
+    let dumped = metrics::get().dumped(engine);
     loop {
         let mut chunk = BytesMut::with_capacity(READ);
         match stdout.read_buf(&mut chunk).await? {
             0 => return Ok(()),
-            n => read += n as u64,
+            n => {
+                read += n as u64;
+                dumped.inc_by(n as u64);
+            }
         }
         lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate.max(1)).unwrap_or(99));
         // A closed channel means that a destination failed, which is told where it failed.

@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::telemetry::{Span, span::SpanKind};
+use common::{
+    metrics::{self, Counter},
+    telemetry::{Span, span::SpanKind},
+};
 use futures::future::try_join_all;
 use tokio::sync::mpsc;
 
@@ -15,6 +18,7 @@ pub struct Sending {
     upload: Upload,
     destination: String,
     bytes: u64,
+    stored: Counter,
     began: Instant,
     span: Span,
 }
@@ -33,7 +37,9 @@ pub async fn begin(
         span.set("dbackup.destination.kind", target.store.kind());
         let begun = open(attempt, target, path, estimate).await;
         let upload = noted(&mut span, begun)?;
-        all.push(Sending { upload, destination: target.name.clone(), bytes: 0, began: Instant::now(), span });
+        let engine = attempt.assignment.source.engine.as_str();
+        let stored = metrics::get().stored(engine, target.store.kind(), &target.name);
+        all.push(Sending { upload, destination: target.name.clone(), bytes: 0, stored, began: Instant::now(), span });
     }
     Ok(all)
 }
@@ -63,6 +69,7 @@ impl Sending {
         let written = self.upload.write(chunk).await.map_err(|e| e.at(&self.destination));
         noted(&mut self.span, written)?;
         self.bytes += bytes;
+        self.stored.inc_by(bytes);
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 pub mod audit;
 pub mod held;
 pub mod history;
+pub mod metrics;
 pub mod otlp;
 pub mod people;
 pub mod postgres;

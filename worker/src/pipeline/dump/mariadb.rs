@@ -122,7 +122,8 @@ fn read_answer(
     }
     // A server that cannot send to a tool that stands still gives it up after net_write_timeout.
     let most_frozen = Some(Duration::from_secs(write_timeout) * 5 / 6);
-    Ok(Inspected { server_version, tool_version, tool, snapshot_at, databases, most_frozen })
+    let all_databases = sizes.into_keys().collect();
+    Ok(Inspected { server_version, tool_version, tool, snapshot_at, databases, all_databases, most_frozen })
 }
 
 /// The dump of one database, without `create database` or `use`, so that it can be restored under another name.

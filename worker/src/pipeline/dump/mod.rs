@@ -52,6 +52,8 @@ pub struct Inspected {
     pub snapshot_at: DateTime<Utc>,
     /// Every database that will be dumped.
     pub databases: Vec<Database>,
+    /// Names of all databases that the server shows, those that will not be dumped too.
+    pub all_databases: Vec<String>,
     /// How long the server keeps a connection to a tool that takes nothing; `None` for ever.
     pub most_frozen: Option<Duration>,
 }

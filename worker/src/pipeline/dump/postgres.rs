@@ -16,7 +16,8 @@ use crate::{failure::RunError, lease::ProcessGroups};
 pub const MAGIC: &[u8] = b"PGDMP";
 
 const QUESTION: &str = "select current_setting('server_version_num'), current_setting('server_version'), \
-     pg_database_size(current_database()), extract(epoch from clock_timestamp())::numeric(20,6)";
+     pg_database_size(current_database()), extract(epoch from clock_timestamp())::numeric(20,6), \
+     (select json_agg(datname) from pg_database where datallowconn and not datistemplate)";
 
 /// Asks every database for its size and the server for its version, and chooses the pg_dump: the server's own
 /// major where it is installed, else the next newer with a warning, never an older one.
@@ -29,11 +30,14 @@ pub async fn inspect(
     let psql = psql.ok_or_else(|| missing("psql", bins, "DBACKUP_POSTGRES_BIN", "postgresql-client"))?;
     let mut databases = Vec::new();
     let mut server: Option<(u32, String, DateTime<chrono::Utc>)> = None;
+    let mut all_databases = Vec::new();
     for name in &access.config.databases {
         let answer = ask(access, &psql, name, groups).await?;
-        let fields: Vec<&str> = answer.trim().split('|').collect();
+        // The last may hold the separator.
+        let fields: Vec<&str> = answer.trim().splitn(5, '|').collect();
         let parsed = match fields[..] {
-            [number, version, size, at] => {
+            [number, version, size, at, all] => {
+                all_databases = serde_json::from_str(all).unwrap_or_default();
                 parse(number, size, at).map(|(major, size, at)| (major, version.to_owned(), size, at))
             }
             _ => None,
@@ -62,6 +66,7 @@ pub async fn inspect(
             tool: tool.path,
             snapshot_at,
             databases,
+            all_databases,
             most_frozen: None,
         },
         warning,
