@@ -12,6 +12,7 @@ use crate::harness::{
     Cluster, SOON,
     held::Held,
     metrics::promtool,
+    otlp::Receiver,
     postgres_port,
     proxy::{Mode, Proxy},
     redis::Redis,
@@ -36,7 +37,9 @@ async fn told(cluster: &Cluster, name: &str, labels: &[(&str, &str)], value: f64
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_counted_by_both_kinds_of_process_and_its_trace_is_an_exemplar() {
-    let cluster = with_pages().start().await;
+    // Only a trace that somebody keeps is an exemplar.
+    let receiver = Receiver::start().await;
+    let cluster = with_pages().env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint).start().await;
     let source = PostgresSource::with_rows(1_000).await;
     let (destination, _) = cluster.local_destination().await;
     let store = cluster.ok("GET", &format!("/api/destinations/{destination}"), None).await;

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::harness::{
     Cluster, SOON,
     metrics::{Prometheus, profile, promtool},
+    otlp::Receiver,
     source::PostgresSource,
     until,
 };
@@ -40,7 +41,12 @@ fn queries(dashboard: &Value) -> Vec<(String, String)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn prometheus_scrapes_every_process_finds_the_run_by_its_exemplar_and_every_panel_has_data() {
-    let cluster = Cluster::build().env("DBACKUP_METRICS_LISTEN", "127.0.0.1:0").start().await;
+    let receiver = Receiver::start().await;
+    let cluster = Cluster::build()
+        .env("DBACKUP_METRICS_LISTEN", "127.0.0.1:0")
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
+        .start()
+        .await;
     let source = PostgresSource::with_rows(100).await;
     let (destination, _) = cluster.local_destination().await;
     let more = json!({ "slug": "shop-daily", "expectEverySeconds": 3_600 });

@@ -447,7 +447,10 @@ impl Cluster {
         // Jobs are a bare array.
         let rows = if path.starts_with("/api/jobs?") || path == "/api/jobs" { &body } else { &body["data"] };
         let rows = rows.as_array().unwrap_or_else(|| panic!("{path}: no rows in {body}"));
-        (rows.iter().map(id).collect(), next)
+        // What is told about a job has no id of its own.
+        let id_of =
+            |row: &Value| row["jobId"].as_str().filter(|_| row["id"].is_null()).map_or_else(|| id(row), str::to_owned);
+        (rows.iter().map(id_of).collect(), next)
     }
 
     /// Makes a source; gives its id.
