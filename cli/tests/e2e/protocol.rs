@@ -18,7 +18,7 @@ use common::{
 use serde_json::json;
 use sqlx::PgConnection;
 
-use crate::harness::{Cluster, LEASE, claimant, source::PostgresSource};
+use crate::harness::{Cluster, LEASE, SOON, claimant, source::PostgresSource, until};
 
 /// Between a rescuer's look at the clock and its rescue.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -319,4 +319,31 @@ async fn the_caps_hold_though_each_process_remembers_what_it_counted_before_the_
         assert_eq!(fill_up(&cluster, &job).await, 1, "{cap}: 4 wait, and 5 came back");
         assert_eq!(cluster.count("select count(*) from executions where status = 'Pending'").await, 10);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_processes_that_wait_for_the_same_job_both_count_what_the_first_of_them_adds() {
+    let cluster = with_pending(0).await;
+    let job = cluster.text("select id::text from jobs").await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxPendingPerJob": 3 }))).await;
+    let trigger = async |api: usize| {
+        let url = format!("{}/api/jobs/{job}/run", cluster.url(api));
+        let answer = cluster.http.post(url).bearer_auth(&cluster.admin_key).send().await.expect("answers");
+        answer.status().as_u16()
+    };
+    // Now each remembers a count that leaves room for one more.
+    assert_eq!([trigger(0).await, trigger(1).await], [200, 200]);
+    let mut conn = cluster.pool.acquire().await.expect("connects");
+    let mut held = sqlx::Connection::begin(&mut *conn).await.expect("begins");
+    sqlx::query("select from jobs for update").execute(&mut *held).await.expect("locks");
+    let both = async { tokio::join!(trigger(0), trigger(1)) };
+    let release = async {
+        let waiting =
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        until("both wait for the job", SOON, || async { (cluster.count(waiting).await == 2).then_some(()) }).await;
+        held.commit().await.expect("commits");
+    };
+    let ((first, second), ()) = tokio::join!(both, release);
+    assert_eq!([first.min(second), first.max(second)], [200, 429], "one of them fits");
+    assert_eq!(cluster.count("select count(*) from executions").await, 3);
 }

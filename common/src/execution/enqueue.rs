@@ -226,10 +226,9 @@ struct Locked {
 async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Locked, sqlx::Error> {
     let ids: Vec<uuid::Uuid> = requests.iter().filter_map(|r| r.job.id()).collect();
     let slugs: Vec<String> = requests.iter().map(|r| r.job.slug().to_owned()).collect();
-    let rows = sqlx::query!(
-        r#"select j.id as "id: JobId", j.slug, j.name, j.source_id, s.pool, j.overlap as "overlap: Overlap", j.max_attempts,
-                  (select last_value - (not is_called)::int from executions_seq_seq) as "sequence!",
-                  (select jsonb_object_agg(name, value) from settings) as stored
+    let jobs = sqlx::query_as!(
+        JobRow,
+        r#"select j.id as "id: JobId", j.slug, j.name, j.source_id, s.pool, j.overlap as "overlap: Overlap", j.max_attempts
              from jobs j join sources s on s.id = j.source_id
             where j.id = any ($1) or j.slug = any ($2)
             order by j.id
@@ -237,20 +236,17 @@ async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Resu
         &ids,
         &slugs,
     )
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
-    let sequence = rows.first().map_or(0, |row| row.sequence);
-    let settings = Settings::default().with_stored(rows.first().and_then(|row| row.stored.clone()));
-    let jobs = rows.into_iter().map(|row| JobRow {
-        id: row.id,
-        slug: row.slug,
-        name: row.name,
-        source_id: row.source_id,
-        pool: row.pool,
-        overlap: row.overlap,
-        max_attempts: row.max_attempts,
-    });
-    Ok(Locked { jobs: jobs.collect(), settings, sequence })
+    // After the locks: a statement that waits for them has read the sequence before whoever held them moved it on.
+    let row = sqlx::query!(
+        r#"select last_value - (not is_called)::int as "sequence!",
+                  (select jsonb_object_agg(name, value) from settings) as stored
+             from executions_seq_seq"#
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(Locked { jobs, settings: Settings::default().with_stored(row.stored), sequence: row.sequence })
 }
 
 async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashMap<JobId, ExecutionId>, sqlx::Error> {
