@@ -7,6 +7,8 @@
 #[allow(dead_code)]
 mod harness;
 #[allow(dead_code)]
+mod load;
+#[allow(dead_code)]
 mod report;
 
 use std::{
@@ -23,6 +25,7 @@ use harness::{
     history::{assert_nothing_walks_in, fill, with_job},
     postgres_url, sql,
 };
+use load::forget_pending;
 use report::Report;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
@@ -91,12 +94,6 @@ async fn add_pending(cluster: &Cluster, count: u32) {
            from generate_series(1, {count})"
     );
     sqlx::raw_sql(AssertSqlSafe(insert)).execute(&cluster.pool).await.expect("inserts");
-    sql(&cluster.database, "vacuum analyze executions").await;
-}
-
-async fn forget_pending(cluster: &Cluster) {
-    let forget = "delete from executions where status = 'Pending'";
-    sqlx::query(forget).execute(&cluster.pool).await.expect("deletes");
     sql(&cluster.database, "vacuum analyze executions").await;
 }
 

@@ -20,13 +20,11 @@ use std::{
     time::Duration,
 };
 
-use harness::{Cluster, history::with_job, sql};
-use load::{CLIENTS, rate, request};
+use harness::{Cluster, history::with_job};
+use load::{CLIENTS, forget_pending, lift_caps, rate, request};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use prost::Message;
 use report::Report;
-use serde_json::json;
-use sqlx::AssertSqlSafe;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
@@ -111,9 +109,7 @@ async fn main() -> ExitCode {
     cluster.apis.truncate(1);
     cluster.set_env("OTEL_EXPORTER_OTLP_ENDPOINT", Some(&endpoint));
     cluster.add_api().await;
-    let change = json!({ "maxPending": 1_000_000, "maxPendingPerJob": 1_000_000 });
-    cluster.ok("PATCH", "/api/settings", Some(change)).await;
-    sql(&cluster.database, "update jobs set overlap = 'allow', max_attempts = 1").await;
+    lift_caps(&cluster).await;
     let trigger = request(&cluster, "POST", &format!("/api/jobs/{job}/run"));
     // The first of each is slower: connections, caches, the first pages of the tables.
     for api in 0..2 {
@@ -128,9 +124,7 @@ async fn main() -> ExitCode {
         for turn in 0..2 {
             let api = (turn + round) % 2;
             rates[api] = rate(cluster.url(api), &trigger, LONG).await;
-            let forget = "delete from executions where status = 'Pending'";
-            sqlx::query(AssertSqlSafe(forget)).execute(&cluster.pool).await.expect("deletes");
-            sql(&cluster.database, "vacuum analyze executions").await;
+            forget_pending(&cluster).await;
         }
         triggers += rates[1] * LONG.as_secs_f64();
         ratios.push(rates[1] / rates[0]);

@@ -15,9 +15,8 @@ use std::{
 };
 
 use harness::{Cluster, SOON, history::with_job, postgres_url, sql, until};
-use load::{CLIENTS, Client, rate, request};
+use load::{CLIENTS, Client, forget_pending, lift_caps, rate, request};
 use report::Report;
-use serde_json::json;
 use sqlx::AssertSqlSafe;
 
 /// Length of one measurement.
@@ -40,12 +39,6 @@ async fn bare_inserts(cluster: &Cluster) -> f64 {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let tps = text.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok());
     tps.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)))
-}
-
-async fn forget_pending(cluster: &Cluster) {
-    let forget = "delete from executions where status = 'Pending'";
-    sqlx::query(forget).execute(&cluster.pool).await.expect("deletes");
-    sql(&cluster.database, "vacuum analyze executions").await;
 }
 
 /// From the request to Running, by the one clock of the machine.
@@ -129,9 +122,7 @@ async fn main() -> ExitCode {
     let mut cluster = Cluster::build().workers(1).limit(0).start().await;
     let job = with_job(&cluster).await;
     cluster.workers.clear();
-    let change = json!({ "maxPending": 1_000_000, "maxPendingPerJob": 1_000_000 });
-    cluster.ok("PATCH", "/api/settings", Some(change)).await;
-    sql(&cluster.database, "update jobs set overlap = 'allow', max_attempts = 1").await;
+    lift_caps(&cluster).await;
     sql(&cluster.database, "update queue_gate set max_concurrency = 4").await;
     let kept = http(&mut cluster, &job, &mut report).await;
     report.write();

@@ -7,7 +7,9 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::harness::Cluster;
+use serde_json::json;
+
+use crate::harness::{Cluster, sql};
 
 /// Clients at once.
 pub const CLIENTS: usize = 32;
@@ -75,4 +77,18 @@ pub async fn rate(url: &str, request: &str, long: Duration) -> f64 {
         .collect();
     let counts = futures::future::join_all(clients).await;
     f64::from(counts.iter().sum::<u32>()) / long.as_secs_f64()
+}
+
+/// Lets as many wait as come.
+pub async fn lift_caps(cluster: &Cluster) {
+    let change = json!({ "maxPending": 1_000_000, "maxPendingPerJob": 1_000_000 });
+    cluster.ok("PATCH", "/api/settings", Some(change)).await;
+    sql(&cluster.database, "update jobs set overlap = 'allow', max_attempts = 1").await;
+}
+
+/// Deletes what waits, and what it left in the table.
+pub async fn forget_pending(cluster: &Cluster) {
+    let forget = "delete from executions where status = 'Pending'";
+    sqlx::query(forget).execute(&cluster.pool).await.expect("deletes");
+    sql(&cluster.database, "vacuum analyze executions").await;
 }
