@@ -10,7 +10,7 @@ COPY . .
 # while the last build ran would look older than what was made of it: so the project's own files are always new.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     --mount=type=cache,target=/build/target,sharing=locked \
-    find api cli common migrations worker -type f -exec touch {} + && \
+    find api cli common docs migrations worker -type f -exec touch {} + && \
     cargo build --locked --profile "$PROFILE" --package api --package worker --package cli && \
     mkdir /programs && cp target/"$PROFILE"/dbackup target/"$PROFILE"/dbackup-api target/"$PROFILE"/dbackup-worker /programs
 

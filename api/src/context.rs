@@ -29,9 +29,9 @@ use crate::{
 };
 
 /// Header with the request's id, the caller's where it is sane.
-pub const REQUEST_ID: &str = "x-request-id";
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Header with the trace's id.
-pub const TRACE_ID: &str = "x-trace-id";
+pub const TRACE_ID: HeaderName = HeaderName::from_static("x-trace-id");
 
 /// Of an answer that is read by programs: nothing in it may be shown, framed or run by a browser.
 const SECURITY_HEADERS: [(HeaderName, &str); 5] = [
@@ -41,6 +41,10 @@ const SECURITY_HEADERS: [(HeaderName, &str); 5] = [
     (header::REFERRER_POLICY, "no-referrer"),
     (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
 ];
+
+/// Marks a failure that is a page already, and no JSON.
+#[derive(Clone, Copy, Debug)]
+pub struct ForPeople;
 
 /// Where a request comes from. Everything takes it from the request's extensions.
 #[derive(Clone, Debug)]
@@ -159,7 +163,7 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
         span.fail(status.as_u16().to_string(), "");
     }
     metrics::get().answered(method.as_str(), route, status.as_u16(), began.elapsed(), Trace::of(span.context()));
-    if status.is_client_error() || status.is_server_error() {
+    if (status.is_client_error() || status.is_server_error()) && response.extensions().get::<ForPeople>().is_none() {
         response = envelope(response, &id);
     }
     let headers = response.headers_mut();

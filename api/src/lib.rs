@@ -15,8 +15,10 @@ pub mod openapi;
 pub mod rate_limit;
 pub mod router;
 pub mod routes;
+pub mod samples;
 pub mod server;
 pub mod state;
+pub mod ui;
 pub mod waiting;
 pub mod watch;
 

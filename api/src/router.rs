@@ -24,6 +24,7 @@ use crate::{
         setup, sources, users,
     },
     state::AppState,
+    ui,
 };
 
 /// Largest body.
@@ -74,9 +75,24 @@ impl Route {
     fn streams(self) -> Self {
         Self { patience: Patience::Streams, ..self }
     }
+
+    /// A page of the console, or a file of it.
+    pub fn page(path: &'static str, access: Access, limit: LimitClass, handler: MethodRouter<AppState>) -> Self {
+        Self { method: Method::GET, path, access, limit, patience: Patience::Short, handler }
+    }
+
+    /// Its handler, with what stands before it.
+    fn guarded(self, state: &AppState) -> MethodRouter<AppState> {
+        let gate = Gate { state: state.clone(), access: self.access, limit: self.limit };
+        let handler = self.handler.layer(from_fn_with_state(gate, auth::admit));
+        match self.patience.limit() {
+            Some(limit) => handler.layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, limit)),
+            None => handler,
+        }
+    }
 }
 
-/// All routes.
+/// All routes but the pages of the console: see [`ui::pages`].
 #[rustfmt::skip]
 pub fn table() -> Vec<Route> {
     use Access::{Identified, Needs, Open};
@@ -113,6 +129,8 @@ pub fn table() -> Vec<Route> {
         row(Method::PUT,    "/api/destinations/{id}",          Needs(DestinationsWrite),  Write,  put(destinations::update)),
         row(Method::DELETE, "/api/destinations/{id}",          Needs(DestinationsWrite),  Write,  delete(destinations::delete)),
         row(Method::POST,   "/api/destinations/{id}/test",     Needs(DestinationsWrite),  Write,  post(destinations::test)),
+        row(Method::GET,    "/api/engines",                    Needs(SourcesRead),        Read,   get(sources::engines)),
+        row(Method::GET,    "/api/destination-kinds",          Needs(DestinationsRead),   Read,   get(destinations::kinds)),
         row(Method::GET,    "/api/settings",                   Needs(SettingsRead),       Read,   get(settings::get)),
         row(Method::PATCH,  "/api/settings",                   Needs(SettingsWrite),      Write,  patch(settings::change)),
         row(Method::GET,    "/api/api-keys",                   Needs(ApiKeysRead),        Read,   get(api_keys::list)),
@@ -150,13 +168,10 @@ pub fn table() -> Vec<Route> {
 pub fn router(state: AppState) -> Router {
     let mut router = Router::new();
     for route in table() {
-        let gate = Gate { state: state.clone(), access: route.access, limit: route.limit };
-        let handler = route.handler.layer(from_fn_with_state(gate, auth::admit));
-        let handler = match route.patience.limit() {
-            Some(limit) => handler.layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, limit)),
-            None => handler,
-        };
-        router = router.route(route.path, handler);
+        router = router.route(route.path, route.guarded(&state));
+    }
+    for page in ui::pages() {
+        router = router.route(page.path, page.guarded(&state).layer(from_fn_with_state(state.clone(), ui::present)));
     }
     surrounded(router, state)
 }

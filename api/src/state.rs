@@ -6,7 +6,7 @@ use common::{
     audit::{self, Actor, Event},
     cluster::Queue,
     db::{ANSWER_TIMEOUT, Db, DbError},
-    execution::waiting::QueueSnapshot,
+    execution::{summary::Summary, waiting::QueueSnapshot},
     queue::Wakeups,
     seal::SealKey,
 };
@@ -68,6 +68,8 @@ pub struct Shared {
     pub queue: Arc<Lately<Arc<QueueSnapshot>>>,
     /// How much waits.
     pub depth: Arc<Lately<Arc<Queue>>>,
+    /// How backups went of late.
+    pub summary: Arc<Lately<Arc<Summary>>>,
     /// How far its stop has come.
     pub stop: Stop,
 }
@@ -103,6 +105,7 @@ impl AppState {
             known: Arc::default(),
             queue: Arc::default(),
             depth: Arc::default(),
+            summary: Arc::default(),
             memory,
             db,
             key,

@@ -5,6 +5,7 @@ mod embedded;
 mod instance;
 mod keys;
 mod status;
+mod trigger;
 mod up;
 mod users;
 
@@ -52,6 +53,8 @@ enum Command {
     },
     /// Show the workers, the slots in use and what waits
     Status(status::StatusArgs),
+    /// Trigger a job of an instance over HTTP and wait for its end; the exit status is 0 for Success alone
+    Trigger(trigger::TriggerArgs),
 }
 
 #[tokio::main]
@@ -70,6 +73,7 @@ async fn main() {
         Command::Health { api: Some(url) } => commands::api_health(&url).await,
         Command::KeyRotate => commands::rotate_key(program.data).await,
         Command::Status(args) => status::run(program.data, args).await,
+        Command::Trigger(args) => trigger::run(args).await,
     };
     std::process::exit(done.map_or_else(|error| error.report(), |()| 0));
 }

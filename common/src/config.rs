@@ -2,7 +2,10 @@
 
 use std::{path::Path, time::Duration};
 
-use clap::{Parser, error::ContextKind};
+use clap::{
+    Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::seal::SealKey;
@@ -19,7 +22,7 @@ pub struct ConfigError(pub String);
 pub fn parse_or_exit<T: Parser>() -> T {
     T::try_parse().unwrap_or_else(|e| {
         // Help that somebody asked for, or should see, is more than a line.
-        if !e.use_stderr() || e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        if !e.use_stderr() || e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
             e.exit();
         }
         exit_with(&ConfigError(one_line(&e, &T::command())))
@@ -36,18 +39,28 @@ pub fn exit_with(error: &ConfigError) -> ! {
 fn one_line(error: &clap::Error, command: &clap::Command) -> String {
     let text = error.to_string();
     let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-    let flag = match error.get(ContextKind::InvalidArg) {
-        Some(clap::error::ContextValue::String(flag)) => flag.clone(),
-        _ => return first,
-    };
-    let variable = all_args(command).into_iter().find_map(|arg| {
+    match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(flag)) => match variable_of(flag, command) {
+            Some(variable) => format!("{variable}: {first}"),
+            None => first,
+        },
+        Some(ContextValue::Strings(flags)) if error.kind() == ErrorKind::MissingRequiredArgument => {
+            let named = flags.iter().map(|flag| match variable_of(flag, command) {
+                Some(variable) => format!("{flag} (or {variable})"),
+                None => flag.clone(),
+            });
+            format!("missing: {}; see --help", named.collect::<Vec<_>>().join(", "))
+        }
+        _ => first,
+    }
+}
+
+/// The variable that stands for a flag, which clap writes as `--flag <VALUE>`.
+fn variable_of(flag: &str, command: &clap::Command) -> Option<String> {
+    all_args(command).into_iter().find_map(|arg| {
         let long = format!("--{}", arg.get_long()?);
         (flag == long || flag.starts_with(&format!("{long} "))).then(|| arg.get_env()?.to_str().map(str::to_owned))?
-    });
-    match variable {
-        Some(variable) => format!("{variable}: {first}"),
-        None => first,
-    }
+    })
 }
 
 fn all_args(command: &clap::Command) -> Vec<&clap::Arg> {

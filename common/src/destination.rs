@@ -28,6 +28,9 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 2] = [Kind::Local, Kind::S3];
+
     /// The name as clients write it.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -31,6 +31,9 @@ pub enum Engine {
 }
 
 impl Engine {
+    /// All of them.
+    pub const ALL: [Engine; 3] = [Engine::Postgres, Engine::Mysql, Engine::Mariadb];
+
     /// The name as clients write it.
     pub fn as_str(self) -> &'static str {
         match self {

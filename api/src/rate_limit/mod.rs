@@ -31,9 +31,12 @@ pub enum LimitClass {
     Write,
     /// Polls of an execution: they count as reads, and are held before they are refused.
     Poll,
+    /// Pages of the console: as many as reads, counted apart. Whoever looks at pages does not use up what the scripts
+    /// of the same address may read, and scripts that read too much lock nobody out who wants to see why.
+    Page,
     /// Sign-ins and the set-up.
     SignIn,
-    /// Probes: outside the limits.
+    /// Probes, and the files of the console, which ask nobody: outside the limits.
     Free,
 }
 
@@ -43,6 +46,7 @@ impl LimitClass {
         match self {
             LimitClass::Read | LimitClass::Poll => "read",
             LimitClass::Write => "write",
+            LimitClass::Page => "page",
             LimitClass::SignIn => "signIn",
             LimitClass::Free => "free",
         }
@@ -51,7 +55,7 @@ impl LimitClass {
     /// The limit of this class that a key has of its own.
     pub fn own(self, limits: &KeyLimits) -> Option<u32> {
         let own = match self {
-            LimitClass::Read | LimitClass::Poll => limits.read,
+            LimitClass::Read | LimitClass::Poll | LimitClass::Page => limits.read,
             LimitClass::Write => limits.write,
             LimitClass::SignIn | LimitClass::Free => None,
         };
@@ -61,7 +65,7 @@ impl LimitClass {
     /// The limit of this class for an address.
     pub fn rule(self, limits: &RateLimits) -> Option<RateLimit> {
         match self {
-            LimitClass::Read | LimitClass::Poll => Some(limits.read),
+            LimitClass::Read | LimitClass::Poll | LimitClass::Page => Some(limits.read),
             LimitClass::Write => Some(limits.write),
             LimitClass::SignIn => Some(limits.sign_in),
             LimitClass::Free => None,

@@ -16,7 +16,7 @@ use super::data;
 use crate::{auth::Caller, error::ApiError, extract::Segment, openapi::Data, state::AppState};
 
 /// How old the count of what waits may be: it looks at every row that waits.
-const DEPTH_AGE: Duration = Duration::from_secs(1);
+pub const DEPTH_AGE: Duration = Duration::from_secs(1);
 
 /// The cluster at a glance: workers, slots in use, what waits and the limit. A key that is bound to jobs sees of other
 /// jobs' slots only that they are in use. `queue` is up to a second old.

@@ -6,6 +6,7 @@ use common::{
     connection::SplitConfig,
     connection_test::{Target, TestResult},
     destination::{self, Destination, DestinationDraft, Filter, Kind},
+    form::{self, Form},
     id::Reference,
     label::Labels,
 };
@@ -62,10 +63,17 @@ impl DestinationBody {
     }
 }
 
-async fn find(state: &AppState, segment: String) -> Result<Destination, ApiError> {
+/// One by its id or slug.
+pub async fn find(state: &AppState, segment: String) -> Result<Destination, ApiError> {
     let reference = Reference::new(segment);
     let found = state.ask(async |conn| destination::find(conn, &reference).await).await?;
     found.ok_or_else(|| ApiError::not_found("Destination", "destination_not_found"))
+}
+
+/// The kinds that a destination may have, with the fields of their configs: what a form for a destination asks.
+#[utoipa::path(get, path = "/api/destination-kinds", tag = "destinations", responses((status = 200, body = Data<Vec<Form>>)))]
+pub async fn kinds() -> Json<Value> {
+    data(&Kind::ALL.map(form::of_kind))
 }
 
 /// A page of destinations.

@@ -156,7 +156,8 @@ fn not_found() -> ApiError {
     ApiError::not_found("Job", "job_not_found")
 }
 
-async fn find(state: &AppState, caller: &Caller, segment: String) -> Result<Job, ApiError> {
+/// A job that the caller may see.
+pub async fn find(state: &AppState, caller: &Caller, segment: String) -> Result<Job, ApiError> {
     let reference = Reference::new(segment);
     let found = state.ask(async |conn| job::find(conn, &reference).await).await?;
     found.filter(|job| caller.sees(job.id)).ok_or_else(not_found)

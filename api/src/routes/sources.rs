@@ -5,6 +5,7 @@ use common::{
     audit::Event,
     connection::SplitConfig,
     connection_test::{Target, TestResult},
+    form::{self, Form},
     id::Reference,
     label::Labels,
     queue::Notice,
@@ -79,10 +80,17 @@ impl SourceBody {
     }
 }
 
-async fn find(state: &AppState, segment: String) -> Result<Source, ApiError> {
+/// One by its id or slug.
+pub async fn find(state: &AppState, segment: String) -> Result<Source, ApiError> {
     let reference = Reference::new(segment);
     let found = state.ask(async |conn| source::find(conn, &reference).await).await?;
     found.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))
+}
+
+/// The engines that a source may have, with the fields of their configs: what a form for a source asks.
+#[utoipa::path(get, path = "/api/engines", tag = "sources", responses((status = 200, body = Data<Vec<Form>>)))]
+pub async fn engines() -> Json<Value> {
+    data(&Engine::ALL.map(form::of_engine))
 }
 
 /// A page of sources.

@@ -67,6 +67,72 @@ async fn every_route_refuses_a_caller_without_a_key_and_one_without_its_permissi
     assert!(seen >= 44, "the table has shrunk to {seen}");
 }
 
+/// Pages that nobody needs to sign in for; the list may only shrink.
+const OPEN_PAGES: [&str; 3] = ["/setup", "/sign-in", "/assets/{version}/{*file}"];
+/// Pages for everybody who is signed in, which show what their reader may see.
+const PAGES_OF_EVERYBODY: [&str; 2] = ["/", "/access/sessions"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_page_sends_a_stranger_to_the_sign_in_and_refuses_a_reader_without_its_permission() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).build().expect("a client");
+    let get = async |path: &str, key: Option<String>| {
+        let request = http.get(format!("{}{path}", cluster.url(0)));
+        let response = key.into_iter().fold(request, |request, key| request.bearer_auth(key)).send().await;
+        response.expect("answers")
+    };
+    let mut seen = 0;
+    for page in api::ui::pages() {
+        let path = concrete(page.path);
+        if page.access == Access::Open {
+            assert!(OPEN_PAGES.contains(&page.path), "{} is open to everybody", page.path);
+            continue;
+        }
+        let stranger = get(&path, None).await;
+        let wanted = format!("/sign-in?next={path}");
+        let sent_to = stranger.headers()["location"].to_str().expect("text");
+        assert_eq!((stranger.status().as_u16(), sent_to), (303, wanted.as_str()));
+        seen += 1;
+        let Access::Needs(needed) = page.access else {
+            assert!(PAGES_OF_EVERYBODY.contains(&page.path), "{} is open to whoever is signed in", page.path);
+            continue;
+        };
+        let others: Vec<&str> = Permission::ALL.iter().filter(|p| **p != needed).map(|p| p.as_str()).collect();
+        let refused = get(&path, Some(cluster.key(&others).await)).await;
+        assert_eq!(refused.status(), 403, "{path}");
+        let policy = refused.headers()["content-security-policy"].to_str().expect("text").to_owned();
+        assert!(policy.starts_with("default-src 'none'; ") && !policy.contains("unsafe"), "{policy}");
+        let text = refused.text().await.expect("a page");
+        assert!(text.contains("<main") && text.contains(needed.as_str()), "{text}");
+        let admitted = get(&path, Some(cluster.key(&[needed.as_str()]).await)).await;
+        assert!(
+            [200, 404].contains(&admitted.status().as_u16()),
+            "{path} with its one permission: {}",
+            admitted.status()
+        );
+    }
+    assert!(seen >= 23, "the console has shrunk to {seen}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn looking_at_pages_uses_up_nothing_that_the_scripts_of_the_same_address_may_read() {
+    let cluster = Cluster::build().workers(0).rate_limits(json!({ "read": { "limit": 3 } })).start().await;
+    let get = async |path: &str| {
+        let request = cluster.http.get(format!("{}{path}", cluster.url(0))).bearer_auth(&cluster.admin_key);
+        request.send().await.expect("answers").status().as_u16()
+    };
+    for _ in 0..3 {
+        assert_eq!(get("/jobs").await, 200);
+    }
+    assert_eq!(get("/sources").await, 429, "pages have a limit of their own");
+    let file = api::ui::asset("app.css");
+    for _ in 0..3 {
+        assert_eq!(get("/api/jobs").await, 200);
+        assert_eq!(get(&file).await, 200, "a file counts for nothing");
+    }
+    assert_eq!(get("/api/jobs").await, 429);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_wrong_disabled_or_expired_is_refused_and_told_why() {
     let cluster = Cluster::build().workers(0).start().await;

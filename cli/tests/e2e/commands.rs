@@ -5,7 +5,14 @@ use std::{
     process::{Command, Output},
 };
 
-use crate::harness::{Cluster, Process, SOON, binary, postgres_url, source::psql, sql, unique};
+use serde_json::json;
+
+use crate::harness::{
+    Cluster, Process, SOON, binary, postgres_url,
+    proxy::{Mode, Proxy},
+    source::{PostgresSource, psql},
+    sql, unique, until,
+};
 
 fn dbackup(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = Command::new(binary("dbackup"));
@@ -70,6 +77,61 @@ async fn health_tells_by_its_exit_status_what_is_wrong() {
             "{args:?} {env:?}: {stderr}"
         );
         assert!(stderr.contains(words), "{args:?} {env:?}: {stderr}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trigger_waits_through_a_network_that_breaks_and_makes_one_run() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let port = cluster.url(0).rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
+    let network = Proxy::start(port).await;
+    // The trigger arrives, and its answer is lost.
+    network.set(Mode::HoldAfter(0));
+    let env = BTreeMap::from([
+        ("DBACKUP_URL".to_owned(), format!("http://127.0.0.1:{}", network.port)),
+        ("DBACKUP_API_KEY".to_owned(), cluster.key(&["jobs:execute", "history:read"]).await),
+    ]);
+    let mut trigger = Process::start("dbackup", &["trigger", &job, "--log", "--label", "release=42"], &env, &[]);
+    let count = "select count(*) from executions";
+    until("it is triggered", SOON, || async { (cluster.count(count).await == 1).then_some(()) }).await;
+    for said in ["Execution started: ", "Status: Pending"] {
+        network.set(Mode::Cut);
+        trigger.says("the instance does not answer", SOON).await;
+        network.set(Mode::Pass);
+        trigger.says(said, SOON).await;
+    }
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 2 }))).await;
+    assert_eq!(trigger.end(SOON).await.code(), Some(0), "{}", trigger.log());
+    let log = trigger.log();
+    assert!(log.contains("Status: Success | Progress: 100") && log.contains("pg_dump"), "{log}");
+    assert_eq!(cluster.count(count).await, 1, "{log}");
+    assert_eq!(cluster.text("select labels::text from executions").await, r#"{"release": "42"}"#);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trigger_says_what_is_wrong_and_never_spins() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let (url, key) = (cluster.url(0), cluster.key(&["history:read"]).await);
+    for (args, env, status, words) in [
+        (vec!["trigger", "shop"], vec![("DBACKUP_API_KEY", key.as_str())], 2, "--url"),
+        (vec!["trigger", "shop", "--url", url], vec![], 2, "DBACKUP_API_KEY is not set"),
+        (vec!["trigger", "shop", "--url", "ftp://127.0.0.1"], vec![("DBACKUP_API_KEY", &key)], 2, "--url"),
+        (vec!["trigger", "shop", "--url", url, "--label", "x"], vec![("DBACKUP_API_KEY", &key)], 2, "NAME=VALUE"),
+        (vec!["trigger", "shop", "--url", url], vec![("DBACKUP_API_KEY", "dbm_wrong")], 1, "invalid API key"),
+        (
+            vec!["trigger", "shop", "--url", url],
+            vec![("DBACKUP_API_KEY", &key)],
+            1,
+            "lacks the permission jobs:execute",
+        ),
+        (vec!["trigger", "shop", "--url", url], vec![("DBACKUP_API_KEY", &cluster.admin_key)], 1, "Job not found"),
+    ] {
+        let (code, stdout, stderr) = said(&dbackup(&args, &env));
+        assert_eq!((code, stdout.as_str()), (Some(status), ""), "{args:?}: {stderr}");
+        assert!(stderr.contains(words) && !stderr.contains(&key), "{args:?}: {stderr}");
     }
 }
 

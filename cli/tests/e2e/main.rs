@@ -11,6 +11,7 @@ mod cluster;
 mod collectors;
 mod commands;
 mod configuration;
+mod console;
 mod contract;
 mod destinations;
 mod failover;

@@ -1,16 +1,16 @@
-//! The contract's client samples with the real tools, unmodified but for URL, key and job: each for a run that
-//! succeeds, one that fails and one that somebody else cancels meanwhile.
+//! The client samples, as the console shows them, with the real tools: each for a run that succeeds, one that fails and
+//! one that somebody else cancels meanwhile. The contract's own are unmodified but for URL, key and job.
 
 use std::{
     collections::BTreeSet,
-    path::Path,
     process::{Command, Output},
     time::Duration,
 };
 
+use api::samples::Sample;
 use serde_json::json;
 
-use crate::harness::{Cluster, SOON, postgres::OwnPostgres, source::PostgresSource, unique, until};
+use crate::harness::{Cluster, SOON, binary, postgres::OwnPostgres, source::PostgresSource, unique, until};
 
 /// What a sample is to do: a program and its arguments, variables and standard input.
 #[derive(Clone)]
@@ -20,9 +20,22 @@ pub struct Script {
     variables: Vec<(&'static str, String)>,
 }
 
-fn sample(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/samples").join(name);
-    std::fs::read_to_string(path).expect("the sample")
+impl Script {
+    /// A text for a shell.
+    pub fn shell(text: &str) -> Self {
+        Self { program: "bash".to_owned(), args: vec!["-c".to_owned(), text.to_owned()], variables: Vec::new() }
+    }
+
+    /// With what the sample asks to be set where it runs.
+    fn with(self, sample: &Sample) -> Self {
+        Self { variables: sample.variables.clone(), ..self }
+    }
+}
+
+/// A sample as the console shows it.
+fn shown(id: &str, url: &str, key: &str, job: &str) -> Sample {
+    let found = api::samples::of(url, key, job).into_iter().find(|sample| sample.id == id);
+    found.unwrap_or_else(|| panic!("there is no sample {id}"))
 }
 
 /// Replaces placeholders that occur exactly so often.
@@ -36,33 +49,53 @@ fn fill(mut text: String, values: &[(&str, &str, usize)]) -> String {
 
 /// The Bash script with nothing changed but its three variables.
 pub fn bash(url: &str, key: &str, job: &str) -> Script {
-    let text = fill(
-        sample("trigger-and-wait.sh"),
-        &[("dbm_your_api_key", key, 1), ("https://your-instance.com", url, 1), ("your-job-id", job, 1)],
-    );
-    Script { program: "bash".to_owned(), args: vec!["-c".to_owned(), text], variables: Vec::new() }
+    Script::shell(&shown("bash", url, key, job).text)
+}
+
+/// With the program where a shell finds it.
+fn by_dbackup(url: &str, key: &str, job: &str) -> Script {
+    let program = binary("dbackup");
+    let path =
+        format!("{}:{}", program.parent().expect("a folder").display(), std::env::var("PATH").unwrap_or_default());
+    Script { variables: vec![("PATH", path)], ..Script::shell(&shown("cli", url, key, job).text) }
+}
+
+fn python(url: &str, key: &str, job: &str) -> Script {
+    let args = vec!["-c".to_owned(), shown("python", url, key, job).text];
+    Script { program: "python3".to_owned(), args, variables: Vec::new() }
 }
 
 fn pre_deploy(url: &str, key: &str, job: &str) -> Script {
-    let args = vec!["-c".to_owned(), sample("pre-deploy-backup.sh")];
-    let values = [("DBACKUP_URL", url), ("DBACKUP_API_KEY", key), ("BACKUP_JOB_ID", job)];
-    let variables = values.map(|(name, value)| (name, value.to_owned())).to_vec();
-    Script { program: "bash".to_owned(), args, variables }
+    let sample = shown("compose", url, key, job);
+    Script::shell(&sample.text).with(&sample)
 }
 
-/// The playbook with its three variables given as extra ones, which is how Ansible overrides `vars`.
+/// The lines of the `script:` of the pipeline, as its runner would run them; what is to be installed is.
+fn gitlab(url: &str, key: &str, job: &str) -> Script {
+    let sample = shown("gitlab", url, key, job);
+    let (_, script) = sample.text.split_once("  script:\n    - |\n").expect("a script");
+    let lines: Vec<&str> =
+        script.lines().map(|line| line.strip_prefix("      ").expect("a line of the script")).collect();
+    Script { program: "sh".to_owned(), args: vec!["-ec".to_owned(), lines.join("\n")], variables: Vec::new() }
+        .with(&sample)
+}
+
+/// The playbook with its three variables filled in.
 fn ansible(url: &str, key: &str, job: &str) -> Script {
     let tools = std::env::var("DBACKUP_TOOLS").expect("DBACKUP_TOOLS is not set: run the tests with make test");
-    let values = json!({ "dbackup_url": url, "dbackup_api_key": key, "job_id": job });
-    let playbook = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/samples/ansible-playbook.yml");
-    let args = vec!["--extra-vars".to_owned(), values.to_string(), playbook.display().to_string()];
+    let playbook = shown("ansible", url, key, job).text;
+    let text = format!(
+        "file=$(mktemp --suffix=.yml)\ntrap 'rm \"$file\"' EXIT\ncat >\"$file\" <<'PLAYBOOK'\n{playbook}PLAYBOOK\n\
+         '{tools}/bin/ansible-playbook' \"$file\"\n"
+    );
     let variables = vec![("ANSIBLE_HOME", std::env::temp_dir().join("dbackup-ansible").display().to_string())];
-    Script { program: format!("{tools}/bin/ansible-playbook"), args, variables }
+    Script { variables, ..Script::shell(&text) }
 }
 
 /// The `run:` blocks of the workflow, as its runner would run them: `bash -e`, with an output file between them.
 fn github_steps(url: &str, key: &str, job: &str) -> Script {
-    let workflow = sample("github-actions.yml");
+    let sample = shown("github", url, key, job);
+    let workflow = sample.text;
     let mut steps: Vec<String> = Vec::new();
     let mut inside = false;
     for line in workflow.lines() {
@@ -80,8 +113,10 @@ fn github_steps(url: &str, key: &str, job: &str) -> Script {
         }
     }
     assert_eq!(steps.len(), 2, "{steps:?}");
-    let values = [("${{ secrets.DBACKUP_URL }}", url, 1), ("${{ secrets.DBACKUP_API_KEY }}", key, 1)];
-    let trigger = fill(steps[0].clone(), &[values[0], values[1], ("${{ secrets.DBACKUP_JOB_ID }}", job, 1)]);
+    let secrets: Vec<String> = sample.variables.iter().map(|(name, _)| format!("${{{{ secrets.{name} }}}}")).collect();
+    assert_eq!(secrets[2], "${{ secrets.DBACKUP_JOB_ID }}");
+    let values = [(secrets[0].as_str(), url, 1), (secrets[1].as_str(), key, 1)];
+    let trigger = fill(steps[0].clone(), &[values[0], values[1], (secrets[2].as_str(), job, 1)]);
     let wait = fill(steps[1].clone(), &values).replace("${{ steps.trigger.outputs.execution_id }}", "$EXECUTION");
     // A step's own shell, and the runner's hand-over of the output between the two.
     let runner = format!(
@@ -105,7 +140,7 @@ fn said(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
-type Sample = fn(&str, &str, &str) -> Script;
+type Client = fn(&str, &str, &str) -> Script;
 
 /// What a sample says at each end.
 struct Words {
@@ -115,7 +150,7 @@ struct Words {
     shows_error: bool,
 }
 
-async fn sample_follows_a_run_to_each_of_its_ends(sample: Sample, words: Words) {
+async fn sample_follows_a_run_to_each_of_its_ends(sample: Client, words: Words) {
     let cluster = Cluster::start().await;
     let (destination, _) = cluster.local_destination().await;
     let source = PostgresSource::with_rows(100).await;
@@ -158,6 +193,24 @@ async fn the_bash_script_follows_a_run_to_its_success_failure_and_cancel() {
 async fn the_ansible_playbook_follows_a_run_to_its_success_failure_and_cancel() {
     let words = Words { success: "failed=0", failure: "Backup failed: ", shows_error: true };
     sample_follows_a_run_to_each_of_its_ends(ansible, words).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_follows_a_run_to_its_success_failure_and_cancel() {
+    let words = Words { success: "Status: Success", failure: "Backup failed: ", shows_error: true };
+    sample_follows_a_run_to_each_of_its_ends(by_dbackup, words).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_python_script_follows_a_run_to_its_success_failure_and_cancel() {
+    let words = Words { success: "Status: Success", failure: "Backup failed: ", shows_error: true };
+    sample_follows_a_run_to_each_of_its_ends(python, words).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_job_of_the_pipeline_follows_a_run_to_its_success_failure_and_cancel() {
+    let words = Words { success: "Status: Success", failure: "Backup failed: ", shows_error: true };
+    sample_follows_a_run_to_each_of_its_ends(gitlab, words).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -19,6 +19,7 @@ pub mod history;
 pub mod lease;
 pub mod log;
 pub mod room;
+pub mod summary;
 pub mod ticker;
 pub mod waiting;
 

@@ -1,0 +1,115 @@
+// A page that is alive: it hears of changes by server-sent events, moves its progress bars itself, and asks the server
+// for itself again when something began or ended. It asks for nothing while nothing changes, nor while it is hidden.
+import { renew } from "./api.js";
+import { dress } from "./times.js";
+
+// Changes that come together are shown together.
+const GATHER_MS = 250;
+// Two pages of a busy cluster stay within a hundred requests a minute.
+const PAUSE_MS = 1500;
+
+let planned = null;
+let asked = 0;
+let told = 0;
+
+// Shows the page's live parts as the server has them now; where the reader is in them stays.
+export async function refresh() {
+  const parts = document.querySelectorAll("[data-live]");
+  if (!parts.length) return;
+  asked = Date.now();
+  const response = await fetch(location.pathname + location.search, { headers: { Accept: "text/html" } });
+  if (response.status === 429) return plan(1000 * Number(response.headers.get("Retry-After") ?? 5));
+  if (!response.ok || response.redirected) return;
+  const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+  for (const part of parts) {
+    const next = fresh.getElementById(part.id);
+    // Nobody's menu is taken from under their hands.
+    if (part.querySelector("details.menu[open]")) return plan(PAUSE_MS);
+    if (next) swap(part, document.adoptNode(next));
+  }
+}
+
+function place(element) {
+  return element.id ? `#${element.id}` : element.dataset?.api ?? element.getAttribute("href");
+}
+
+function swap(part, next) {
+  const active = part.contains(document.activeElement) ? place(document.activeElement) : null;
+  dress(next);
+  part.replaceWith(next);
+  if (!active) return;
+  const candidates = next.querySelectorAll("a, button, summary, [tabindex]");
+  [...candidates].find((candidate) => place(candidate) === active)?.focus();
+}
+
+export function plan(wait = GATHER_MS) {
+  if (planned) return;
+  const pause = Math.max(wait, asked + PAUSE_MS - Date.now());
+  planned = setTimeout(async () => {
+    planned = null;
+    await refresh().catch(() => plan(5000));
+  }, pause);
+}
+
+// What changes in between is only how far it is.
+export function move(root, execution) {
+  const progress = root.querySelector("[data-part=progress]");
+  const stage = root.querySelector("[data-part=stage]");
+  const percent = root.querySelector("[data-part=percent]");
+  if (progress) progress.value = execution.progress ?? 0;
+  if (stage) stage.textContent = execution.stage;
+  if (percent) percent.textContent = execution.progress ?? 0;
+}
+
+const seen = new Map();
+
+function hear(execution) {
+  const shown = document.querySelectorAll(`[data-execution="${CSS.escape(execution.id)}"]`);
+  for (const place of shown) move(place, execution);
+  const before = seen.get(execution.id);
+  seen.set(execution.id, execution.status);
+  const stale = [...shown].some((place) => place.dataset.status !== execution.status);
+  // What this page does not show may still belong on it: it is new, or it has changed.
+  if (stale || (!shown.length && before !== execution.status)) plan();
+}
+
+// Follows a stream while the page is looked at; a token that ran out meanwhile is renewed.
+export function follow(path, listeners) {
+  let source = null;
+  let over = false;
+  const begin = () => {
+    if (source || over || document.hidden) return;
+    source = new EventSource(path);
+    for (const [name, listener] of Object.entries(listeners)) {
+      source.addEventListener(name, (event) => listener(JSON.parse(event.data), Number(event.lastEventId)));
+    }
+    source.onopen = () => {
+      if (told > 0) plan();
+      told += 1;
+    };
+    source.onerror = () => {
+      if (source?.readyState !== EventSource.CLOSED) return;
+      source = null;
+      setTimeout(() => renew().then(begin, () => {}), 3000);
+    };
+  };
+  const end = () => {
+    source?.close();
+    source = null;
+  };
+  document.addEventListener("visibilitychange", () => (document.hidden ? end() : begin()));
+  // A stream that is cut by leaving the page is no failure.
+  addEventListener("pagehide", end);
+  begin();
+  return () => {
+    over = true;
+    end();
+  };
+}
+
+export function startLive() {
+  const { events } = document.body.dataset;
+  if (events && document.querySelector("[data-live]") && !document.querySelector("[data-follow]")) {
+    follow(events, { execution: hear });
+  }
+}

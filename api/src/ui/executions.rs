@@ -1,0 +1,200 @@
+//! `/executions`: what ran, runs and waits.
+
+use std::collections::HashMap;
+
+use askama::Template;
+use axum::{Extension, extract::State, response::Response};
+use chrono::{DateTime, Utc};
+use common::{
+    artifact::{self, Artifact},
+    destination,
+    execution::{self, Execution, Filter, Outcome, Stage, Status},
+    id::{DestinationId, JobId, Reference},
+    job,
+    permission::Permission,
+};
+use serde::Deserialize;
+use sqlx::PgConnection;
+
+use super::{
+    Frame,
+    form::Choosable,
+    html,
+    view::{
+        Markup, asset, bytes, bytes_or_dash, dash, duration, icon, status, status_mark, when, when_or_dash, with_query,
+    },
+};
+use crate::{
+    auth::Caller,
+    error::ApiError,
+    extract::{Query, Segment, cursor},
+    routes::executions::find,
+    state::AppState,
+    waiting,
+};
+
+/// Executions on a page.
+const PAGE: i64 = 50;
+
+/// Query of the list; an empty value stands for none, as a form sends it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExecutionsQuery {
+    #[serde(default)]
+    job_id: String,
+    #[serde(default)]
+    status: String,
+    #[serde(default)]
+    outcome: String,
+    cursor: Option<String>,
+}
+
+#[derive(Template)]
+#[template(path = "executions.html")]
+struct ListPage {
+    frame: Frame,
+    rows: Vec<Execution>,
+    jobs: Vec<Choosable>,
+    statuses: Vec<Choosable>,
+    outcomes: Vec<Choosable>,
+    filtered: bool,
+    first: bool,
+    next: Option<String>,
+}
+
+const STATUSES: [Status; 4] = [Status::Pending, Status::Running, Status::Success, Status::Failed];
+const OUTCOMES: [Outcome; 5] =
+    [Outcome::Cancelled, Outcome::TimedOut, Outcome::WorkerLost, Outcome::Expired, Outcome::Partial];
+
+/// The list, newest first.
+pub async fn list(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Query(query): Query<ExecutionsQuery>,
+    frame: Frame,
+) -> Result<Response, ApiError> {
+    let sees_jobs = frame.may(Permission::JobsRead);
+    let all = job::Filter { only: caller.only(), ..Default::default() };
+    let jobs = match sees_jobs {
+        true => state.ask(async |conn| job::list(conn, &all).await).await?.rows,
+        false => Vec::new(),
+    };
+    let reference = Reference::new(query.job_id.clone());
+    let named = jobs.iter().find(|job| Some(job.id.0) == reference.id() || job.slug == reference.slug());
+    let job_id = named.map(|job| job.id).or(reference.id().map(JobId));
+    let filter = Filter {
+        job_id: if query.job_id.is_empty() { None } else { Some(job_id.unwrap_or_else(JobId::new)) },
+        only: caller.only(),
+        status: STATUSES.into_iter().find(|status| status.as_str() == query.status),
+        outcome: OUTCOMES.into_iter().find(|outcome| outcome.as_str() == query.outcome),
+        limit: Some(PAGE),
+        cursor: cursor(query.cursor.as_deref())?,
+        ..Filter::default()
+    };
+    let mut found = state.ask(async |conn| execution::list(conn, &filter).await).await?;
+    tell_why_they_wait(&state, &mut found.rows).await;
+    let here = [("jobId", &query.job_id), ("status", &query.status), ("outcome", &query.outcome)];
+    let kept = here.iter().filter(|(_, value)| !value.is_empty());
+    let here = kept.fold("/executions".to_owned(), |path, (name, value)| with_query(&path, name, value));
+    html(&ListPage {
+        frame,
+        jobs: jobs.iter().map(|job| Choosable::new(job.id, &job.name, job_id == Some(job.id))).collect(),
+        statuses: STATUSES.map(|s| Choosable::new(s.as_str(), s.as_str(), filter.status == Some(s))).into(),
+        outcomes: OUTCOMES.map(|o| Choosable::new(o.as_str(), o.as_str(), filter.outcome == Some(o))).into(),
+        filtered: here != "/executions",
+        first: filter.cursor.is_none(),
+        next: found.next.map(|next| with_query(&here, "cursor", &next)),
+        rows: found.rows,
+    })
+}
+
+/// Fills in what holds back those that wait.
+pub async fn tell_why_they_wait(state: &AppState, executions: &mut [Execution]) {
+    if executions.iter().any(|execution| execution.waiting.is_some())
+        && let Some(queue) = waiting::queue(state).await
+    {
+        for execution in executions {
+            execution.waiting_for = execution.waiting.as_ref().and_then(|waiting| queue.waiting_for(waiting));
+        }
+    }
+}
+
+#[derive(Template)]
+#[template(path = "execution.html")]
+struct OnePage {
+    frame: Frame,
+    it: Execution,
+    artifacts: Vec<Artifact>,
+    stores: HashMap<DestinationId, String>,
+}
+
+const STAGES: [Stage; 6] =
+    [Stage::Queued, Stage::Initializing, Stage::Dumping, Stage::Uploading, Stage::Verifying, Stage::Completed];
+
+impl OnePage {
+    /// The stages with how each stands: done, now, or to come.
+    fn stages(&self) -> Vec<(&'static str, &'static str)> {
+        let at = STAGES.iter().position(|stage| stage.as_str() == self.it.stage).unwrap_or(0);
+        let state = |n: usize| match self.it.status {
+            Status::Success => "done",
+            Status::Failed if n == at => "failed",
+            _ if n < at => "done",
+            _ if n == at => "now",
+            _ => "to-come",
+        };
+        STAGES.iter().enumerate().map(|(n, stage)| (stage.as_str(), state(n))).collect()
+    }
+
+    fn store(&self, id: &DestinationId) -> String {
+        self.stores.get(id).cloned().unwrap_or_else(|| id.to_string())
+    }
+
+    /// Stored bytes for each second of the run.
+    fn rate(&self) -> Option<String> {
+        let (size, ms) = (self.it.size?, self.it.duration.filter(|ms| *ms > 0)?);
+        Some(format!("{}/s", bytes(&i64::try_from(i128::from(size) * 1000 / i128::from(ms)).ok()?)))
+    }
+}
+
+/// One of them.
+pub async fn show(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+    frame: Frame,
+) -> Result<Response, ApiError> {
+    let mut it = [find(&state, &caller, &id).await?];
+    tell_why_they_wait(&state, &mut it).await;
+    let [it] = it;
+    let sees_stores = frame.may(Permission::DestinationsRead);
+    let ask = async |conn: &mut PgConnection| {
+        let artifacts = artifact::of_executions(conn, &[it.id]).await?;
+        let stores = match sees_stores && !artifacts.is_empty() {
+            true => destination::list(conn, &destination::Filter::default()).await?.rows,
+            false => Vec::new(),
+        };
+        Ok((artifacts, stores))
+    };
+    let (artifacts, stores) = state.ask(ask).await?;
+    let stores = stores.into_iter().map(|store| (store.id, store.name)).collect();
+    html(&OnePage { frame, it, artifacts, stores })
+}
+
+/// Whether a stage is the one where the run is, or ended.
+fn is_now(state: &str) -> bool {
+    matches!(state, "now" | "failed")
+}
+
+/// How long it takes or took.
+fn took(execution: &Execution) -> Markup {
+    match (execution.duration, execution.started_at) {
+        (Some(ms), _) => Markup(duration(&ms)),
+        (None, Some(at)) => since(&at),
+        (None, None) => dash(),
+    }
+}
+
+/// A duration that the page's script keeps growing.
+fn since(at: &DateTime<Utc>) -> Markup {
+    Markup(format!("<span data-since=\"{}\"></span>", at.to_rfc3339()))
+}

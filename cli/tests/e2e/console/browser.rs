@@ -1,0 +1,287 @@
+//! A headless Chromium, driven through chromedriver by the WebDriver protocol (W3C). The few commands that the tests need
+//! are spoken here: the known clients bring two dozen crates, and lack the console's log.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Stdio},
+    time::Duration,
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use crate::harness::{SOON, process::children_of, unique, until};
+
+/// The key under which the protocol names an element.
+const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
+
+/// A browser with one window; it ends with the test.
+pub struct Browser {
+    driver: Child,
+    /// Kept open: the driver may have more to say.
+    _said: BufReader<ChildStdout>,
+    http: reqwest::Client,
+    session: String,
+    base: String,
+    scratch: PathBuf,
+}
+
+/// Starts the driver on a port that it chooses itself.
+#[allow(clippy::zombie_processes, reason = "a driver that does not start ends the test, and so itself")]
+fn start_driver(scratch: &Path) -> (Child, BufReader<ChildStdout>, u16) {
+    let mut driver = Command::new("chromedriver")
+        .arg("--port=0")
+        .env("TMPDIR", scratch)
+        .env("HOME", scratch)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|e| panic!("chromedriver: {e}: run make setup"));
+    let mut said = BufReader::new(driver.stdout.take().expect("piped"));
+    let mut line = String::new();
+    loop {
+        line.clear();
+        assert_ne!(said.read_line(&mut line).expect("reads"), 0, "chromedriver ended");
+        if let Some((_, port)) = line.trim_end().trim_end_matches('.').split_once("started successfully on port ") {
+            let port = port.parse().expect("a port");
+            return (driver, said, port);
+        }
+    }
+}
+
+impl Browser {
+    /// One that has never been anywhere, for the pages of a server.
+    pub async fn start(base: &str) -> Self {
+        let scratch = std::env::temp_dir().join(unique("dbackup-browser"));
+        std::fs::create_dir(&scratch).expect("a scratch folder");
+        let (driver, said, port) = start_driver(&scratch);
+        let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().expect("a client");
+        let args = [
+            "--headless=new",
+            // As root there is no sandbox; what is shown is our own.
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--no-proxy-server",
+            "--lang=en-GB",
+            "--force-prefers-reduced-motion",
+            "--window-size=1280,900",
+        ];
+        let wanted = json!({ "capabilities": { "alwaysMatch": {
+            "goog:chromeOptions": { "args": args },
+            "goog:loggingPrefs": { "browser": "ALL" },
+        } } });
+        let driver_url = format!("http://127.0.0.1:{port}/session");
+        let made: Value =
+            http.post(&driver_url).json(&wanted).send().await.expect("answers").json().await.expect("JSON");
+        let id = made["value"]["sessionId"].as_str().unwrap_or_else(|| panic!("no browser: {made}"));
+        let session = format!("{driver_url}/{id}");
+        Self { driver, _said: said, http, session, base: base.to_owned(), scratch }
+    }
+
+    async fn try_command(&self, path: &str, body: Value) -> Result<Value, Value> {
+        let sent = self.http.post(format!("{}/{path}", self.session)).json(&body).send().await;
+        let response = sent.unwrap_or_else(|e| panic!("{path}: {e}"));
+        let fine = response.status().is_success();
+        let mut answer: Value = response.json().await.expect("JSON");
+        if fine { Ok(answer["value"].take()) } else { Err(answer["value"].take()) }
+    }
+
+    async fn command(&self, path: &str, body: Value) -> Value {
+        self.try_command(path, body.clone()).await.unwrap_or_else(|e| panic!("{path} {body}: {e:#}"))
+    }
+
+    /// Goes to a page of the server, and waits until its script listens.
+    pub async fn go(&self, path: &str) {
+        self.command("url", json!({ "url": format!("{}{path}", self.base) })).await;
+        self.until(&format!("the script of {path} listens"), "return document.documentElement.dataset.ready === ''")
+            .await;
+    }
+
+    /// Runs a script in the page; gives what it returns.
+    pub async fn js(&self, script: &str) -> Value {
+        self.command("execute/sync", json!({ "script": script, "args": [] })).await
+    }
+
+    /// Waits until a script in the page returns something true, and gives that. A page that is being left counts as no.
+    pub async fn until(&self, what: &str, script: &str) -> Value {
+        let body = json!({ "script": script, "args": [] });
+        let look = || async {
+            let answer = self.try_command("execute/sync", body.clone()).await.unwrap_or_default();
+            let no = answer.is_null() || answer == false || answer == "";
+            (!no).then_some(answer)
+        };
+        let end = std::time::Instant::now() + SOON;
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            if std::time::Instant::now() >= end {
+                let (path, text, complaints) = (self.path().await, self.text().await, self.complaints().await);
+                panic!("not within {SOON:?}: {what}; the page {path} says:\n{text}\n{complaints:#?}");
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    }
+
+    /// Waits until a text is in the page.
+    pub async fn until_text(&self, text: &str) {
+        let script = format!("return document.body.innerText.includes({})", json!(text));
+        self.until(&format!("the page says '{text}'"), &script).await;
+    }
+
+    /// Waits until the browser is on a page that begins with this path, and its script listens.
+    pub async fn until_path(&self, path: &str) {
+        let script = format!(
+            "return location.pathname.startsWith({}) && document.documentElement.dataset.ready === ''",
+            json!(path)
+        );
+        self.until(&format!("the browser is on {path}"), &script).await;
+    }
+
+    /// The path that it is on.
+    pub async fn path(&self) -> String {
+        self.js("return location.pathname").await.as_str().expect("a path").to_owned()
+    }
+
+    /// What the page says.
+    pub async fn text(&self) -> String {
+        self.js("return document.body.innerText").await.as_str().unwrap_or_default().to_owned()
+    }
+
+    async fn element(&self, using: &str, value: &str) -> String {
+        let body = json!({ "using": using, "value": value });
+        until(&format!("there is {value}"), SOON, || async {
+            let found = self.try_command("element", body.clone()).await.ok()?;
+            Some(found[ELEMENT].as_str()?.to_owned())
+        })
+        .await
+    }
+
+    /// Clicks what a selector of CSS names, as soon as it can be clicked.
+    pub async fn click(&self, css: &str) {
+        self.click_by("css selector", css).await;
+    }
+
+    /// Clicks the button or link that has this text.
+    pub async fn press(&self, text: &str) {
+        let xpath = format!("//*[self::button or self::a][normalize-space()='{text}']");
+        self.click_by("xpath", &xpath).await;
+    }
+
+    /// Clicks the first of what is named that can be clicked: what is hidden cannot.
+    async fn click_by(&self, using: &str, value: &str) {
+        let body = json!({ "using": using, "value": value });
+        until(&format!("{value} is clicked"), SOON, || async {
+            let found = self.try_command("elements", body.clone()).await.ok()?;
+            for element in found.as_array()? {
+                let click = format!("element/{}/click", element[ELEMENT].as_str()?);
+                if self.try_command(&click, json!({})).await.is_ok() {
+                    return Some(());
+                }
+            }
+            None
+        })
+        .await;
+    }
+
+    /// Types into an input, in place of what is there.
+    pub async fn fill(&self, css: &str, text: &str) {
+        let element = self.element("css selector", css).await;
+        self.command(&format!("element/{element}/clear"), json!({})).await;
+        if !text.is_empty() {
+            self.command(&format!("element/{element}/value"), json!({ "text": text })).await;
+        }
+    }
+
+    /// Types into the input of a field of the body.
+    pub async fn field(&self, name: &str, text: &str) {
+        self.fill(&format!("[name='{name}']"), text).await;
+    }
+
+    /// Presses keys, wherever the focus is. (`\u{e004}` is Tab, `\u{e007}` Enter, `\u{e00c}` Escape.)
+    pub async fn keys(&self, keys: &str) {
+        let actions: Vec<Value> = keys
+            .chars()
+            .flat_map(|key| ["keyDown", "keyUp"].map(|kind| json!({ "type": kind, "value": key })))
+            .collect();
+        let body = json!({ "actions": [{ "type": "key", "id": "keyboard", "actions": actions }] });
+        self.command("actions", body).await;
+    }
+
+    /// A command of Chromium's own protocol.
+    pub async fn cdp(&self, command: &str, params: Value) {
+        self.command("goog/cdp/execute", json!({ "cmd": command, "params": params })).await;
+    }
+
+    /// How the page is looked at.
+    pub async fn look(&self, dark: bool, width: u32, height: u32) {
+        let scheme = if dark { "dark" } else { "light" };
+        let features = json!([{ "name": "prefers-color-scheme", "value": scheme }, { "name": "prefers-reduced-motion", "value": "reduce" }]);
+        self.cdp("Emulation.setEmulatedMedia", json!({ "features": features })).await;
+        let size = json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500 });
+        self.cdp("Emulation.setDeviceMetricsOverride", size).await;
+    }
+
+    /// A picture of the window.
+    pub async fn picture(&self, file: &Path) {
+        let url = format!("{}/screenshot", self.session);
+        let answer: Value = self.http.get(url).send().await.expect("answers").json().await.expect("JSON");
+        let bytes = STANDARD.decode(answer["value"].as_str().expect("a picture")).expect("base64");
+        std::fs::write(file, bytes).expect("writes");
+    }
+
+    /// What the console of the browser has complained of since the last time: errors, and everything that the policy of
+    /// the page refused.
+    pub async fn complaints(&self) -> Vec<String> {
+        let entries = self.command("se/log", json!({ "type": "browser" })).await;
+        let bad = |entry: &&Value| {
+            entry["level"] == "SEVERE" || entry["source"] == "security" || entry["source"] == "violation"
+        };
+        let message = |entry: &Value| entry["message"].as_str().unwrap_or_default().to_owned();
+        entries.as_array().expect("entries").iter().filter(bad).map(message).collect()
+    }
+
+    /// Demands that there was nothing to complain of.
+    pub async fn assert_clean(&self) {
+        let (complaints, path) = (self.complaints().await, self.path().await);
+        assert!(complaints.is_empty(), "on {path}: {complaints:#?}");
+    }
+
+    /// Demands that nothing but answers of this status were complained of, and at least one.
+    pub async fn assert_only(&self, status: u16) {
+        let complaints = self.complaints().await;
+        let text = format!("status of {status}");
+        assert!(!complaints.is_empty() && complaints.iter().all(|c| c.contains(&text)), "{complaints:?}");
+    }
+}
+
+/// A process with all that it started.
+fn tree(pid: Pid) -> Vec<Pid> {
+    let mut found = vec![pid];
+    let mut at = 0;
+    while at < found.len() {
+        found.extend(children_of(found[at]));
+        at += 1;
+    }
+    found
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let driver = Pid::from_raw(i32::try_from(self.driver.id()).expect("a small id"));
+        for pid in tree(driver) {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        let _ = self.driver.wait();
+        let _ = std::fs::remove_dir_all(&self.scratch);
+    }
+}

@@ -1,0 +1,81 @@
+//! A run that is watched.
+
+use serde_json::json;
+
+use super::signed_in;
+use crate::harness::{Cluster, SOON, held::Held, source::PostgresSource, until};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_is_watched_live_and_cancelled_without_a_poll() {
+    let cluster = Cluster::start().await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go("/executions").await;
+    browser.until_text("Nothing has run yet").await;
+    let held = Held::new(&cluster, json!({ "name": "Held" })).await;
+    let id = held.run(&cluster).await;
+    // The list hears of it by itself.
+    browser
+        .until(
+            "the list shows it running",
+            &format!("return document.querySelector('[data-execution=\"{id}\"]')?.dataset.status === 'Running'"),
+        )
+        .await;
+    browser.press("Held").await;
+    browser.until_path("/executions/").await;
+    browser
+        .until("its stage is told", "return document.querySelector('.stages .now')?.dataset.stage === 'Dumping'")
+        .await;
+    browser.until("its log is there", "return document.querySelectorAll('#log li').length > 1").await;
+    let asked = "return performance.getEntriesByType('resource').filter((r) => r.name.includes('/api/') && !r.name.endsWith('/events')).length";
+    assert_eq!(browser.js(asked).await, 0, "it asks for nothing while nothing happens");
+
+    browser.press("Cancel").await;
+    browser.until_text("no backup comes of it").await;
+    browser.press("Cancel the run").await;
+    browser.until_text("Cancelled").await;
+    browser.until("it is shown as ended", "return !!document.getElementById('retry')").await;
+    assert_eq!(cluster.ended(&id, SOON).await["outcome"], "Cancelled");
+
+    // Searched.
+    let shown = "return [...document.querySelectorAll('#log li')].filter((l) => !l.hidden).length";
+    let before = browser.js(shown).await.as_u64().expect("a number");
+    browser.fill("#log-search", "cancel").await;
+    let found = browser.js(shown).await.as_u64().expect("a number");
+    assert!(0 < found && found < before, "{found} of {before}");
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_shows_its_files_with_their_checksums_and_is_run_again() {
+    let cluster = Cluster::start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let run = cluster.backup(&job).await;
+    let id = run["id"].as_str().expect("an id");
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go(&format!("/executions/{id}")).await;
+    browser.until("its log is there", "return document.querySelectorAll('#log li').length > 1").await;
+    let text = browser.text().await;
+    for artifact in run["artifacts"].as_array().expect("artifacts") {
+        for shown in ["path", "sha256"] {
+            let value = artifact[shown].as_str().expect("text");
+            assert!(text.contains(value), "{shown} {value} is not in {text}");
+        }
+    }
+    let lines = run["logs"].as_array().expect("a log").len();
+    assert_eq!(browser.js("return document.querySelectorAll('#log li').length").await, lines);
+    browser.press("Run again").await;
+    browser
+        .until(
+            "the new run is shown",
+            &format!("return location.pathname.startsWith('/executions/') && !location.pathname.endsWith('{id}')"),
+        )
+        .await;
+    browser.until("the new run succeeds", "return !!document.querySelector('#execution > .head .status.good')").await;
+    until("both are there", SOON, || async {
+        (cluster.count("select count(*) from executions where status = 'Success'").await == 2).then_some(())
+    })
+    .await;
+    browser.assert_clean().await;
+}

@@ -1,0 +1,173 @@
+//! Jobs, sources and destinations: forms and tables.
+
+use serde_json::{Value, json};
+
+use super::{Browser, signed_in};
+use crate::harness::{
+    Cluster, SOON,
+    source::{PASSWORD, PostgresSource},
+    until,
+};
+
+/// Whether the browser is on the table of jobs, and its script listens.
+const JOBS: &str = "return location.pathname === '/jobs' && document.documentElement.dataset.ready === ''";
+
+/// The error that stands beside a field.
+async fn error_of(browser: &Browser, field: &str) -> String {
+    let script = format!(
+        "const e = document.querySelector('[data-field=\"{field}\"] .error'); return e && !e.hidden && e.textContent"
+    );
+    browser.until(&format!("an error stands beside {field}"), &script).await.as_str().expect("text").to_owned()
+}
+
+/// A job with its source and its destination; gives the three ids.
+async fn some_job(cluster: &Cluster, name: &str) -> (String, String, String) {
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({ "name": name, "schedule": "@daily" })).await;
+    (source, destination, job)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_paused_and_deleted() {
+    let cluster = Cluster::start().await;
+    let (source, destination, _) = some_job(&cluster, "Other").await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go("/jobs/new").await;
+    browser.press("Save the job").await;
+    assert_eq!(error_of(&browser, "name").await, "is required");
+    browser.field("name", "Shop daily").await;
+    browser.field("schedule", "at night").await;
+    browser.press("Save the job").await;
+    assert!(error_of(&browser, "schedule").await.contains("cron"), "{}", browser.text().await);
+    assert_eq!(browser.js("return document.activeElement.name").await, "schedule", "the reader is taken there");
+    browser.assert_only(422).await;
+    browser.field("schedule", "30 2 * * *").await;
+    browser.press("Save the job").await;
+    browser.until("the jobs are there", JOBS).await;
+    browser.until_text("Shop daily").await;
+    let job = cluster.ok("GET", "/api/jobs/shop-daily", None).await;
+    assert_eq!(
+        (job["sourceId"].as_str(), job["destinationIds"][0].as_str(), job["schedule"].as_str()),
+        (Some(source.as_str()), Some(destination.as_str()), Some("30 2 * * *"))
+    );
+
+    browser.field("q", "daily").await;
+    browser.keys("\u{e007}").await;
+    browser
+        .until(
+            "one job fits",
+            "return location.search === '?q=daily' && document.querySelectorAll('tbody tr').length === 1",
+        )
+        .await;
+    browser.click("summary[aria-label='More for Shop daily']").await;
+    browser.press("Clone").await;
+    browser.until_path("/jobs/new").await;
+    browser.press("Save the job").await;
+    browser.until("the jobs are there", JOBS).await;
+    browser.until_text("Copy of Shop daily").await;
+    let copy = cluster.ok("GET", "/api/jobs/copy-of-shop-daily", None).await;
+    for same in ["sourceId", "destinationIds", "schedule", "timezone", "overlap", "compression"] {
+        assert_eq!(copy[same], job[same], "{same}");
+    }
+
+    // A change sends what was changed: the audit log has the names.
+    browser.click("summary[aria-label='More for Shop daily']").await;
+    browser.press("Edit").await;
+    browser.until_path("/jobs/").await;
+    browser.field("schedule", "").await;
+    browser.press("Save").await;
+    browser.until_text("The job is saved.").await;
+    assert_eq!(cluster.ok("GET", "/api/jobs/shop-daily", None).await["schedule"], Value::Null);
+    let fields = cluster
+        .text("select details ->> 'fields' from audit_log where action = 'job.update' order by seq desc limit 1")
+        .await;
+    assert_eq!(fields, "[\"schedule\"]");
+
+    browser.until("the jobs are there", JOBS).await;
+    browser.click("summary[aria-label='More for Copy of Shop daily']").await;
+    browser.press("Pause").await;
+    until("the job is paused", SOON, || async {
+        (cluster.ok("GET", "/api/jobs/copy-of-shop-daily", None).await["enabled"] == false).then_some(())
+    })
+    .await;
+    browser.until_text("paused").await;
+    browser.assert_clean().await;
+    deletes_what_was_meant(&cluster, &browser).await;
+}
+
+async fn deletes_what_was_meant(cluster: &Cluster, browser: &Browser) {
+    for (answer, status) in [("Cancel", 200), ("Delete the job", 404)] {
+        browser.click("summary[aria-label='More for Copy of Shop daily']").await;
+        browser.press("Delete").await;
+        browser.until_text("Its history and its stored backups stay.").await;
+        browser.press(answer).await;
+        browser.until("the question is gone", "return !document.getElementById('confirm').open").await;
+        if status == 404 {
+            browser.until_text("The job is deleted.").await;
+        }
+        assert_eq!(cluster.request("GET", "/api/jobs/copy-of-shop-daily", None).await.0, status, "{answer}");
+    }
+    assert_eq!(cluster.request("GET", "/api/jobs/shop-daily", None).await.0, 200);
+    browser.assert_clean().await;
+}
+
+/// Goes from the page of a thing to its form.
+async fn edit(browser: &Browser) {
+    browser.press("Edit").await;
+    browser
+        .until(
+            "the form is there",
+            "return location.pathname.endsWith('/edit') && document.documentElement.dataset.ready === ''",
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_does_not_work_says_so_and_a_stored_password_stays_out_of_the_page() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::empty().await;
+    let mut config = source.config();
+    config["databases"] = json!(["no_such_database"]);
+    let id = cluster.source("postgres", config).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go(&format!("/sources/{id}")).await;
+    browser.press("Test the connection").await;
+    browser.until_text("It does not work: ").await;
+    browser.until_text("no_such_database").await;
+    edit(&browser).await;
+    assert!(!browser.js("return document.documentElement.outerHTML").await.to_string().contains(PASSWORD));
+    browser.field("config.databases", &source.database).await;
+    browser.press("Save and test").await;
+    browser.until_text("It works: ").await;
+
+    // Another address needs the password again.
+    edit(&browser).await;
+    browser.field("config.host", "localhost").await;
+    browser.press("Save and test").await;
+    assert!(error_of(&browser, "config.password").await.contains("must be given anew"));
+    browser.assert_only(422).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_forms_of_connections_are_those_that_the_api_describes() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    for (list, page) in [("/api/engines", "/sources/new"), ("/api/destination-kinds", "/destinations/new")] {
+        let described = cluster.ok("GET", list, None).await;
+        for what in described.as_array().expect("a list") {
+            let id = what["id"].as_str().expect("an id");
+            browser.go(&format!("{page}?what={id}")).await;
+            let shown = browser.js("return [...document.querySelectorAll('[name^=\"config.\"]')].map((i) => [i.name.slice(7), i.type === 'password']).sort()").await;
+            let mut wanted: Vec<Value> = what["fields"]
+                .as_array()
+                .expect("fields")
+                .iter()
+                .map(|field| json!([field["name"], field["type"] == "secret"]))
+                .collect();
+            wanted.sort_by_key(Value::to_string);
+            assert_eq!(shown, json!(wanted), "{id}");
+        }
+    }
+    browser.assert_clean().await;
+}

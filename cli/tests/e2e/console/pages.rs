@@ -1,0 +1,175 @@
+//! Every page: for a screen reader, a keyboard and a weak eye, on a phone, in the light and in the dark. With the
+//! variable `DBACKUP_PICTURES` set to a folder, a picture of each is left there.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::{Browser, signed_in};
+use crate::harness::{Cluster, SOON, source::PostgresSource, until};
+
+const CHECKS: &str = include_str!("checks.js");
+
+/// A cluster in which everything that a page shows is there: a backup, a failure, a run that waits, a key.
+async fn lively() -> (Cluster, Vec<(&'static str, String)>) {
+    let cluster = Cluster::start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let shop = PostgresSource::with_rows(2_000).await;
+    let mut config = shop.config();
+    let make = async |name: &str, config: serde_json::Value| {
+        let body = json!({ "name": name, "engine": "postgres", "config": config });
+        crate::harness::id(&cluster.ok("POST", "/api/sources", Some(body)).await)
+    };
+    let source = make("Shop database", config.clone()).await;
+    config["databases"] = json!(["no_such_database"]);
+    let broken = make("Old shop", config).await;
+    let more = json!({ "name": "Shop daily", "schedule": "30 2 * * *", "timezone": "Europe/Berlin" });
+    let job = cluster.job(&source, &[&destination], more).await;
+    let failing =
+        cluster.job(&broken, &[&destination], json!({ "name": "Old shop weekly", "schedule": "@weekly" })).await;
+    let good = cluster.backup(&job).await;
+    let failed = cluster.ended(&cluster.trigger(&failing).await, SOON).await;
+    let body = json!({ "name": "ci", "permissions": ["jobs:execute", "history:read"], "jobIds": [job] });
+    cluster.ok("POST", "/api/api-keys", Some(body)).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 0 }))).await;
+    let waiting = cluster.trigger(&job).await;
+    let id = |run: &serde_json::Value| run["id"].as_str().expect("an id").to_owned();
+    let pages = vec![
+        ("overview", "/".to_owned()),
+        ("jobs", "/jobs".to_owned()),
+        ("job-form", format!("/jobs/{job}/edit")),
+        ("trigger", format!("/jobs/{job}/trigger")),
+        ("executions", "/executions".to_owned()),
+        ("execution", format!("/executions/{}", id(&good))),
+        ("execution-failed", format!("/executions/{}", id(&failed))),
+        ("execution-waiting", format!("/executions/{waiting}")),
+        ("sources", "/sources".to_owned()),
+        ("source-form", "/sources/new".to_owned()),
+        ("source", format!("/sources/{source}")),
+        ("destinations", "/destinations".to_owned()),
+        ("destination-form", "/destinations/new?what=s3".to_owned()),
+        ("destination", format!("/destinations/{destination}")),
+        ("api-keys", "/access/api-keys".to_owned()),
+        ("api-key-form", "/access/api-keys/new".to_owned()),
+        ("users", "/access/users".to_owned()),
+        ("user-form", "/access/users/new".to_owned()),
+        ("sessions", "/access/sessions".to_owned()),
+        ("audit-log", "/access/audit-log".to_owned()),
+        ("system", "/settings/system".to_owned()),
+        ("cluster", "/settings/cluster".to_owned()),
+    ];
+    (cluster, pages)
+}
+
+/// Looks at the page that the browser is on in every way.
+async fn check(browser: &Browser, name: &str) {
+    for (way, dark, width, height) in
+        [("light", false, 1280, 900), ("dark", true, 1280, 900), ("phone", false, 390, 844)]
+    {
+        browser.look(dark, width, height).await;
+        let problems = browser.js(CHECKS).await;
+        assert_eq!(problems, json!([]), "{name} ({way}):\n{problems:#}");
+        if let Some(folder) = std::env::var_os("DBACKUP_PICTURES") {
+            browser.picture(&PathBuf::from(folder).join(format!("{name}-{way}.png"))).await;
+        }
+    }
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_page_can_be_read_by_everybody_fits_a_phone_and_breaks_no_rule_of_its_own() {
+    let (cluster, pages) = lively().await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    for (name, path) in &pages {
+        browser.go(path).await;
+        if name.starts_with("execution-") || *name == "execution" {
+            browser.until("its log has been asked for", "return !document.getElementById('log') || document.querySelectorAll('#log li').length > 0 || !!document.querySelector('#execution[data-status=Pending]')").await;
+        }
+        check(&browser, name).await;
+    }
+    // Each page of the table was looked at, but for those that only differ in what they make.
+    let seen = |route: &str| {
+        let fits = |path: &str| {
+            let path = path.split('?').next().expect("a path");
+            let (route, path): (Vec<&str>, Vec<&str>) = (route.split('/').collect(), path.split('/').collect());
+            route.len() == path.len() && route.iter().zip(path).all(|(r, p)| *r == p || (*r == "{id}" && p != "new"))
+        };
+        pages.iter().any(|(_, path)| fits(path))
+    };
+    let unseen: Vec<&str> = api::ui::pages().iter().map(|page| page.path).filter(|path| !seen(path)).collect();
+    let known = [
+        "/setup",
+        "/sign-in",
+        "/jobs/new",
+        "/sources/{id}/edit",
+        "/destinations/{id}/edit",
+        "/access/users/{id}/edit",
+        "/assets/{version}/{*file}",
+    ];
+    assert_eq!(unseen, known);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_empty_pages_the_dialogs_and_the_entrance_can_be_read_by_everybody_too() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let browser = Browser::start(cluster.url(0)).await;
+    browser.go("/setup").await;
+    check(&browser, "setup").await;
+    drop(browser);
+    let browser = signed_in(&cluster, &["*"]).await;
+    for (name, path) in [
+        ("empty-overview", "/"),
+        ("empty-jobs", "/jobs"),
+        ("empty-executions", "/executions"),
+        ("empty-sources", "/sources"),
+        ("empty-destinations", "/destinations"),
+        ("empty-cluster", "/settings/cluster"),
+    ] {
+        browser.go(path).await;
+        check(&browser, name).await;
+    }
+    // By keyboard: the first stop skips to the content.
+    browser.go("/sources").await;
+    browser.keys("\u{e004}").await;
+    assert_eq!(browser.js("return document.activeElement.textContent").await, "Skip to the content");
+    browser.keys("\u{e007}").await;
+    browser.until("the focus is in the content", "return document.activeElement.id === 'main'").await;
+    browser.keys("\u{e004}\u{e007}").await;
+    browser.until_path("/sources/new").await;
+
+    // On a phone the navigation is behind a button.
+    browser.go("/").await;
+    browser.look(false, 390, 844).await;
+    let shown = "return document.querySelector('nav a').checkVisibility()";
+    assert_eq!(browser.js(shown).await, false);
+    browser.click(".menu-button").await;
+    browser.until("the navigation is shown", shown).await;
+    check_dialogs(&cluster, &browser).await;
+    browser.press("Sign out").await;
+    browser.until_path("/sign-in").await;
+    check(&browser, "sign-in").await;
+}
+
+async fn check_dialogs(cluster: &Cluster, browser: &Browser) {
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    browser.go(&format!("/sources/{source}")).await;
+    browser.press("Delete").await;
+    browser.until("the question is asked", "return document.getElementById('confirm').open").await;
+    assert_eq!(browser.js("return document.activeElement.textContent").await, "Cancel", "Enter destroys nothing");
+    check(browser, "confirm").await;
+    browser.press("Cancel").await;
+    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    cluster.job(&source, &[&destination], json!({ "name": "Shop" })).await;
+    browser.look(false, 1280, 900).await;
+    browser.go("/jobs").await;
+    browser.click("[data-dialog]").await;
+    browser.until("the dialog is open", "return !!document.querySelector('dialog.sheet[open]')").await;
+    check(browser, "trigger-dialog").await;
+    browser.press("Close").await;
+    until("the dialog is gone", SOON, || async {
+        (browser.js("return document.querySelectorAll('dialog.sheet').length").await == 0).then_some(())
+    })
+    .await;
+    browser.look(false, 1280, 900).await;
+}

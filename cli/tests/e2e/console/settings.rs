@@ -1,0 +1,54 @@
+//! Settings, and what a person may not do.
+
+use serde_json::json;
+
+use super::signed_in;
+use crate::harness::{Cluster, SOON, source::PostgresSource};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_waits_says_why_and_begins_at_once_when_the_limit_is_raised() {
+    let cluster = Cluster::build().limit(0).start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(10).await.config()).await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let id = cluster.trigger(&job).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go("/settings/cluster").await;
+    browser.until_text("all 0 slots are in use (maxConcurrentJobs)").await;
+    browser.press("System").await;
+    browser.until_path("/settings/system").await;
+    browser.field("maxConcurrentJobs", "1001").await;
+    browser.press("Save").await;
+    browser.until_text("must be between 0 and 1000").await;
+    browser.assert_only(422).await;
+    browser.field("maxConcurrentJobs", "2").await;
+    browser.press("Save").await;
+    browser.until_text("Saved. It holds from now on.").await;
+    assert_eq!(cluster.ok("GET", "/api/settings", None).await["maxConcurrentJobs"], 2);
+    assert_eq!(cluster.ended(&id, SOON).await["status"], "Success");
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_is_shown_nothing_that_they_may_not_do() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    cluster.job(&source, &[&destination], json!({ "name": "Shop" })).await;
+    let browser = signed_in(&cluster, &["jobs:read", "settings:read"]).await;
+    let links = "return [...document.querySelectorAll('nav a')].map((a) => a.getAttribute('href'))";
+    browser.go("/jobs").await;
+    assert_eq!(browser.js(links).await, json!(["/", "/jobs", "/access/sessions", "/settings/system"]));
+    let offered = browser.js("return [...document.querySelectorAll('main button, main a, main summary')].map((b) => b.textContent.trim())").await;
+    assert_eq!(offered, json!(["API Trigger"]), "no run, no edit, no source, no history");
+    browser.click("[data-dialog]").await;
+    browser.until_text("from whoever may make one").await;
+    browser.keys("\u{e00c}").await;
+    browser.go("/settings/system").await;
+    assert_eq!(browser.js("return document.querySelectorAll('main form').length").await, 0);
+    browser.assert_clean().await;
+    browser.go("/sources").await;
+    browser.until_text("your user lacks the permission sources:read").await;
+    browser.assert_only(403).await;
+}
