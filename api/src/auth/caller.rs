@@ -1,5 +1,7 @@
 //! The caller of a request, as handlers see it: the holder of a key, or a person who is signed in.
 
+use std::sync::Arc;
+
 use chrono::{DateTime, Utc};
 use common::{
     api_key::{ApiKey, HashedKey, Lookup},
@@ -24,7 +26,7 @@ const REVOKED: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug)]
 pub enum Identity {
     /// A key, and the hash by which it is looked up again.
-    Key(Box<ApiKey>, HashedKey),
+    Key(Arc<ApiKey>, HashedKey),
     /// A session.
     Person(SignedIn, SessionId),
 }
@@ -47,9 +49,12 @@ impl Identity {
     }
 }
 
-/// Who calls. Handlers take it from the request's extensions.
+/// Who calls. Handlers take it from the request's extensions; thousands of them may wait at once, each with a copy.
 #[derive(Clone, Debug)]
-pub struct Caller {
+pub struct Caller(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     identity: Identity,
     access: Access,
     visitor: Visitor,
@@ -58,11 +63,11 @@ pub struct Caller {
 impl Caller {
     /// Whoever was identified, for what, from where, by which request.
     pub fn new(identity: Identity, access: Access, visitor: Visitor) -> Self {
-        Self { identity, access, visitor }
+        Self(Arc::new(Inner { identity, access, visitor }))
     }
 
     fn key(&self) -> Option<&ApiKey> {
-        match &self.identity {
+        match &self.0.identity {
             Identity::Key(key, _) => Some(key),
             Identity::Person(..) => None,
         }
@@ -70,7 +75,7 @@ impl Caller {
 
     /// The name for labels and logs.
     pub fn name(&self) -> &str {
-        match &self.identity {
+        match &self.0.identity {
             Identity::Key(key, _) => &key.name,
             Identity::Person(person, _) => &person.name,
         }
@@ -78,7 +83,7 @@ impl Caller {
 
     /// Whose idempotency keys are used: the key's, or the person's own.
     pub fn id(&self) -> ApiKeyId {
-        match &self.identity {
+        match &self.0.identity {
             Identity::Key(key, _) => key.id,
             Identity::Person(person, _) => ApiKeyId(person.user.0),
         }
@@ -86,7 +91,7 @@ impl Caller {
 
     /// The person and the session, when it is one.
     pub fn person(&self) -> Option<(UserId, SessionId)> {
-        match &self.identity {
+        match &self.0.identity {
             Identity::Key(..) => None,
             Identity::Person(person, session) => Some((person.user, *session)),
         }
@@ -117,7 +122,7 @@ impl Caller {
 
     /// What it may do.
     pub fn permissions(&self) -> &PermissionSet {
-        self.identity.permissions()
+        self.0.identity.permissions()
     }
 
     /// The only networks it may call from.
@@ -132,13 +137,13 @@ impl Caller {
 
     /// The span of the request.
     pub fn span(&self) -> &SpanContext {
-        &self.visitor.span
+        &self.0.visitor.span
     }
 
     /// As the audit log names it.
     pub fn actor(&self) -> Actor {
         let kind = if self.key().is_some() { "ApiKey" } else { "User" };
-        self.visitor.actor(kind, Some(self.id().0), self.name())
+        self.0.visitor.actor(kind, Some(self.id().0), self.name())
     }
 
     /// Comes to its end when the caller may no longer do what it was let in for, or sees fewer jobs: whoever waits or
@@ -154,14 +159,14 @@ impl Caller {
     }
 
     async fn still_counts(&self, memory: &Memory) -> Result<bool, DbError> {
-        let may = |permissions: &PermissionSet| match self.access {
+        let may = |permissions: &PermissionSet| match self.0.access {
             Access::Needs(permission) => permissions.allows(permission),
             Access::Open | Access::Identified => true,
         };
-        match &self.identity {
+        match &self.0.identity {
             Identity::Key(key, hash) => Ok(match memory.look_up(hash).await? {
                 Lookup::Valid(now) => {
-                    now.allows_address(self.visitor.address) && may(&now.permissions) && !is_narrower(&now, key)
+                    now.allows_address(self.0.visitor.address) && may(&now.permissions) && !is_narrower(&now, key)
                 }
                 _ => false,
             }),

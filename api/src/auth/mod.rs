@@ -4,12 +4,12 @@ pub mod caller;
 pub mod memory;
 pub mod token;
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use axum::{
     Extension,
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -35,6 +35,10 @@ use crate::{
 
 /// Longest time that a poll is held before it is refused or answered with a failure.
 pub const HOLD: Duration = Duration::from_secs(20);
+
+const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
+const RATE_LIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
+const RATE_LIMIT_RESET: HeaderName = HeaderName::from_static("ratelimit-reset");
 
 /// When a held poll must be answered.
 #[derive(Clone, Copy, Debug)]
@@ -180,7 +184,7 @@ impl Gate {
         person.map(|person| Identity::Person(person, session)).ok_or_else(over)
     }
 
-    fn usable(&self, lookup: Lookup, address: IpAddr) -> Result<Box<ApiKey>, ApiError> {
+    fn usable(&self, lookup: Lookup, address: IpAddr) -> Result<Arc<ApiKey>, ApiError> {
         match lookup {
             Lookup::Valid(key) if key.allows_address(address) => {
                 self.state.memory.used(key.id, address);
@@ -279,10 +283,12 @@ pub async fn limit_stray(state: &AppState, class: LimitClass, address: IpAddr) -
 fn with_limit_headers(mut response: Response, decision: Option<Decision>) -> Response {
     if let Some(decision) = decision {
         let headers = response.headers_mut();
+        // Room for those of `context::surround` too: the map would grow, and be filled anew, twice.
+        headers.reserve(16);
         for (name, value) in [
-            ("ratelimit-limit", decision.limit),
-            ("ratelimit-remaining", decision.remaining),
-            ("ratelimit-reset", seconds(decision.reset)),
+            (RATE_LIMIT, decision.limit),
+            (RATE_LIMIT_REMAINING, decision.remaining),
+            (RATE_LIMIT_RESET, seconds(decision.reset)),
         ] {
             headers.insert(name, HeaderValue::from(value));
         }

@@ -3,7 +3,7 @@
 
 mod manage;
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use ipnet::IpNet;
@@ -108,7 +108,7 @@ impl ApiKey {
 #[derive(Clone, Debug)]
 pub enum Lookup {
     /// It may be used.
-    Valid(Box<ApiKey>),
+    Valid(Arc<ApiKey>),
     /// No such key.
     Unknown,
     /// Switched off by an administrator.
@@ -151,7 +151,7 @@ pub async fn look_up(conn: &mut PgConnection, key: &HashedKey) -> Result<LookedU
         (Some(_), Some(_)) if row.rotated => Lookup::Rotated,
         (Some(_), Some(_)) if !row.enabled => Lookup::Disabled,
         (Some(_), Some(_)) if row.expired => Lookup::Expired,
-        (Some(id), Some(name)) => Lookup::Valid(Box::new(ApiKey {
+        (Some(id), Some(name)) => Lookup::Valid(Arc::new(ApiKey {
             id,
             name,
             permissions: PermissionSet::of_stored(row.permissions.unwrap_or_default()),
