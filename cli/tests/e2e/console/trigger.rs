@@ -51,6 +51,9 @@ async fn the_curl_of_the_dialog_triggers_its_job_in_a_shell_with_a_key_made_ther
     assert_eq!((ended["status"].as_str(), ended["jobId"].as_str()), (Some("Success"), Some(job.as_str())), "{ended}");
     assert_eq!(ended["trigger"]["label"], "Trigger of Shop");
 
+    // The row behind the dialog is shown anew, and with it the link that opened the dialog.
+    browser.until("the table says so", "return document.getElementById('jobs').innerText.includes('Success')").await;
+
     // By keyboard: the arrow goes to the next tab, Escape back to where it was opened.
     browser.click("#tab-curl").await;
     browser.keys("\u{e014}").await;
