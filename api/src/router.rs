@@ -6,7 +6,7 @@ use axum::{
     Extension, Router,
     extract::{DefaultBodyLimit, State},
     http::{Method, StatusCode},
-    middleware::from_fn_with_state,
+    middleware::{from_fn, from_fn_with_state},
     response::IntoResponse,
     routing::{MethodRouter, delete, get, patch, post, put},
 };
@@ -171,7 +171,7 @@ pub fn router(state: AppState) -> Router {
         router = router.route(route.path, route.guarded(&state));
     }
     for page in ui::pages() {
-        router = router.route(page.path, page.guarded(&state).layer(from_fn_with_state(state.clone(), ui::present)));
+        router = router.route(page.path, page.guarded(&state).layer(from_fn(ui::present)));
     }
     surrounded(router, state)
 }

@@ -171,3 +171,14 @@ pub async fn queue(state: &AppState) -> Option<Arc<QueueSnapshot>> {
         async { state.db.within(ANSWER_TIMEOUT, async |conn| QueueSnapshot::take(conn).await).await.map(Arc::new) };
     state.queue.within(QUEUE_AGE, take).await.ok()
 }
+
+/// Fills in what holds back those that wait.
+pub async fn tell_why(state: &AppState, executions: &mut [Execution]) {
+    if executions.iter().any(|execution| execution.waiting.is_some())
+        && let Some(queue) = queue(state).await
+    {
+        for execution in executions {
+            execution.waiting_for = execution.waiting.as_ref().and_then(|waiting| queue.waiting_for(waiting));
+        }
+    }
+}

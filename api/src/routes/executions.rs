@@ -393,13 +393,7 @@ pub async fn list(
         cursor: cursor(query.cursor.as_deref())?,
     };
     let mut executions = state.ask(async |conn| execution::list(conn, &filter).await).await?;
-    if executions.rows.iter().any(|execution| execution.waiting.is_some())
-        && let Some(queue) = waiting::queue(&state).await
-    {
-        for execution in &mut executions.rows {
-            execution.waiting_for = execution.waiting.as_ref().and_then(|waiting| queue.waiting_for(waiting));
-        }
-    }
+    waiting::tell_why(&state, &mut executions.rows).await;
     Ok(page(&executions, &uri, false))
 }
 

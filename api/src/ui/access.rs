@@ -16,10 +16,10 @@ use common::{
 use serde::Deserialize;
 
 use super::{
-    Frame,
+    FormPage, Frame,
     form::{Choosable, Form, Input, InputType, Section},
     html,
-    view::{asset, dash, icon, when, when_or_dash, with_query},
+    view::{asset, dash, filtered, icon, when, when_or_dash, with_query},
 };
 use crate::{
     auth::Caller,
@@ -60,15 +60,6 @@ impl KeysPage {
             Some(n) => format!("{n} jobs"),
         }
     }
-}
-
-#[derive(Template)]
-#[template(path = "form_page.html")]
-struct FormPage {
-    frame: Frame,
-    title: String,
-    lead: &'static str,
-    form: Form,
 }
 
 /// Permissions that a caller may give, grouped by what they are about. Nobody grants what they do not hold.
@@ -286,11 +277,7 @@ pub async fn audit_log(
         ..Default::default()
     };
     let found = state.ask(async |conn| audit::list(conn, &filter).await).await?;
-    let here = if action.is_empty() {
-        "/access/audit-log".to_owned()
-    } else {
-        with_query("/access/audit-log", "action", &action)
-    };
+    let here = filtered("/access/audit-log", &[("action", &action)]);
     let next = found.next.map(|next| with_query(&here, "cursor", &next));
     html(&AuditPage { frame, entries: found.rows, action, next })
 }

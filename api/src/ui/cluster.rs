@@ -15,12 +15,11 @@ use common::{
 
 use super::{
     Frame,
-    executions::tell_why_they_wait,
     form::{Form, Input, InputType, Section},
     html,
     view::{asset, duration, icon, when},
 };
-use crate::{auth::Caller, error::ApiError, routes::cluster::DEPTH_AGE, state::AppState};
+use crate::{auth::Caller, error::ApiError, routes::cluster::DEPTH_AGE, state::AppState, waiting};
 
 /// Executions that wait, as the page of the cluster lists them.
 const WAITING: i64 = 20;
@@ -118,7 +117,7 @@ pub async fn show(
         let filter =
             Filter { status: Some(Status::Pending), only: caller.only(), limit: Some(WAITING), ..Default::default() };
         waiting = state.ask(async |conn| execution::list(conn, &filter).await).await?.rows;
-        tell_why_they_wait(&state, &mut waiting).await;
+        waiting::tell_why(&state, &mut waiting).await;
     }
     html(&ClusterPage { frame, cluster, waiting })
 }

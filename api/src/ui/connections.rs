@@ -6,7 +6,7 @@ use axum::{Extension, extract::State, response::Response};
 use common::{
     destination::{self, Destination, Kind},
     form::{self, Form as Described},
-    job::{self, Job},
+    job::Job,
     permission::Permission,
     source::{self, Engine, Source},
 };
@@ -15,8 +15,8 @@ use serde_json::{Map, Value};
 
 use super::{
     Frame,
-    form::{Form, Input, InputType, Section, labels_text, of_config},
-    html,
+    form::{Form, Input, InputType, Section, labels, of_config},
+    html, jobs,
     view::{asset, icon, when},
 };
 use crate::{
@@ -81,13 +81,6 @@ fn pool(value: &str) -> Input {
     Input::new(InputType::Text, "pool", "Pool").placeholder("default").help("whose workers reach it").value(value)
 }
 
-fn labels(value: String) -> Input {
-    Input::new(InputType::Labels, "labels", "Labels")
-        .placeholder("env=prod")
-        .help("name=value, one on each line")
-        .value(value)
-}
-
 fn most_runs(value: Option<i32>) -> Input {
     Input::new(InputType::Number, "maxConcurrentRuns", "Runs at once")
         .placeholder("no limit of its own")
@@ -96,8 +89,7 @@ fn most_runs(value: Option<i32>) -> Input {
 
 impl From<Source> for Connection {
     fn from(source: Source) -> Self {
-        let common =
-            vec![pool(&source.pool), most_runs(source.max_concurrent_runs), labels(labels_text(&source.labels))];
+        let common = vec![pool(&source.pool), most_runs(source.max_concurrent_runs), labels(Some(&source.labels))];
         Self {
             id: source.id.to_string(),
             name: source.name,
@@ -114,7 +106,7 @@ impl From<Source> for Connection {
 
 impl From<Destination> for Connection {
     fn from(destination: Destination) -> Self {
-        let common = vec![pool(&destination.pool), labels(labels_text(&destination.labels))];
+        let common = vec![pool(&destination.pool), labels(Some(&destination.labels))];
         Self {
             id: destination.id.to_string(),
             name: destination.name,
@@ -199,17 +191,6 @@ impl OnePage {
     }
 }
 
-/// Jobs that the caller may see and that `uses` says.
-async fn jobs(state: &AppState, caller: &Caller, uses: impl Fn(&Job) -> bool) -> Result<Vec<Job>, ApiError> {
-    if !caller.permissions().allows(Permission::JobsRead) {
-        return Ok(Vec::new());
-    }
-    let filter = job::Filter { only: caller.only(), ..Default::default() };
-    let mut found = state.ask(async |conn| job::list(conn, &filter).await).await?.rows;
-    found.retain(uses);
-    Ok(found)
-}
-
 /// One source.
 pub async fn source(
     State(state): State<AppState>,
@@ -218,7 +199,8 @@ pub async fn source(
     frame: Frame,
 ) -> Result<Response, ApiError> {
     let found = sources::find(&state, id).await?;
-    let jobs = jobs(&state, &caller, |job| job.source_id == found.id).await?;
+    let mut jobs = jobs(&state, &caller).await?;
+    jobs.retain(|job| job.source_id == found.id);
     let stores = state
         .ask(async |conn| destination::list(conn, &destination::Filter { limit: Some(1), ..Default::default() }).await);
     let next = match stores.await?.rows.is_empty() {
@@ -237,7 +219,8 @@ pub async fn destination(
     frame: Frame,
 ) -> Result<Response, ApiError> {
     let found = destinations::find(&state, id).await?;
-    let jobs = jobs(&state, &caller, |job| job.destination_ids.contains(&found.id)).await?;
+    let mut jobs = jobs(&state, &caller).await?;
+    jobs.retain(|job| job.destination_ids.contains(&found.id));
     let next = (jobs.is_empty() && frame.may(Permission::JobsWrite)).then_some(("/jobs/new", "Make a job"));
     html(&OnePage { frame, noun: DESTINATION, it: found.into(), jobs, next })
 }
@@ -290,19 +273,13 @@ fn new_page(frame: Frame, noun: Noun, choices: Vec<Described>, query: &WhatQuery
 
 /// The form of a new source.
 pub async fn make_source(Query(query): Query<WhatQuery>, frame: Frame) -> Result<Response, ApiError> {
-    let common = vec![pool(""), most_runs(None), labels(String::new())];
+    let common = vec![pool(""), most_runs(None), labels(None)];
     html(&new_page(frame, SOURCE, Engine::ALL.map(form::of_engine).into(), &query, common))
 }
 
 /// The form of a new destination.
 pub async fn make_destination(Query(query): Query<WhatQuery>, frame: Frame) -> Result<Response, ApiError> {
-    html(&new_page(
-        frame,
-        DESTINATION,
-        Kind::ALL.map(form::of_kind).into(),
-        &query,
-        vec![pool(""), labels(String::new())],
-    ))
+    html(&new_page(frame, DESTINATION, Kind::ALL.map(form::of_kind).into(), &query, vec![pool(""), labels(None)]))
 }
 
 fn edit_page(frame: Frame, noun: Noun, it: Connection, cancel: &'static str) -> FormPage {

@@ -10,7 +10,6 @@ use common::{
     destination,
     execution::{self, Execution, Filter, Outcome, Stage, Status},
     id::{DestinationId, JobId, Reference},
-    job,
     permission::Permission,
 };
 use serde::Deserialize;
@@ -19,9 +18,10 @@ use sqlx::PgConnection;
 use super::{
     Frame,
     form::Choosable,
-    html,
+    html, jobs,
     view::{
-        Markup, asset, bytes, bytes_or_dash, dash, duration, icon, status, status_mark, when, when_or_dash, with_query,
+        Markup, asset, bytes, bytes_or_dash, dash, duration, filtered, icon, status, status_mark, when, when_or_dash,
+        with_query,
     },
 };
 use crate::{
@@ -73,12 +73,7 @@ pub async fn list(
     Query(query): Query<ExecutionsQuery>,
     frame: Frame,
 ) -> Result<Response, ApiError> {
-    let sees_jobs = frame.may(Permission::JobsRead);
-    let all = job::Filter { only: caller.only(), ..Default::default() };
-    let jobs = match sees_jobs {
-        true => state.ask(async |conn| job::list(conn, &all).await).await?.rows,
-        false => Vec::new(),
-    };
+    let jobs = jobs(&state, &caller).await?;
     let reference = Reference::new(query.job_id.clone());
     let named = jobs.iter().find(|job| Some(job.id.0) == reference.id() || job.slug == reference.slug());
     let job_id = named.map(|job| job.id).or(reference.id().map(JobId));
@@ -92,10 +87,9 @@ pub async fn list(
         ..Filter::default()
     };
     let mut found = state.ask(async |conn| execution::list(conn, &filter).await).await?;
-    tell_why_they_wait(&state, &mut found.rows).await;
-    let here = [("jobId", &query.job_id), ("status", &query.status), ("outcome", &query.outcome)];
-    let kept = here.iter().filter(|(_, value)| !value.is_empty());
-    let here = kept.fold("/executions".to_owned(), |path, (name, value)| with_query(&path, name, value));
+    waiting::tell_why(&state, &mut found.rows).await;
+    let here = [("jobId", query.job_id.as_str()), ("status", &query.status), ("outcome", &query.outcome)];
+    let here = filtered("/executions", &here);
     html(&ListPage {
         frame,
         jobs: jobs.iter().map(|job| Choosable::new(job.id, &job.name, job_id == Some(job.id))).collect(),
@@ -106,17 +100,6 @@ pub async fn list(
         next: found.next.map(|next| with_query(&here, "cursor", &next)),
         rows: found.rows,
     })
-}
-
-/// Fills in what holds back those that wait.
-pub async fn tell_why_they_wait(state: &AppState, executions: &mut [Execution]) {
-    if executions.iter().any(|execution| execution.waiting.is_some())
-        && let Some(queue) = waiting::queue(state).await
-    {
-        for execution in executions {
-            execution.waiting_for = execution.waiting.as_ref().and_then(|waiting| queue.waiting_for(waiting));
-        }
-    }
 }
 
 #[derive(Template)]
@@ -164,7 +147,7 @@ pub async fn show(
     frame: Frame,
 ) -> Result<Response, ApiError> {
     let mut it = [find(&state, &caller, &id).await?];
-    tell_why_they_wait(&state, &mut it).await;
+    waiting::tell_why(&state, &mut it).await;
     let [it] = it;
     let sees_stores = frame.may(Permission::DestinationsRead);
     let ask = async |conn: &mut PgConnection| {

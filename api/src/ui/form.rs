@@ -186,9 +186,13 @@ fn text_of(value: &Value) -> String {
     }
 }
 
-/// Labels as an input holds them.
-pub fn labels_text(labels: &Labels) -> String {
-    labels.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("\n")
+/// The input of labels.
+pub fn labels(stored: Option<&Labels>) -> Input {
+    let lines = stored.into_iter().flatten().map(|(name, value)| format!("{name}={value}"));
+    Input::new(InputType::Labels, "labels", "Labels")
+        .placeholder("env=prod")
+        .help("name=value, one on each line")
+        .value(lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// Inputs that belong together.

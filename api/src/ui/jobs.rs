@@ -16,10 +16,10 @@ use serde::Deserialize;
 use sqlx::PgConnection;
 
 use super::{
-    Frame,
-    form::{Choosable, Form, Input, InputType, Section, labels_text},
+    FormPage, Frame,
+    form::{Choosable, Form, Input, InputType, Section, labels},
     html,
-    view::{Markup, asset, bytes_or_dash, dash, icon, status_mark, when_or_dash, with_query},
+    view::{Markup, asset, bytes_or_dash, dash, filtered, icon, status_mark, when_or_dash, with_query},
 };
 use crate::{
     auth::Caller,
@@ -73,10 +73,7 @@ pub async fn list(
         Ok((jobs, summaries, ready))
     };
     let (jobs, mut summaries, ready): (_, HashMap<JobId, JobSummary>, bool) = state.ask(ask).await?;
-    let next = jobs.next.map(|next| {
-        let path = if search.is_empty() { "/jobs".to_owned() } else { with_query("/jobs", "q", &search) };
-        with_query(&path, "cursor", &next)
-    });
+    let next = jobs.next.map(|next| with_query(&filtered("/jobs", &[("q", &search)]), "cursor", &next));
     let rows = jobs.rows.into_iter().map(|job| (summaries.remove(&job.id), job)).map(|(summary, job)| (job, summary));
     html(&JobsPage { rows: rows.collect(), frame, search, next, ready })
 }
@@ -84,15 +81,6 @@ pub async fn list(
 /// Whether there is any.
 fn one() -> source::Filter {
     source::Filter { limit: Some(1), ..Default::default() }
-}
-
-#[derive(Template)]
-#[template(path = "form_page.html")]
-struct JobForm {
-    frame: Frame,
-    title: String,
-    lead: &'static str,
-    form: Form,
 }
 
 /// Query of the form.
@@ -125,7 +113,7 @@ pub async fn make(
     if model.is_some() {
         form.sections[0] = Section::new("", vec![name(Some(&title))]);
     }
-    html(&JobForm { frame, title, lead: "", form })
+    html(&FormPage { frame, title, lead: "", form })
 }
 
 /// The form of a job that exists.
@@ -145,7 +133,7 @@ pub async fn edit(
         submit: "Save",
         cancel: "/jobs",
     };
-    html(&JobForm { frame, title: format!("Edit {}", job.name), lead: "", form })
+    html(&FormPage { frame, title: format!("Edit {}", job.name), lead: "", form })
 }
 
 fn name(value: Option<&str>) -> Input {
@@ -232,10 +220,7 @@ fn more(job: Option<&Job>) -> Vec<Input> {
             "Longest time of an attempt, in seconds",
             job.map_or(21_600, |job| job.timeout_seconds),
         ),
-        Input::new(InputType::Labels, "labels", "Labels")
-            .placeholder("env=prod")
-            .help("name=value, one on each line")
-            .value(job.map(|job| labels_text(&job.labels)).unwrap_or_default()),
+        labels(job.map(|job| &job.labels)),
     ]
 }
 

@@ -18,13 +18,16 @@ mod view;
 
 use askama::Template;
 use axum::{
-    extract::{FromRequestParts, Request, State},
+    extract::{FromRequestParts, Request},
     http::{HeaderValue, StatusCode, header, request::Parts},
     middleware::Next,
     response::{Html, IntoResponse, Redirect, Response},
     routing::{MethodRouter, get},
 };
-use common::permission::Permission;
+use common::{
+    job::{self, Job},
+    permission::Permission,
+};
 
 use crate::{
     auth::{Access, Caller},
@@ -35,6 +38,7 @@ use crate::{
     state::AppState,
 };
 
+use form::Form;
 pub use view::asset;
 use view::icon;
 
@@ -120,6 +124,25 @@ fn html(page: &impl Template) -> Result<Response, ApiError> {
     Ok(response)
 }
 
+/// A page that is a form.
+#[derive(Template)]
+#[template(path = "form_page.html")]
+struct FormPage {
+    frame: Frame,
+    title: String,
+    lead: &'static str,
+    form: Form,
+}
+
+/// All jobs that the caller may see; none for whoever may read none.
+async fn jobs(state: &AppState, caller: &Caller) -> Result<Vec<Job>, ApiError> {
+    if !caller.permissions().allows(Permission::JobsRead) {
+        return Ok(Vec::new());
+    }
+    let filter = job::Filter { only: caller.only(), ..Default::default() };
+    Ok(state.ask(async |conn| job::list(conn, &filter).await).await?.rows)
+}
+
 #[derive(Template)]
 #[template(path = "error.html")]
 struct ErrorPage<'a> {
@@ -129,7 +152,7 @@ struct ErrorPage<'a> {
 }
 
 /// Makes pages of failures: to the sign-in where nobody is signed in, else what is wrong, for people.
-pub async fn present(State(_): State<AppState>, request: Request, next: Next) -> Response {
+pub async fn present(request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
     let wanted = request.uri().path_and_query().map_or("/", |wanted| wanted.as_str()).to_owned();
     let mut response = next.run(request).await;

@@ -16,12 +16,10 @@ use common::{
 use sqlx::PgConnection;
 
 use super::{
-    Frame, cluster,
-    executions::tell_why_they_wait,
-    html,
+    Frame, cluster, html, jobs,
     view::{asset, bytes, duration, icon, status, when},
 };
-use crate::{auth::Caller, error::ApiError, state::AppState};
+use crate::{auth::Caller, error::ApiError, state::AppState, waiting};
 
 /// Rows of each list.
 const ROWS: i64 = 8;
@@ -65,7 +63,7 @@ pub async fn show(
     let mut summary = None;
     if frame.may(Permission::HistoryRead) {
         (active, failed) = runs(&state, &caller).await?;
-        tell_why_they_wait(&state, &mut active).await;
+        waiting::tell_why(&state, &mut active).await;
         // It counts over all jobs: not for a key that is bound to some.
         if caller.only().is_none() {
             let take =
@@ -73,10 +71,7 @@ pub async fn show(
             summary = Some(state.summary.within(SUMMARY_AGE, take).await?);
         }
     }
-    let planned = match frame.may(Permission::JobsRead) {
-        true => planned(&state, &caller).await?,
-        false => Vec::new(),
-    };
+    let planned = planned(&state, &caller).await?;
     let steps = steps(&state, &frame).await?;
     html(&OverviewPage { frame, steps, cluster, summary, active, failed, planned })
 }
@@ -96,8 +91,7 @@ async fn runs(state: &AppState, caller: &Caller) -> Result<(Vec<Execution>, Vec<
 
 /// Jobs in the order in which their schedules fire next.
 async fn planned(state: &AppState, caller: &Caller) -> Result<Vec<Job>, ApiError> {
-    let filter = job::Filter { only: caller.only(), ..Default::default() };
-    let mut jobs = state.ask(async |conn| job::list(conn, &filter).await).await?.rows;
+    let mut jobs = jobs(state, caller).await?;
     jobs.retain(|job| job.next_run_at.is_some());
     jobs.sort_by_key(|job| job.next_run_at);
     jobs.truncate(usize::try_from(ROWS).unwrap_or_default());

@@ -119,6 +119,12 @@ pub fn with_query(path: &str, name: &str, value: &str) -> String {
     format!("{path}{}{name}={encoded}", if path.contains('?') { '&' } else { '?' })
 }
 
+/// A path with those of the pairs that say something in its query.
+pub fn filtered(path: &str, pairs: &[(&str, &str)]) -> String {
+    let said = pairs.iter().filter(|(_, value)| !value.is_empty());
+    said.fold(path.to_owned(), |path, (name, value)| with_query(&path, name, value))
+}
+
 /// Pages that belong together.
 pub struct NavGroup {
     /// Its title; empty for the first.

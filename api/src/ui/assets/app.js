@@ -2,7 +2,7 @@
 import { call, endSession, keepSession } from "./api.js";
 import { onSubmit, problemText } from "./forms.js";
 import { refresh, startLive } from "./live.js";
-import { ask, keepNotice, notify, showKept, showSecret } from "./dialogs.js";
+import { ask, copy, keepNotice, notify, showKept, showSecret } from "./dialogs.js";
 import { openAsDialog, startTrigger } from "./trigger.js";
 import { startLog } from "./log.js";
 import { dress } from "./times.js";
@@ -79,20 +79,6 @@ async function test(button) {
   }
 }
 
-async function copy(button) {
-  const source = document.getElementById(button.dataset.copy);
-  const text = source.textContent;
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    // Without TLS a browser has no clipboard for scripts: the selection has one.
-    getSelection().selectAllChildren(source);
-    document.execCommand("copy");
-    getSelection().removeAllRanges();
-  }
-  notify("Copied.");
-}
-
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button, a");
   const open = document.querySelector("details.menu[open]");
@@ -100,7 +86,10 @@ document.addEventListener("click", (event) => {
   if (!button || button.getAttribute("aria-busy")) return;
   if (button.dataset.api) press(button);
   else if (button.dataset.test) test(button);
-  else if (button.dataset.copy) copy(button);
+  else if (button.dataset.copy) {
+    const source = document.getElementById(button.dataset.copy);
+    copy(source.textContent, source);
+  }
   else if ("dialog" in button.dataset && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
     event.preventDefault();
     openAsDialog(button);

@@ -22,6 +22,19 @@ export function notify(text, kind = "good") {
   if (kind === "good") leaving = setTimeout(() => place.classList.remove("shown"), 6000);
 }
 
+// Copies a text, which `shown` shows.
+export async function copy(text, shown) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Without TLS a browser has no clipboard for scripts: the selection has one.
+    getSelection().selectAllChildren(shown);
+    document.execCommand("copy");
+    getSelection().removeAllRanges();
+  }
+  notify("Copied.");
+}
+
 // A word for the next page.
 export function keepNotice(text) {
   sessionStorage.setItem("notice", text);

@@ -1,6 +1,6 @@
 // The page of one execution: its log as it is written, and its status.
 import { follow, move, plan } from "./live.js";
-import { notify } from "./dialogs.js";
+import { copy } from "./dialogs.js";
 import { time } from "./times.js";
 
 const text = (line) => `${line.timestamp} ${line.level.toUpperCase().padEnd(7)} ${line.stage ?? ""} ${line.message}${line.details ? `\n${line.details}` : ""}`;
@@ -61,16 +61,7 @@ export function startLog() {
     [...list.children].forEach((entry, n) => { entry.hidden = !fits(lines[n]); });
   });
   const whole = () => lines.map(text).join("\n") + "\n";
-  document.getElementById("log-copy").addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(whole());
-    } catch {
-      getSelection().selectAllChildren(list);
-      document.execCommand("copy");
-      getSelection().removeAllRanges();
-    }
-    notify("Copied.");
-  });
+  document.getElementById("log-copy").addEventListener("click", () => copy(whole(), list));
   document.getElementById("log-save").addEventListener("click", (event) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([whole()], { type: "text/plain" }));
