@@ -6,79 +6,40 @@ use common::{
         enqueue::{Enqueued, TriggerRequest, enqueue},
         room::Room,
     },
+    grouped::{Answers, Grouped},
     queue::{Notice, Wakeups},
 };
-use tokio::sync::{mpsc, oneshot};
 
 use crate::error::ApiError;
 
 /// Triggers in one transaction, at most.
 const GROUP: usize = 256;
 
-struct Waiting {
-    request: TriggerRequest,
-    answer: oneshot::Sender<Result<Enqueued, ApiError>>,
+/// Takes triggers; see [`Grouped::ask`].
+pub type Enqueuer = Grouped<Desk, ApiError>;
+
+/// Enqueues groups of triggers.
+pub struct Desk {
+    db: Db,
+    wakeups: Wakeups,
+    room: Room,
 }
 
-/// Hands triggers to the grouping task.
-#[derive(Clone)]
-pub struct Enqueuer(mpsc::Sender<Waiting>);
-
-impl Enqueuer {
-    /// Starts the grouping task; it ends when the last handle is dropped.
-    pub fn start(db: Db, wakeups: Wakeups) -> Self {
-        let (sender, receiver) = mpsc::channel(GROUP * 4);
-        tokio::spawn(group(db, wakeups, receiver));
-        Self(sender)
-    }
-
-    /// Enqueues one trigger. The answer comes after the commit.
-    pub async fn enqueue(&self, request: TriggerRequest) -> Result<Enqueued, ApiError> {
-        let (answer, answered) = oneshot::channel();
-        let stopping = || ApiError::from(DbError::Timeout(ANSWER_TIMEOUT));
-        self.0.send(Waiting { request, answer }).await.map_err(|_| stopping())?;
-        answered.await.map_err(|_| stopping())?
-    }
+/// Starts the task that enqueues.
+pub fn start(db: Db, wakeups: Wakeups) -> Enqueuer {
+    Grouped::start(Desk { db, wakeups, room: Room::default() }, GROUP)
 }
 
-async fn group(db: Db, wakeups: Wakeups, mut receiver: mpsc::Receiver<Waiting>) {
-    let (mut waiting, mut room) = (Vec::new(), Room::default());
-    while receiver.recv_many(&mut waiting, GROUP).await > 0 {
-        let (requests, answers): (Vec<_>, Vec<_>) = waiting.drain(..).map(|w| (w.request, w.answer)).unzip();
-        match db.within(ANSWER_TIMEOUT, async |conn| enqueue(conn, &mut room, &requests).await).await {
-            Ok(outcomes) => {
-                tell(&wakeups, &outcomes);
-                for (answer, outcome) in answers.into_iter().zip(outcomes) {
-                    let _ = answer.send(Ok(outcome));
-                }
-            }
-            Err(error) if error.is_passing() || requests.len() == 1 => {
-                let error = ApiError::from(error);
-                for answer in answers {
-                    let _ = answer.send(Err(error.clone()));
-                }
-            }
-            // One of them is bad in a way that nobody foresaw: the others must not suffer.
-            Err(_) => {
-                for (request, answer) in requests.into_iter().zip(answers) {
-                    let alone = db
-                        .within(ANSWER_TIMEOUT, async |conn| {
-                            enqueue(conn, &mut room, std::slice::from_ref(&request)).await
-                        })
-                        .await;
-                    let outcome = alone.map_err(ApiError::from).map(|mut outcomes| outcomes.remove(0));
-                    if let Ok(outcome) = &outcome {
-                        tell(&wakeups, std::slice::from_ref(outcome));
-                    }
-                    let _ = answer.send(outcome);
-                }
-            }
+impl Answers for Desk {
+    type Question = TriggerRequest;
+    type Answer = Enqueued;
+
+    async fn answer(&mut self, requests: &[TriggerRequest]) -> Result<Vec<Enqueued>, DbError> {
+        let room = &mut self.room;
+        let outcomes = self.db.within(ANSWER_TIMEOUT, async |conn| enqueue(conn, room, requests).await).await?;
+        if outcomes.iter().any(|outcome| matches!(outcome, Enqueued::Queued(_))) {
+            self.wakeups.tell(Notice::Work);
         }
-    }
-}
-
-fn tell(wakeups: &Wakeups, outcomes: &[Enqueued]) {
-    if outcomes.iter().any(|o| matches!(o, Enqueued::Queued(_))) {
-        wakeups.tell(Notice::Work);
+        Ok(outcomes)
     }
 }

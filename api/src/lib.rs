@@ -13,6 +13,7 @@ pub mod extract;
 pub mod one_asks;
 pub mod openapi;
 pub mod rate_limit;
+pub mod reason;
 pub mod router;
 pub mod routes;
 pub mod samples;

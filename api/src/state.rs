@@ -6,7 +6,7 @@ use common::{
     audit::{self, Actor, Event},
     cluster::Queue,
     db::{ANSWER_TIMEOUT, Db, DbError},
-    execution::{summary::Summary, waiting::QueueSnapshot},
+    execution::summary::Summary,
     queue::Wakeups,
     seal::SealKey,
 };
@@ -17,10 +17,11 @@ use tokio::sync::Semaphore;
 use crate::{
     auth::{Caller, memory::Memory},
     config::ApiConfig,
-    enqueuer::Enqueuer,
+    enqueuer::{self, Enqueuer},
     error::ApiError,
     one_asks::Lately,
     rate_limit::RateLimiter,
+    reason::Reasons,
     server::Stop,
     waiting::LastKnown,
     watch::Watcher,
@@ -65,7 +66,7 @@ pub struct Shared {
     /// States for when the database is away.
     pub known: Arc<LastKnown>,
     /// Places in the queue, and why executions wait.
-    pub queue: Arc<Lately<Arc<QueueSnapshot>>>,
+    pub reasons: Reasons,
     /// How much waits.
     pub depth: Arc<Lately<Arc<Queue>>>,
     /// How backups went of late.
@@ -93,17 +94,18 @@ impl AppState {
     ) -> Self {
         let memory = Arc::new(Memory::new(db.clone()));
         let closing = &stop.closing;
+        let reasons = Reasons::new(db.clone());
         tokio::spawn(closing.clone().run_until_cancelled_owned(record_uses(memory.clone())));
         Self(Arc::new(Shared {
-            enqueuer: Enqueuer::start(db.clone(), wakeups.clone()),
+            enqueuer: enqueuer::start(db.clone(), wakeups.clone()),
             instance: instance.clone().into(),
             hashing: Arc::new(Semaphore::new(MOST_HASHING)),
             rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), closing.clone())),
             trusted_proxies: config.trusted_proxies.clone().into(),
             held: Arc::new(Semaphore::new(MOST_HELD)),
-            watcher: Watcher::start(db.clone(), wakeups.clone(), closing.clone()),
+            watcher: Watcher::start(db.clone(), reasons.clone(), wakeups.clone(), closing.clone()),
             known: Arc::default(),
-            queue: Arc::default(),
+            reasons,
             depth: Arc::default(),
             summary: Arc::default(),
             memory,

@@ -6,11 +6,7 @@ use std::{
 };
 
 use axum::http::StatusCode;
-use common::{
-    db::ANSWER_TIMEOUT,
-    execution::{Execution, waiting::QueueSnapshot},
-    id::ExecutionId,
-};
+use common::{execution::Execution, id::ExecutionId};
 use tokio::time::{Duration, Instant};
 
 use crate::{
@@ -28,8 +24,6 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 pub const RETRY: Duration = Duration::from_millis(250);
 /// States remembered for when the database is away.
 const MOST_KNOWN: usize = 4_096;
-/// How old a look at the queue may be.
-const QUEUE_AGE: Duration = Duration::from_secs(1);
 
 /// How long the answer to a poll is kept back (unless the execution ends before), the longer the nearer its client is to
 /// its limit. Thirty scripts that poll every five seconds from one address would otherwise use up the minute in a
@@ -161,24 +155,5 @@ impl LastKnown {
 
     fn get(&self, id: ExecutionId) -> Option<(Arc<Execution>, Arc<Shown>)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).states.get(&id).cloned()
-    }
-}
-
-/// Why executions wait and where they stand in the queue, from one look a second at most for all who ask; `None` while
-/// the database is away.
-pub async fn queue(state: &AppState) -> Option<Arc<QueueSnapshot>> {
-    let take =
-        async { state.db.within(ANSWER_TIMEOUT, async |conn| QueueSnapshot::take(conn).await).await.map(Arc::new) };
-    state.queue.within(QUEUE_AGE, take).await.ok()
-}
-
-/// Fills in what holds back those that wait.
-pub async fn tell_why(state: &AppState, executions: &mut [Execution]) {
-    if executions.iter().any(|execution| execution.waiting.is_some())
-        && let Some(queue) = queue(state).await
-    {
-        for execution in executions {
-            execution.waiting_for = execution.waiting.as_ref().and_then(|waiting| queue.waiting_for(waiting));
-        }
     }
 }

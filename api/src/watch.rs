@@ -13,9 +13,9 @@ use common::{
     artifact,
     db::{Db, DbError},
     execution::{
-        self, Execution, group,
+        self, Execution, Status, group,
         log::{self, Line, LogCursor},
-        waiting::Waiting,
+        waiting::{WaitReason, Waiting},
     },
     id::ExecutionId,
     queue::{Notice, Wakeups},
@@ -27,6 +27,8 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
+
+use crate::reason::Reasons;
 
 /// Longest time between two looks while somebody waits.
 const LOOK: Duration = Duration::from_secs(1);
@@ -56,6 +58,7 @@ pub struct Watcher(Arc<Inner>);
 
 struct Inner {
     db: Db,
+    reasons: Reasons,
     watched: Mutex<HashMap<ExecutionId, Entry>>,
     lists: broadcast::Sender<Arc<Execution>>,
     /// Somebody began to wait.
@@ -77,9 +80,14 @@ pub struct Watched {
 
 impl Watcher {
     /// Starts looking, until `stop`.
-    pub fn start(db: Db, wakeups: Wakeups, stop: CancellationToken) -> Self {
-        let inner =
-            Arc::new(Inner { db, watched: Mutex::default(), lists: broadcast::channel(1024).0, begun: Notify::new() });
+    pub fn start(db: Db, reasons: Reasons, wakeups: Wakeups, stop: CancellationToken) -> Self {
+        let inner = Arc::new(Inner {
+            db,
+            reasons,
+            watched: Mutex::default(),
+            lists: broadcast::channel(1024).0,
+            begun: Notify::new(),
+        });
         tokio::spawn(stop.run_until_cancelled_owned(inner.clone().run(wakeups.subscribe())));
         Self(inner)
     }
@@ -196,7 +204,7 @@ impl Inner {
     async fn look(
         &self,
         only: Option<&HashSet<ExecutionId>>,
-        known: &mut HashMap<ExecutionId, (String, Option<i16>)>,
+        known: &mut HashMap<ExecutionId, State>,
     ) -> Result<(), DbError> {
         let (ids, cursors) = self.wanted(only);
         let listing = self.lists.receiver_count() > 0;
@@ -215,15 +223,16 @@ impl Inner {
             };
             Ok((found, lines, listed))
         };
-        let ((executions, artifacts), lines, listed) = self.db.within(TIMEOUT, ask).await?;
+        let ((executions, artifacts), lines, mut listed) = self.db.within(TIMEOUT, ask).await?;
         self.publish(executions, &artifacts, lines);
         if only.is_none() {
             // What is on no list any more will not change: it is forgotten, however long somebody listens.
             let still: HashSet<ExecutionId> = listed.iter().map(|execution| execution.id).collect();
             known.retain(|id, _| still.contains(id));
         }
+        self.reasons.tell(&mut listed).await;
         for execution in listed {
-            let state = (format!("{:?}{}", execution.status, execution.stage), execution.progress);
+            let state = State::of(&execution);
             if known.insert(execution.id, state.clone()) != Some(state) {
                 let _ = self.lists.send(Arc::new(execution));
             }
@@ -284,10 +293,29 @@ pub async fn find_with_artifacts(
     if !missing.is_empty() {
         executions.extend(group::find_groups(conn, &missing).await?);
     }
-    let published: Vec<ExecutionId> =
-        executions.iter().filter(|e| e.status == execution::Status::Success).map(|e| e.id).collect();
+    let published: Vec<ExecutionId> = executions.iter().filter(|e| e.status == Status::Success).map(|e| e.id).collect();
     let artifacts = if published.is_empty() { Vec::new() } else { artifact::of_executions(conn, &published).await? };
     Ok((executions, artifacts))
+}
+
+/// What is told of an execution on a list when it changes.
+#[derive(PartialEq, Eq, Clone)]
+struct State {
+    status: Status,
+    stage: String,
+    progress: Option<i16>,
+    waiting_for: Option<WaitReason>,
+}
+
+impl State {
+    fn of(execution: &Execution) -> Self {
+        Self {
+            status: execution.status,
+            stage: execution.stage.clone(),
+            progress: execution.progress,
+            waiting_for: execution.waiting_for.as_ref().map(|waiting| waiting.reason),
+        }
+    }
 }
 
 enum Changed {

@@ -3,7 +3,10 @@
 use serde::Serialize;
 use sqlx::PgConnection;
 
-use crate::id::{DestinationId, ExecutionId, JobId};
+use crate::{
+    execution::{claim::Claim, finish::Published},
+    id::{DestinationId, ExecutionId},
+};
 
 /// An object that has just been published.
 #[derive(Clone, Debug)]
@@ -52,31 +55,27 @@ pub struct Artifact {
     pub sha256: String,
 }
 
-/// Records what was published, within the transaction that finishes the execution.
-pub async fn insert(
-    conn: &mut PgConnection,
-    execution: ExecutionId,
-    job: JobId,
-    new: &[NewArtifact],
-) -> Result<(), sqlx::Error> {
-    for artifact in new {
-        sqlx::query!(
-            "insert into artifacts (id, execution_id, job_id, destination_id, database_name, path, size_bytes, sha256, plain_bytes, plain_sha256)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-            uuid::Uuid::now_v7(),
-            execution as _,
-            job as _,
-            artifact.destination as _,
-            artifact.database,
-            artifact.path,
-            artifact.size_bytes,
-            artifact.sha256,
-            artifact.plain.as_ref().map(|p| p.size_bytes),
-            artifact.plain.as_ref().map(|p| p.sha256.clone()),
-        )
-        .execute(&mut *conn)
-        .await?;
-    }
+/// Records what was published, within the transaction that finishes the executions.
+pub async fn insert(conn: &mut PgConnection, published: &[(Claim, &Published)]) -> Result<(), sqlx::Error> {
+    let objects =
+        || published.iter().flat_map(|(claim, p)| p.artifacts.iter().map(move |a| (claim.execution, p.job, a)));
+    sqlx::query!(
+        "insert into artifacts (id, execution_id, job_id, destination_id, database_name, path, size_bytes, sha256, plain_bytes, plain_sha256)
+         select * from unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::bigint[], $8::text[],
+                              $9::bigint[], $10::text[])",
+        &objects().map(|_| uuid::Uuid::now_v7()).collect::<Vec<_>>(),
+        objects().map(|(execution, ..)| execution).collect::<Vec<_>>() as _,
+        objects().map(|(_, job, _)| job).collect::<Vec<_>>() as _,
+        objects().map(|(.., a)| a.destination).collect::<Vec<_>>() as _,
+        objects().map(|(.., a)| a.database.as_deref()).collect::<Vec<_>>() as _,
+        objects().map(|(.., a)| a.path.as_str()).collect::<Vec<_>>() as _,
+        &objects().map(|(.., a)| a.size_bytes).collect::<Vec<_>>(),
+        objects().map(|(.., a)| a.sha256.as_str()).collect::<Vec<_>>() as _,
+        objects().map(|(.., a)| a.plain.as_ref().map(|p| p.size_bytes)).collect::<Vec<_>>() as _,
+        objects().map(|(.., a)| a.plain.as_ref().map(|p| p.sha256.as_str())).collect::<Vec<_>>() as _,
+    )
+    .execute(conn)
+    .await?;
     Ok(())
 }
 

@@ -69,6 +69,8 @@ impl Db {
                 ("lock_timeout", "10000"),
                 // A stopped process must not hold a row lock that others wait for.
                 ("idle_in_transaction_session_timeout", "5000"),
+                // Every question is short: to compile one takes longer than to answer it.
+                ("jit", "off"),
                 ("synchronous_commit", "on"),
                 ("timezone", "UTC"),
                 // The server's side of a half-open connection; the client's side is ANSWER_TIMEOUT.

@@ -16,6 +16,7 @@ pub mod error;
 pub mod execution;
 pub mod form;
 pub mod freshness;
+pub mod grouped;
 pub mod id;
 pub mod job;
 pub mod job_summary;

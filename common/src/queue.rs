@@ -136,7 +136,12 @@ impl Wakeups {
 async fn send(db: &Db, conn: &mut Option<PgConnection>, payload: &str) -> Result<(), sqlx::Error> {
     let conn = match conn {
         Some(conn) => conn,
-        None => conn.insert(db.connect_apart().await?),
+        None => {
+            let new = conn.insert(db.connect_apart().await?);
+            // A notice is a commit of its own, and nothing depends on it: it need not wait for the disk.
+            sqlx::query("set synchronous_commit = off").execute(&mut *new).await?;
+            new
+        }
     };
     sqlx::query!("select pg_notify($1, $2)", CHANNEL, payload).execute(conn).await?;
     Ok(())

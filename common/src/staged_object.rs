@@ -32,9 +32,9 @@ pub async fn record(
     Ok(done.rows_affected() == 1)
 }
 
-/// Forgets the names of a claim: they are published, or cleaned away.
-pub async fn forget(conn: &mut PgConnection, token: Token) -> Result<(), sqlx::Error> {
-    sqlx::query!("delete from staged_objects where token = $1", token as _).execute(conn).await?;
+/// Forgets the names of these claims: they are published, or cleaned away.
+pub async fn forget(conn: &mut PgConnection, tokens: &[Token]) -> Result<(), sqlx::Error> {
+    sqlx::query!("delete from staged_objects where token = any ($1)", tokens as _).execute(conn).await?;
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use std::{
 use apalis::prelude::{Backend, Status, Task, TaskBuilder, TaskId, WorkerContext};
 use apalis_core::backend::{BackendConfig, finalize::Ephemeral};
 use common::{
-    execution::{claim, finish, ticker::Rescuer},
+    execution::{claim, finish::Ending, ticker::Rescuer},
     metrics,
     queue::{Notice, heard},
 };
@@ -158,12 +158,9 @@ impl Claimer {
 /// Returns a claim that will not be run; its lease would run out by itself, only later.
 async fn give_back(shared: &Shared, lease: &Lease) {
     let claim = lease.claim;
-    let released = shared
-        .db
-        .within(CLAIM_TIMEOUT, async |conn| finish::finish(conn, claim, &finish::Ending::Released).await)
-        .await;
+    let released = shared.finisher.ask((claim, Arc::new(Ending::Released))).await;
     if let Err(error) = released {
-        tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&error), "a claim could not be given back; its lease runs out");
+        tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&*error), "a claim could not be given back; its lease runs out");
     }
     shared.keeper.drop_lease(claim.token);
     shared.wakeups.tell(Notice::Work);

@@ -7,6 +7,7 @@ pub mod backend;
 pub mod config;
 pub mod failure;
 pub mod fence;
+pub mod finisher;
 pub mod forgetter;
 pub mod keeper;
 pub mod lease;

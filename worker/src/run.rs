@@ -3,7 +3,7 @@
 //! 1. read what the claim is about ([`claim::assignment`]);
 //! 2. stream the dump to every destination ([`pipeline::stream`]), nothing visible yet;
 //! 3. have a heartbeat acknowledged, then publish ([`pipeline::publish`]);
-//! 4. finish, fenced by the token ([`mod@finish`]).
+//! 4. finish, fenced by the token ([`common::execution::finish`]).
 //!
 //! Whatever stops it in between (a lost lease, a cancel, the job's time limit, the end of the process) drops the
 //! stream, which kills the tools, and what was staged is cleaned away before the end is recorded.
@@ -19,7 +19,7 @@ use common::{
     execution::{
         Outcome, Stage,
         claim::{self, Assigned, Assignment},
-        finish::{self, Ending, Finished, Published},
+        finish::{Ending, Finished, Published},
         log::Level,
     },
     metrics::{self, Trace},
@@ -33,6 +33,7 @@ use tracing::Instrument;
 use crate::{
     backend::Claimed,
     failure::{Class, RunError, of_stop},
+    finisher,
     lease::{Lease, Stop},
     pipeline::{self, Attempt, StagedBackup, Staging},
     run_log::RunLog,
@@ -256,16 +257,20 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Finish
     let mut span = matches!(ending, Ending::Success(_)).then(|| lease.span(SpanKind::Internal, "commit"));
     let give_up = tokio::time::Instant::now() + RECORD_PATIENCE.max(shared.config.freeze);
     let mut pause = Duration::from_millis(100);
+    let ending = Arc::new(ending);
+    let mut tried = shared.finisher.ask((claim, ending.clone())).await;
     let finished = loop {
-        match shared.db.within(Duration::from_secs(5), async |conn| finish::finish(conn, claim, &ending).await).await {
+        match tried {
             Ok(finished) => break Some(finished),
             Err(error) if tokio::time::Instant::now() < give_up => {
-                tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&error), "the end of a run could not be recorded; trying again");
+                tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&*error), "the end of a run could not be recorded; trying again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(2));
+                // By itself: what kept the group may be another run's.
+                tried = finisher::record_alone(&shared.db, claim, &ending).await;
             }
             Err(error) => {
-                tracing::error!(execution = %claim.execution, error = %common::error::Chain(&error), "the end of a run could not be recorded; its lease runs out");
+                tracing::error!(execution = %claim.execution, error = %common::error::Chain(&*error), "the end of a run could not be recorded; its lease runs out");
                 break None;
             }
         }
@@ -279,7 +284,7 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Finish
     }
     match finished {
         Some(Finished::Ended) => {
-            tracing::info!(execution = %claim.execution, success = matches!(ending, Ending::Success(_)), "the run ended")
+            tracing::info!(execution = %claim.execution, success = matches!(*ending, Ending::Success(_)), "the run ended")
         }
         Some(Finished::Requeued) => tracing::info!(execution = %claim.execution, "the run waits for another attempt"),
         Some(Finished::Zombie) => {

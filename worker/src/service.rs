@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::{Claimed, LeaseBackend},
     config::WorkerConfig,
+    finisher::{self, Finisher},
     forgetter,
     keeper::Keeper,
     lease::Stop,
@@ -38,6 +39,8 @@ pub struct Shared {
     pub wakeups: Wakeups,
     /// Keeps the leases.
     pub keeper: Arc<Keeper>,
+    /// Records the ends of runs.
+    pub finisher: Finisher,
     /// Tells the cluster that this worker lives.
     pub presence: Arc<Presence>,
 }
@@ -96,6 +99,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
         key,
         wakeups: wakeups.clone(),
         keeper: keeper.clone(),
+        finisher: finisher::start(db.clone()),
         presence: presence.clone(),
     };
     // Until the end and not until the stop: it lives while it drains.

@@ -1,7 +1,7 @@
 //! Server-sent events: one execution with its log, or all executions. A stream ends within a second when its key
 //! counts no more or the process stops; a browser then comes back by itself with `Last-Event-ID`.
 
-use std::convert::Infallible;
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     Extension,
@@ -25,6 +25,7 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Segment, cursor},
+    reason::QUEUE_AGE,
     state::AppState,
     waiting,
     watch::{MOST_RECENT, Seen, Shown, Watched},
@@ -82,7 +83,7 @@ pub async fn one(
         let mut follower =
             Follower { state: &state, sender: &sender, id, after: after.unwrap_or(0), status: Value::Null };
         tokio::select! {
-            _ = follower.follow(watched, execution.status.is_over(), &shown) => {}
+            _ = follower.follow(watched, execution.status.is_over(), shown) => {}
             () = over(&state, &caller, &sender) => {}
         }
     });
@@ -103,12 +104,25 @@ struct Follower<'a> {
 struct Gone;
 
 impl Follower<'_> {
-    async fn follow(&mut self, mut watched: Watched, mut over: bool, shown: &Shown) -> Result<(), Gone> {
+    async fn follow(&mut self, mut watched: Watched, mut over: bool, mut last: Arc<Shown>) -> Result<(), Gone> {
         self.catch_up().await?;
         watched.follow_log(self.after);
-        self.tell_status(shown.data.clone()).await?;
+        self.tell_status(&last).await?;
         while !over {
-            let Seen { execution, body, lines, lines_after } = watched.seen().await;
+            // What holds it back may change while nothing of it does.
+            let look_again = async {
+                match last.waiting {
+                    Some(_) => tokio::time::sleep(QUEUE_AGE).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let Seen { execution, body, lines, lines_after } = tokio::select! {
+                seen = watched.seen() => seen,
+                () = look_again => {
+                    self.tell_status(&last).await?;
+                    continue;
+                }
+            };
             // A look may have been missed, or have begun elsewhere: then the lines between are read here.
             if lines_after > self.after {
                 self.catch_up().await?;
@@ -118,7 +132,8 @@ impl Follower<'_> {
             if over {
                 self.catch_up().await?;
             }
-            self.tell_status(body.data.clone()).await?;
+            self.tell_status(&body).await?;
+            last = body;
         }
         self.send(Event::default().event("end").data("{}")).await
     }
@@ -139,7 +154,9 @@ impl Follower<'_> {
         Ok(())
     }
 
-    async fn tell_status(&mut self, body: Value) -> Result<(), Gone> {
+    async fn tell_status(&mut self, shown: &Shown) -> Result<(), Gone> {
+        let mut body = shown.data.clone();
+        self.state.reasons.tell_in(&mut body, shown.waiting.as_ref()).await;
         if body != self.status {
             self.send(Event::default().event("status").data(body.to_string())).await?;
             self.status = body;
@@ -156,7 +173,8 @@ impl Follower<'_> {
 #[utoipa::path(get, path = "/api/events", tag = "executions", responses((status = 200, content_type = "text/event-stream", body = String)))]
 pub async fn all(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Result<Answer, ApiError> {
     let mut changes = state.watcher.changes();
-    let now = state.ask(async |conn| execution::recent(conn, MOST_RECENT).await).await?;
+    let mut now = state.ask(async |conn| execution::recent(conn, MOST_RECENT).await).await?;
+    state.reasons.tell(&mut now).await;
     let (sender, receiver) = mpsc::channel(BUFFER);
     tokio::spawn(async move {
         let tell = async {
@@ -167,7 +185,9 @@ pub async fn all(State(state): State<AppState>, Extension(caller): Extension<Cal
                     // Too slow for the changes: begin anew.
                     Err(RecvError::Lagged(_)) => {
                         let now = state.ask(async |conn| execution::recent(conn, MOST_RECENT).await).await;
-                        tell_all(&sender, &caller, now.map_err(|_| Gone)?).await?;
+                        let mut now = now.map_err(|_| Gone)?;
+                        state.reasons.tell(&mut now).await;
+                        tell_all(&sender, &caller, now).await?;
                     }
                     Err(RecvError::Closed) => return Err::<(), Gone>(Gone),
                 }

@@ -138,7 +138,7 @@ pub async fn trigger(
     let idempotency = idempotency(&headers, &caller, &raw)?;
     let mut span = enqueue_span(&caller);
     let request = body.request(Reference::new(job), &caller, idempotency, &span);
-    let accepted = told(&mut span, state.enqueuer.enqueue(request).await.and_then(accepted_of))?;
+    let accepted = told(&mut span, state.enqueuer.ask(request).await.and_then(accepted_of))?;
     drop(span);
     if let Accepted { id, how: How::New } = accepted {
         tracing::info!(execution = %id, caller = caller.name(), "triggered");
@@ -319,16 +319,16 @@ pub async fn get(
     // A client that asked to wait is answered then; one that only polls a lot, before its hold is over.
     let until = (Instant::now() + wait).max((Instant::now() + pace).min(hold_until));
     let seen = waiting::for_poll(&state, &caller, id, until, hold_until).await?;
-    let pending = seen.data["status"] == Status::Pending.as_str() && seen.data["type"] != "Group";
+    let pending = seen.data["status"] == Status::Pending.as_str();
     if !(pending || wants_logs || after.is_some() || seen.data.get("stale").is_some()) {
         return Ok(([(header::CONTENT_TYPE, "application/json")], seen.answer.clone()).into_response());
     }
     let mut body = seen.data.clone();
     if pending {
-        let queue = waiting::queue(&state).await;
-        body["queuePosition"] = json!(queue.as_ref().and_then(|queue| queue.position(id)));
-        let waiting = seen.waiting.as_ref().zip(queue);
-        body["waitingFor"] = json!(waiting.and_then(|(waiting, queue)| queue.waiting_for(waiting)));
+        if body["type"] != "Group" {
+            body["queuePosition"] = json!(state.reasons.queue().await.and_then(|queue| queue.position(id)));
+        }
+        state.reasons.tell_in(&mut body, seen.waiting.as_ref()).await;
     }
     let mut stale = body.as_object_mut().and_then(|body| body.remove("stale")).is_some();
     if wants_logs || after.is_some() {
@@ -393,7 +393,7 @@ pub async fn list(
         cursor: cursor(query.cursor.as_deref())?,
     };
     let mut executions = state.ask(async |conn| execution::list(conn, &filter).await).await?;
-    waiting::tell_why(&state, &mut executions.rows).await;
+    state.reasons.tell(&mut executions.rows).await;
     Ok(page(&executions, &uri, false))
 }
 
@@ -457,7 +457,7 @@ pub async fn retry(
     let idempotency = idempotency(&headers, &caller, &[id.as_bytes(), &raw].concat())?;
     let mut span = enqueue_span(&caller);
     let request = body.request(Reference::new(old.job_id.to_string()), &caller, idempotency, &span);
-    let accepted = told(&mut span, state.enqueuer.enqueue(request).await.and_then(accepted_of))?;
+    let accepted = told(&mut span, state.enqueuer.ask(request).await.and_then(accepted_of))?;
     drop(span);
     accepted.answer(&state, &caller, None).await
 }

@@ -19,7 +19,7 @@ use super::{
     html,
     view::{asset, duration, icon, when},
 };
-use crate::{auth::Caller, error::ApiError, routes::cluster::DEPTH_AGE, state::AppState, waiting};
+use crate::{auth::Caller, error::ApiError, routes::cluster::DEPTH_AGE, state::AppState};
 
 /// Executions that wait, as the page of the cluster lists them.
 const WAITING: i64 = 20;
@@ -117,7 +117,7 @@ pub async fn show(
         let filter =
             Filter { status: Some(Status::Pending), only: caller.only(), limit: Some(WAITING), ..Default::default() };
         waiting = state.ask(async |conn| execution::list(conn, &filter).await).await?.rows;
-        waiting::tell_why(&state, &mut waiting).await;
+        state.reasons.tell(&mut waiting).await;
     }
     html(&ClusterPage { frame, cluster, waiting })
 }

@@ -30,7 +30,6 @@ use crate::{
     extract::{Query, Segment, cursor},
     routes::executions::find,
     state::AppState,
-    waiting,
 };
 
 /// Executions on a page.
@@ -87,7 +86,7 @@ pub async fn list(
         ..Filter::default()
     };
     let mut found = state.ask(async |conn| execution::list(conn, &filter).await).await?;
-    waiting::tell_why(&state, &mut found.rows).await;
+    state.reasons.tell(&mut found.rows).await;
     let here = [("jobId", query.job_id.as_str()), ("status", &query.status), ("outcome", &query.outcome)];
     let here = filtered("/executions", &here);
     html(&ListPage {
@@ -147,7 +146,7 @@ pub async fn show(
     frame: Frame,
 ) -> Result<Response, ApiError> {
     let mut it = [find(&state, &caller, &id).await?];
-    waiting::tell_why(&state, &mut it).await;
+    state.reasons.tell(&mut it).await;
     let [it] = it;
     let sees_stores = frame.may(Permission::DestinationsRead);
     let ask = async |conn: &mut PgConnection| {

@@ -19,7 +19,7 @@ use super::{
     Frame, cluster, html, jobs,
     view::{asset, bytes, duration, icon, status, when},
 };
-use crate::{auth::Caller, error::ApiError, state::AppState, waiting};
+use crate::{auth::Caller, error::ApiError, state::AppState};
 
 /// Rows of each list.
 const ROWS: i64 = 8;
@@ -63,7 +63,7 @@ pub async fn show(
     let mut summary = None;
     if frame.may(Permission::HistoryRead) {
         (active, failed) = runs(&state, &caller).await?;
-        waiting::tell_why(&state, &mut active).await;
+        state.reasons.tell(&mut active).await;
         // It counts over all jobs: not for a key that is bound to some.
         if caller.only().is_none() {
             let take =

@@ -32,21 +32,24 @@ impl Client {
     /// Sends a request and reads its whole answer.
     pub async fn ask(&mut self, request: &str) -> &str {
         self.stream.write_all(request.as_bytes()).await.expect("writes");
-        let mut read = 0;
-        loop {
+        let (mut read, mut whole) = (0, None);
+        while whole.is_none_or(|whole| read < whole) {
             let n = self.stream.read(&mut self.buffer[read..]).await.expect("answers");
             assert!(n > 0, "the connection was closed");
             read += n;
-            let text = std::str::from_utf8(&self.buffer[..read]).expect("text");
-            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
-            let length =
-                head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
-            if body.len() >= length.unwrap_or(0) {
-                break;
-            }
+            whole = whole.or_else(|| length(&self.buffer[..read]));
         }
         std::str::from_utf8(&self.buffer[..read]).expect("text")
     }
+}
+
+/// Bytes of the whole answer, once its head is there. Header names come in lower case from the service.
+fn length(answer: &[u8]) -> Option<usize> {
+    let head = memchr::memmem::find(answer, b"\r\n\r\n")? + 4;
+    let name = b"content-length: ";
+    let at = memchr::memmem::find(&answer[..head], name).expect("an answer says its length") + name.len();
+    let digits = answer[at..].iter().take_while(|c| c.is_ascii_digit());
+    Some(head + digits.fold(0, |n, c| n * 10 + usize::from(c - b'0')))
 }
 
 /// A request with the administrator's key and no body.

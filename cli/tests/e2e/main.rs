@@ -7,6 +7,7 @@ mod harness;
 mod api;
 mod audit;
 mod bad_dumps;
+mod batches;
 mod cluster;
 mod collectors;
 mod commands;

@@ -9,7 +9,7 @@ use common::{
         cancel::{self, Cancelled},
         claim::{self, Claim},
         enqueue::forget_old_keys,
-        finish::{self, Ending, Failure, Finished},
+        finish::{Ending, Failure, Finished, finish},
         lease::{self, Progress, Rescue},
     },
     id::DestinationId,
@@ -57,6 +57,10 @@ fn progress(claim: Claim) -> Progress {
     Progress { token: claim.token, stage: Stage::Dumping, percent: 10 }
 }
 
+async fn end_one(conn: &mut PgConnection, claim: Claim, ending: &Ending) -> Result<Finished, sqlx::Error> {
+    Ok(finish(conn, &[(claim, ending)]).await?.remove(0))
+}
+
 fn failure() -> Failure {
     Failure { error: "the network".to_owned(), code: "network", outcome: None, stage: Stage::Dumping }
 }
@@ -91,7 +95,7 @@ async fn an_old_token_records_nothing_and_a_repeated_finish_counts_as_done() {
     assert!(new.token > old.token && new.execution == old.execution && new.attempt == 2);
 
     for ending in [Ending::Failed(failure()), Ending::Retry(failure(), Duration::ZERO), Ending::Released] {
-        assert_eq!(finish::finish(&mut conn, old, &ending).await.expect("answers"), Finished::Zombie, "{ending:?}");
+        assert_eq!(end_one(&mut conn, old, &ending).await.expect("answers"), Finished::Zombie, "{ending:?}");
     }
     let destination = DestinationId::new();
     assert!(
@@ -101,8 +105,8 @@ async fn an_old_token_records_nothing_and_a_repeated_finish_counts_as_done() {
     assert_eq!(cluster.count("select count(*) from execution_leases").await, 1);
 
     let ending = Ending::Failed(failure());
-    assert_eq!(finish::finish(&mut conn, new, &ending).await.expect("answers"), Finished::Ended);
-    assert_eq!(finish::finish(&mut conn, new, &ending).await.expect("answers"), Finished::Ended, "the answer was lost");
+    assert_eq!(end_one(&mut conn, new, &ending).await.expect("answers"), Finished::Ended);
+    assert_eq!(end_one(&mut conn, new, &ending).await.expect("answers"), Finished::Ended, "the answer was lost");
     assert_eq!(cluster.count("select failures::bigint from executions").await, 1, "counted twice");
 }
 
@@ -112,20 +116,17 @@ async fn failures_count_against_the_attempts_and_rescues_and_releases_do_not() {
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     for _ in 0..3 {
         let claim = claim_one(&mut conn).await;
-        assert_eq!(finish::finish(&mut conn, claim, &Ending::Released).await.expect("answers"), Finished::Requeued);
+        assert_eq!(end_one(&mut conn, claim, &Ending::Released).await.expect("answers"), Finished::Requeued);
         claim_one(&mut conn).await;
         expire(&mut conn).await;
         assert_eq!(rescue(&mut conn).await.expect("looks").len(), 1);
     }
     let again = Ending::Retry(failure(), Duration::ZERO);
     let claim = claim_one(&mut conn).await;
-    assert_eq!(
-        (claim.attempt, finish::finish(&mut conn, claim, &again).await.expect("answers")),
-        (7, Finished::Requeued)
-    );
+    assert_eq!((claim.attempt, end_one(&mut conn, claim, &again).await.expect("answers")), (7, Finished::Requeued));
     // maxAttempts is 2: this failure is the last.
     let claim = claim_one(&mut conn).await;
-    assert_eq!(finish::finish(&mut conn, claim, &again).await.expect("answers"), Finished::Ended);
+    assert_eq!(end_one(&mut conn, claim, &again).await.expect("answers"), Finished::Ended);
     assert_eq!(
         cluster
             .count("select count(*) from executions where status = 'Failed' and outcome is null and attempt = 8")
@@ -150,10 +151,10 @@ async fn a_cancelled_run_is_closed_whatever_happens_to_its_worker() {
             }
             "retry" => {
                 let ending = Ending::Retry(failure(), Duration::ZERO);
-                assert_eq!(finish::finish(&mut conn, claim, &ending).await.expect("answers"), Finished::Ended);
+                assert_eq!(end_one(&mut conn, claim, &ending).await.expect("answers"), Finished::Ended);
             }
             _ => {
-                assert_eq!(finish::finish(&mut conn, claim, &Ending::Released).await.expect("answers"), Finished::Ended)
+                assert_eq!(end_one(&mut conn, claim, &Ending::Released).await.expect("answers"), Finished::Ended)
             }
         }
     }
@@ -314,7 +315,7 @@ async fn the_caps_hold_though_each_process_remembers_what_it_counted_before_the_
             assert_eq!(answer.status(), 200, "{cap}");
         }
         for claim in claims.drain(..5) {
-            finish::finish(&mut conn, claim, &Ending::Released).await.expect("is given back");
+            end_one(&mut conn, claim, &Ending::Released).await.expect("is given back");
         }
         assert_eq!(fill_up(&cluster, &job).await, 1, "{cap}: 4 wait, and 5 came back");
         assert_eq!(cluster.count("select count(*) from executions where status = 'Pending'").await, 10);

@@ -252,6 +252,31 @@ async fn a_live_list_shows_each_change_of_the_executions_that_its_key_may_see_an
     assert_eq!(ended, [waiting, later].into());
 }
 
+/// Reads on until an event tells that its execution waits for this.
+async fn tells(events: &mut Events, reason: &str) {
+    loop {
+        let event = events.next().await.expect("goes on");
+        if event.data["waitingFor"]["reason"] == reason {
+            assert_eq!(event.data["status"], "Pending", "{event:?}");
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_and_groups_tell_what_a_run_waits_for_also_when_only_that_changes() {
+    let (cluster, job) = paused().await;
+    let run = cluster.trigger(&job).await;
+    let mut one = Events::open(&cluster, 0, &cluster.admin_key, &format!("/api/executions/{run}/events"), None).await;
+    let mut all = Events::open(&cluster, 1, &cluster.admin_key, "/api/events", None).await;
+    tokio::join!(tells(&mut one, "limit"), tells(&mut all, "limit"));
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
+    tokio::join!(tells(&mut one, "paused"), tells(&mut all, "paused"));
+    let group = cluster.ok("POST", "/api/runs", Some(json!({ "jobs": [job] }))).await;
+    let group = cluster.execution(group["executionId"].as_str().expect("an id")).await;
+    assert_eq!((&group["type"], &group["waitingFor"]["reason"]), (&json!("Group"), &json!("paused")), "{group:#}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn waits_and_streams_end_within_a_second_when_their_key_is_disabled() {
     let (cluster, job) = paused().await;

@@ -1,12 +1,18 @@
-//! Finish: the fenced end of an attempt. Whoever comes with an old token changes nothing.
+//! Finish: the fenced end of attempts. Whoever comes with an old token changes nothing.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use sqlx::{Connection, PgConnection};
 
-use super::{Outcome, Stage, claim::Claim};
-use crate::{artifact::NewArtifact, id::JobId};
+use super::{
+    Outcome, Stage,
+    claim::{Claim, Token},
+};
+use crate::{
+    artifact::NewArtifact,
+    id::{ExecutionId, JobId},
+};
 
 /// How an attempt ended.
 #[derive(Clone, Debug)]
@@ -62,110 +68,153 @@ pub enum Finished {
     Zombie,
 }
 
-/// Ends an attempt in one transaction: the execution is written only where the token is still its newest and it
-/// still runs, the lease goes, and a success leaves its artifact rows. It may be repeated when its answer was
-/// lost: an execution that this very claim ended already counts as ended.
-pub async fn finish(conn: &mut PgConnection, claim: Claim, ending: &Ending) -> Result<Finished, sqlx::Error> {
+/// Ends attempts in one transaction: an execution is written only where the token is still its newest and it still runs,
+/// its lease goes, and a success leaves its artifact rows. Gives one outcome for each. It may be repeated when its answer
+/// was lost: an execution that this very claim ended already counts as ended.
+///
+/// An error is all of theirs: nothing was recorded.
+pub async fn finish(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Vec<Finished>, sqlx::Error> {
     let mut tx = conn.begin().await?;
-    let now_pending = match ending {
-        Ending::Success(published) => succeed(&mut tx, claim, published).await?.map(|()| false),
-        Ending::Failed(failure) => fail(&mut tx, claim, failure, None).await?,
-        Ending::Retry(failure, pause) => fail(&mut tx, claim, failure, Some(*pause)).await?,
-        Ending::Released => release(&mut tx, claim).await?,
-    };
-    let Some(now_pending) = now_pending else {
-        let ours = sqlx::query_scalar!(
-            r#"select exists (select 1 from executions where id = $1 and last_token = $2 and ended_at is not null) as "ours!""#,
-            claim.execution as _,
-            claim.token as _,
-        )
-        .fetch_one(&mut *tx)
-        .await?;
-        return Ok(if ours { Finished::Ended } else { Finished::Zombie });
-    };
-    let gone =
-        sqlx::query!("delete from execution_leases where token = $1", claim.token as _).execute(&mut *tx).await?;
-    if gone.rows_affected() != 1 {
-        // Rolled back: an execution that runs without a lease would be a broken invariant, not a race.
-        return Ok(Finished::Zombie);
+    let recorded: HashMap<Token, bool> = record(&mut tx, ends).await?.into_iter().collect();
+    let published: Vec<_> = ends
+        .iter()
+        .filter(|(claim, _)| recorded.contains_key(&claim.token))
+        .filter_map(|(claim, ending)| match ending {
+            Ending::Success(published) => Some((*claim, &**published)),
+            _ => None,
+        })
+        .collect();
+    if !published.is_empty() {
+        let tokens: Vec<Token> = published.iter().map(|(claim, _)| claim.token).collect();
+        crate::artifact::insert(&mut tx, &published).await?;
+        crate::staged_object::forget(&mut tx, &tokens).await?;
     }
     tx.commit().await?;
-    Ok(if now_pending { Finished::Requeued } else { Finished::Ended })
+    let unknown: Vec<Claim> = ends.iter().map(|(c, _)| *c).filter(|c| !recorded.contains_key(&c.token)).collect();
+    let ended = if unknown.is_empty() { Vec::new() } else { ended_before(conn, &unknown).await? };
+    Ok(ends
+        .iter()
+        .map(|(claim, _)| match recorded.get(&claim.token) {
+            Some(true) => Finished::Requeued,
+            Some(false) => Finished::Ended,
+            None if ended.contains(&claim.token) => Finished::Ended,
+            None => Finished::Zombie,
+        })
+        .collect())
 }
 
-async fn succeed(conn: &mut PgConnection, claim: Claim, published: &Published) -> Result<Option<()>, sqlx::Error> {
-    let done = sqlx::query!(
-        "update executions
-            set status = 'Success', outcome = null, ended_at = clock_timestamp(), stage = 'Completed', size_bytes = $3, path = $4,
-                checksum = $5, snapshot_at = $6, error = null, error_code = null
-          where id = $1 and last_token = $2 and status = 'Running'",
-        claim.execution as _,
-        claim.token as _,
-        published.size_bytes,
-        published.path,
-        published.checksum,
-        published.snapshot_at,
-    )
-    .execute(&mut *conn)
-    .await?;
-    if done.rows_affected() != 1 {
-        return Ok(None);
+/// What became of those whose claim still held: whether they wait again. Executions first, leases after them, each in
+/// one order: the lock order, also between a finish and a heartbeat of the same runs. An execution that runs without its
+/// lease would be a broken invariant; it is left alone. A run that somebody cancelled ends as Cancelled, whatever it failed of.
+async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Vec<(Token, bool)>, sqlx::Error> {
+    let mut rows = Columns::default();
+    for (claim, ending) in ends {
+        rows.push(claim, ending);
     }
-    crate::artifact::insert(conn, claim.execution, published.job, &published.artifacts).await?;
-    crate::staged_object::forget(conn, claim.token).await?;
-    Ok(Some(()))
+    let recorded = sqlx::query!(
+        r#"with told as (
+               select * from unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bigint[],
+                                    $9::bigint[], $10::text[], $11::text[], $12::timestamptz[])
+                   as t (id, token, ending, error, error_code, outcome, stage, pause_ms, size_bytes, path, checksum, snapshot_at)
+           ), held as materialized (
+               select t.*, e.cancel_requested_at is not null and t.ending <> 'success' as cancelled,
+                      e.cancel_requested_at is null
+                      and (t.ending = 'released' or t.ending = 'retry' and e.failures + 1 < e.max_attempts) as again
+                 from told t join executions e on e.id = t.id and e.last_token = t.token and e.status = 'Running'
+                order by e.id
+                  for update of e
+           ), leases as materialized (
+               select l.token from execution_leases l join held h on h.token = l.token
+                order by l.token
+                  for update of l
+           ), gone as (
+               delete from execution_leases l using leases where l.token = leases.token
+           )
+           update executions e
+              set status = case when h.again then 'Pending' when h.ending = 'success' then 'Success' else 'Failed' end,
+                  outcome = case when h.cancelled then 'Cancelled' when not h.again then h.outcome end,
+                  failures = e.failures + case when h.ending in ('failed', 'retry') then 1 else 0 end,
+                  previous_token = case when h.ending = 'success' then e.previous_token else h.token end,
+                  requeued_at = case when h.again then clock_timestamp() else e.requeued_at end,
+                  run_at = case when h.again and h.ending = 'retry' then clock_timestamp() + h.pause_ms * interval '1 millisecond'
+                                else e.run_at end,
+                  ended_at = case when not h.again then clock_timestamp() end,
+                  stage = case when not h.again then h.stage end,
+                  error = case when h.cancelled then 'cancelled on request' else h.error end,
+                  error_code = case when h.cancelled then 'cancelled' else h.error_code end,
+                  size_bytes = h.size_bytes, path = h.path, checksum = h.checksum, snapshot_at = h.snapshot_at
+             from held h join leases l on l.token = h.token
+            where e.id = h.id
+           returning h.token as "token!: Token", h.again as "again!""#,
+        rows.id as _,
+        rows.token as _,
+        rows.ending as _,
+        rows.error as _,
+        rows.error_code as _,
+        rows.outcome as _,
+        rows.stage as _,
+        rows.pause_ms as _,
+        rows.size_bytes as _,
+        rows.path as _,
+        rows.checksum as _,
+        rows.snapshot_at as _,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(recorded.into_iter().map(|r| (r.token, r.again)).collect())
 }
 
-/// A run that somebody cancelled ends as Cancelled, whatever it failed of.
-async fn fail(
-    conn: &mut PgConnection,
-    claim: Claim,
-    failure: &Failure,
-    pause: Option<Duration>,
-) -> Result<Option<bool>, sqlx::Error> {
+/// Those whose end was recorded before, by a finish whose answer was lost. A statement after the one that records: that
+/// one's snapshot may be older than the commit it waited for.
+async fn ended_before(conn: &mut PgConnection, claims: &[Claim]) -> Result<Vec<Token>, sqlx::Error> {
+    let (ids, tokens): (Vec<_>, Vec<_>) = claims.iter().map(|claim| (claim.execution, claim.token)).unzip();
     sqlx::query_scalar!(
-        r#"update executions e
-              set failures = e.failures + 1,
-                  previous_token = e.last_token,
-                  requeued_at = case when r.again then clock_timestamp() else e.requeued_at end,
-                  status = case when r.again then 'Pending' else 'Failed' end,
-                  run_at = case when r.again then clock_timestamp() + $7::bigint * interval '1 millisecond' else e.run_at end,
-                  ended_at = case when r.again then null else clock_timestamp() end,
-                  outcome = case when r.again then null when e.cancel_requested_at is not null then 'Cancelled' else $5 end,
-                  stage = case when r.again then null else $6 end,
-                  error = case when e.cancel_requested_at is not null then 'cancelled on request' else $3 end,
-                  error_code = case when e.cancel_requested_at is not null then 'cancelled' else $4 end
-             from (select id, $7::bigint is not null and cancel_requested_at is null and failures + 1 < max_attempts as again
-                     from executions where id = $1 and last_token = $2 and status = 'Running' for update) r
-            where e.id = r.id
-           returning r.again as "again!""#,
-        claim.execution as _,
-        claim.token as _,
-        failure.error.replace('\0', "\u{fffd}"),
-        failure.code,
-        failure.outcome.map(Outcome::as_str),
-        failure.stage.as_str(),
-        pause.map(|p| i64::try_from(p.as_millis()).unwrap_or(i64::MAX)),
+        r#"select e.last_token as "token!: Token"
+             from executions e join unnest($1::uuid[], $2::bigint[]) as t (id, token) on e.id = t.id and e.last_token = t.token
+            where e.ended_at is not null"#,
+        ids as _,
+        tokens as _,
     )
-    .fetch_optional(conn)
+    .fetch_all(conn)
     .await
 }
 
-async fn release(conn: &mut PgConnection, claim: Claim) -> Result<Option<bool>, sqlx::Error> {
-    sqlx::query_scalar!(
-        r#"update executions
-              set status = case when cancel_requested_at is null then 'Pending' else 'Failed' end,
-                  previous_token = last_token,
-                  requeued_at = clock_timestamp(),
-                  outcome = case when cancel_requested_at is not null then 'Cancelled' end,
-                  error = case when cancel_requested_at is not null then 'cancelled on request' end,
-                  error_code = case when cancel_requested_at is not null then 'cancelled' end,
-                  ended_at = case when cancel_requested_at is not null then clock_timestamp() end
-            where id = $1 and last_token = $2 and status = 'Running'
-           returning (status = 'Pending') as "pending!""#,
-        claim.execution as _,
-        claim.token as _,
-    )
-    .fetch_optional(conn)
-    .await
+/// Endings, a list for each column.
+#[derive(Default)]
+struct Columns<'a> {
+    id: Vec<ExecutionId>,
+    token: Vec<Token>,
+    ending: Vec<&'static str>,
+    error: Vec<Option<String>>,
+    error_code: Vec<Option<&'static str>>,
+    outcome: Vec<Option<&'static str>>,
+    stage: Vec<Option<&'static str>>,
+    pause_ms: Vec<Option<i64>>,
+    size_bytes: Vec<Option<i64>>,
+    path: Vec<Option<&'a str>>,
+    checksum: Vec<Option<&'a str>>,
+    snapshot_at: Vec<Option<DateTime<Utc>>>,
+}
+
+impl<'a> Columns<'a> {
+    fn push(&mut self, claim: &Claim, ending: &'a Ending) {
+        let (word, published, failure, pause) = match ending {
+            Ending::Success(published) => ("success", Some(published), None, None),
+            Ending::Failed(failure) => ("failed", None, Some(failure), None),
+            Ending::Retry(failure, pause) => ("retry", None, Some(failure), Some(pause)),
+            Ending::Released => ("released", None, None, None),
+        };
+        self.id.push(claim.execution);
+        self.token.push(claim.token);
+        self.ending.push(word);
+        self.error.push(failure.map(|f| f.error.replace('\0', "\u{fffd}")));
+        self.error_code.push(failure.map(|f| f.code));
+        self.outcome.push(failure.and_then(|f| f.outcome).map(Outcome::as_str));
+        self.stage.push(published.map(|_| Stage::Completed).or(failure.map(|f| f.stage)).map(Stage::as_str));
+        self.pause_ms.push(pause.map(|p| i64::try_from(p.as_millis()).unwrap_or(i64::MAX)));
+        self.size_bytes.push(published.map(|p| p.size_bytes));
+        self.path.push(published.map(|p| p.path.as_str()));
+        self.checksum.push(published.map(|p| p.checksum.as_str()));
+        self.snapshot_at.push(published.map(|p| p.snapshot_at));
+    }
 }

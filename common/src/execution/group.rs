@@ -260,7 +260,8 @@ fn summary(group: GroupRow, members: &[&Execution]) -> Execution {
                 .collect(),
         ),
         waiting_for: None,
-        waiting: None,
+        // Of a group that waits, what its first member waits for.
+        waiting: members.iter().find_map(|m| m.waiting.clone()).filter(|_| status == Status::Pending),
         seq: 0,
     }
 }

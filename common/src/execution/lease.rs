@@ -36,17 +36,26 @@ pub struct Alive {
 
 /// One heartbeat for all runs of a process. A token that does not come back is lost: its lease was rescued. A
 /// lease past its end that nobody rescued yet is revived, so that an outage of the database loses no run.
+///
+/// Leases are locked in the order of their tokens, here as in a finish and a rescue of several.
 pub async fn heartbeat(conn: &mut PgConnection, lease: Duration, runs: &[Progress]) -> Result<Vec<Alive>, sqlx::Error> {
     let tokens: Vec<i64> = runs.iter().map(|r| r.token.0).collect();
     let stages: Vec<String> = runs.iter().map(|r| r.stage.as_str().to_owned()).collect();
     let percents: Vec<i16> = runs.iter().map(|r| r.percent.clamp(0, 99)).collect();
     let rows = sqlx::query!(
-        r#"update execution_leases l
+        r#"with held as materialized (
+               select r.*
+                 from unnest($1::bigint[], $2::text[], $3::smallint[]) as r (token, stage, percent)
+                 join execution_leases l on l.token = r.token
+                order by l.token
+                  for update of l
+           )
+           update execution_leases l
               set expires_at = clock_timestamp() + $4::bigint * interval '1 millisecond',
-                  stage = r.stage,
-                  progress = greatest(l.progress, r.percent)
-             from unnest($1::bigint[], $2::text[], $3::smallint[]) as r (token, stage, percent), executions e
-            where l.token = r.token and e.id = l.execution_id
+                  stage = h.stage,
+                  progress = greatest(l.progress, h.percent)
+             from held h, executions e
+            where l.token = h.token and e.id = l.execution_id
            returning l.token as "token!: Token", e.cancel_requested_at is not null as "cancel_requested!""#,
         &tokens,
         &stages,
@@ -127,9 +136,14 @@ pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration)
                 where l.expires_at < clock_timestamp() and clock_timestamp() < $2
                 order by e.id
                   for update of e skip locked
+           ), held as materialized (
+               select l.token
+                 from execution_leases l join expired x on l.token = x.token and l.expires_at = x.expires_at
+                order by l.token
+                  for update of l
            ), dead as (
-               delete from execution_leases l using expired x
-                where l.token = x.token and l.expires_at = x.expires_at
+               delete from execution_leases l using held h
+                where l.token = h.token
                returning l.execution_id, l.token, l.worker, l.stage, l.claimed_at, l.expires_at
            ), closed as (
                update executions e

@@ -197,7 +197,7 @@ pub struct Execution {
     /// The runs of a group.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub members: Option<Vec<group::Member>>,
-    /// What holds it back while it is Pending, from a look at most a second old: in polls and lists. Null or absent when
+    /// What holds it back while it is Pending, from a look at most a second old; of a group, what its first run waits for. Null or absent when
     /// it is about to be claimed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting_for: Option<waiting::WaitingFor>,

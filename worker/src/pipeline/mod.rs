@@ -94,7 +94,7 @@ impl Staging {
         if clean && !staged.is_empty() {
             let claim = log.claim();
             let forgotten =
-                shared.db.within(ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, claim.token).await).await;
+                shared.db.within(ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, &[claim.token]).await).await;
             if let Err(error) = forgotten {
                 tracing::debug!(
                     error = %common::error::Chain(&error),
