@@ -26,8 +26,8 @@ pub struct Desk {
 }
 
 /// Starts the task that enqueues.
-pub fn start(db: Db, wakeups: Wakeups) -> Enqueuer {
-    Grouped::start(Desk { db, wakeups, room: Room::default() }, GROUP)
+pub fn start(db: &Db, wakeups: Wakeups) -> Enqueuer {
+    Grouped::start(Desk { db: db.apart(), wakeups, room: Room::default() }, GROUP)
 }
 
 impl Answers for Desk {

@@ -97,7 +97,7 @@ impl AppState {
         let reasons = Reasons::new(db.clone());
         tokio::spawn(closing.clone().run_until_cancelled_owned(record_uses(memory.clone())));
         Self(Arc::new(Shared {
-            enqueuer: enqueuer::start(db.clone(), wakeups.clone()),
+            enqueuer: enqueuer::start(&db, wakeups.clone()),
             instance: instance.clone().into(),
             hashing: Arc::new(Semaphore::new(MOST_HASHING)),
             rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), closing.clone())),

@@ -13,6 +13,7 @@ use std::{
 use apalis::prelude::{Backend, Status, Task, TaskBuilder, TaskId, WorkerContext};
 use apalis_core::backend::{BackendConfig, finalize::Ephemeral};
 use common::{
+    db::Db,
     execution::{claim, finish::Ending, ticker::Rescuer},
     metrics,
     queue::{Notice, heard},
@@ -54,13 +55,14 @@ impl LeaseBackend {
         // A claim goes through the channel only with a permit, so this bound is never waited for.
         let (sender, claimed) = mpsc::channel(shared.config.concurrency);
         let slots = Arc::new(Semaphore::new(shared.config.concurrency));
-        tokio::spawn(Claimer { slots, shared: shared.clone(), rescuer, stop, sender }.run());
+        tokio::spawn(Claimer { slots, db: shared.db.apart(), shared: shared.clone(), rescuer, stop, sender }.run());
         Self { claimed, started: false, shared }
     }
 }
 
 struct Claimer {
     shared: Shared,
+    db: Db,
     rescuer: Arc<Rescuer>,
     stop: CancellationToken,
     slots: Arc<Semaphore>,
@@ -119,11 +121,8 @@ impl Claimer {
         let claimant = self.shared.presence.claimant();
         let lease = self.shared.config.timing.lease;
         let sent = Instant::now();
-        let claims = self
-            .shared
-            .db
-            .within(CLAIM_TIMEOUT, async |conn| claim::claim(conn, &claimant, lease, slots.len()).await)
-            .await?;
+        let claims =
+            self.db.within(CLAIM_TIMEOUT, async |conn| claim::claim(conn, &claimant, lease, slots.len()).await).await?;
         let count = claims.len();
         metrics::get().claimed(count, sent.elapsed());
         for (claim, slot) in claims.into_iter().zip(slots) {
@@ -146,11 +145,8 @@ impl Claimer {
     /// A poll interval with jitter, less when a back-off ends before.
     async fn until_next_look(&self) -> Duration {
         let poll = self.shared.config.timing.poll.mul_f64(rand::random_range(0.8..1.2));
-        let due = self
-            .shared
-            .db
-            .within(CLAIM_TIMEOUT, async |conn| claim::next_due(conn, &self.shared.config.pools).await)
-            .await;
+        let due =
+            self.db.within(CLAIM_TIMEOUT, async |conn| claim::next_due(conn, &self.shared.config.pools).await).await;
         due.ok().flatten().map_or(poll, |due| due.min(poll))
     }
 }

@@ -23,8 +23,8 @@ pub type Finisher = Grouped<Recorder, Arc<DbError>>;
 pub struct Recorder(Db);
 
 /// Starts the task that records.
-pub fn start(db: Db) -> Finisher {
-    Grouped::start(Recorder(db), GROUP)
+pub fn start(db: &Db) -> Finisher {
+    Grouped::start(Recorder(db.apart()), GROUP)
 }
 
 impl Answers for Recorder {

@@ -99,7 +99,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
         key,
         wakeups: wakeups.clone(),
         keeper: keeper.clone(),
-        finisher: finisher::start(db.clone()),
+        finisher: finisher::start(&db),
         presence: presence.clone(),
     };
     // Until the end and not until the stop: it lives while it drains.

@@ -137,7 +137,8 @@ impl RateLimiter {
     pub async fn check(&self, class: LimitClass, subject: Subject, rule: RateLimit) -> Decision {
         if let Some(shared) = &self.shared {
             let key = format!("dbackup:{}:limit:{}:{}", self.instance, class.name(), subject.name());
-            if let Some(decision) = shared.check(&key, rule).await {
+            // Boxed, as in Db::within.
+            if let Some(decision) = Box::pin(shared.check(&key, rule)).await {
                 metrics::get().decided(class.name(), "redis", decision.allowed);
                 return decision;
             }
