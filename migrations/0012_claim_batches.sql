@@ -123,3 +123,7 @@ begin
 end
 $$;
 comment on function claim_executions_v4 is 'One round trip of a worker: see docs/queue.md, Claim';
+
+-- For the same reason: with the status in it, as executions_start_by has it, any other index of what waits may be taken
+-- instead, and walked. That one stays for processes of the versions before.
+create index executions_late on executions (start_by) where start_by is not null and started_at is null and ended_at is null;

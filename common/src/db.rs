@@ -78,6 +78,9 @@ impl Db {
                 ("tcp_keepalives_idle", "10"),
                 ("tcp_keepalives_interval", "5"),
                 ("tcp_keepalives_count", "3"),
+                // A question that nobody waits for any more is given up: those who ask every few seconds would otherwise
+                // pile up what they abandoned.
+                ("client_connection_check_interval", "1000"),
             ])
             .log_statements(tracing::log::LevelFilter::Off)
             .log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(1));

@@ -72,6 +72,15 @@ pub async fn system(State(state): State<AppState>, frame: Frame) -> Result<Respo
             ),
             Section::new("Requests of each client address", limits.concat()),
             Section::new(
+                "Traces",
+                vec![
+                    Input::new(InputType::Text, "traceUrlTemplate", "Where people see a trace")
+                        .placeholder("https://jaeger.example/trace/{traceId}")
+                        .help("runs link to it; {traceId} stands for the id. Empty: no link")
+                        .value(settings.trace_url_template.as_deref().unwrap_or_default()),
+                ],
+            ),
+            Section::new(
                 "History",
                 vec![
                     number("keepLogsDays", "Days to keep the log of a run", settings.keep_logs_days.into()),

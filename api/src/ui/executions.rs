@@ -45,7 +45,18 @@ pub struct ExecutionsQuery {
     status: String,
     #[serde(default)]
     outcome: String,
+    #[serde(default)]
+    from: String,
+    #[serde(default)]
+    to: String,
     cursor: Option<String>,
+}
+
+/// A moment of the query, as the page's script writes it.
+fn instant(name: &'static str, text: &str) -> Result<Option<DateTime<Utc>>, ApiError> {
+    let instant = |text: &str| DateTime::parse_from_rfc3339(text).map(|at| at.to_utc());
+    let parsed = (!text.is_empty()).then(|| instant(text)).transpose();
+    parsed.map_err(|_| ApiError::malformed(name, "must be a time such as 2026-11-26T00:00:00Z"))
 }
 
 #[derive(Template)]
@@ -56,6 +67,8 @@ struct ListPage {
     jobs: Vec<Choosable>,
     statuses: Vec<Choosable>,
     outcomes: Vec<Choosable>,
+    from: String,
+    to: String,
     filtered: bool,
     first: bool,
     next: Option<String>,
@@ -81,13 +94,20 @@ pub async fn list(
         only: caller.only(),
         status: STATUSES.into_iter().find(|status| status.as_str() == query.status),
         outcome: OUTCOMES.into_iter().find(|outcome| outcome.as_str() == query.outcome),
+        from: instant("from", &query.from)?,
+        to: instant("to", &query.to)?,
         limit: Some(PAGE),
         cursor: cursor(query.cursor.as_deref())?,
-        ..Filter::default()
     };
     let mut found = state.ask(async |conn| execution::list(conn, &filter).await).await?;
     state.reasons.tell(&mut found.rows).await;
-    let here = [("jobId", query.job_id.as_str()), ("status", &query.status), ("outcome", &query.outcome)];
+    let here = [
+        ("jobId", query.job_id.as_str()),
+        ("status", &query.status),
+        ("outcome", &query.outcome),
+        ("from", &query.from),
+        ("to", &query.to),
+    ];
     let here = filtered("/executions", &here);
     html(&ListPage {
         frame,
@@ -95,6 +115,8 @@ pub async fn list(
         statuses: STATUSES.map(|s| Choosable::new(s.as_str(), s.as_str(), filter.status == Some(s))).into(),
         outcomes: OUTCOMES.map(|o| Choosable::new(o.as_str(), o.as_str(), filter.outcome == Some(o))).into(),
         filtered: here != "/executions",
+        from: query.from,
+        to: query.to,
         first: filter.cursor.is_none(),
         next: found.next.map(|next| with_query(&here, "cursor", &next)),
         rows: found.rows,

@@ -194,6 +194,10 @@ fn when(job: Option<&Job>) -> Vec<Input> {
             .help("whose clock the schedule means, such as Europe/Berlin")
             .value(job.map_or("", |job| job.timezone.as_str())),
         Input::new(InputType::Switch, "enabled", "The schedule is on").value(job.is_none_or(|job| job.enabled)),
+        Input::new(InputType::Number, "expectEverySeconds", "A good backup is expected every so many seconds")
+            .placeholder("86400")
+            .help("overdue after that, also without a schedule; 60 to 31622400. Empty: by the schedule")
+            .value(job.and_then(|job| job.expect_every_seconds).map_or(String::new(), |seconds| seconds.to_string())),
     ]
 }
 

@@ -8,6 +8,7 @@ use common::{
     execution::{
         Stage,
         claim::{self, Claim},
+        expire::expire,
         finish::{Ending, Failure, Finished, Published, finish},
         lease::{self, Progress},
     },
@@ -16,7 +17,7 @@ use common::{
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
-use crate::harness::{Cluster, claimant, postgres_url};
+use crate::harness::{Cluster, SOON, claimant, postgres_url, sql, until};
 
 /// Longer than the test, whose cluster would take the runs back.
 const LONG: Duration = Duration::from_secs(600);
@@ -196,4 +197,45 @@ async fn a_finish_of_several_runs_and_their_heartbeat_do_not_wait_for_each_other
         beat.expect("no deadlock");
         assert_eq!(finished.expect("no deadlock"), [Finished::Ended; 16]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_ends_expires_and_rescues_runs_does_not_walk_what_waits_though_the_statistics_know_of_none() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let url = postgres_url(&cluster.database);
+    let queue = "insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, max_attempts, trigger_kind, status,
+                                         attempt, last_token, started_at, ended_at)
+                 select gen_random_uuid(), gen_random_uuid(), 'j', 'j', gen_random_uuid(), 'default', true, 2, 'Api',";
+    sql(&cluster.database, "alter table executions set (autovacuum_enabled = off)").await;
+    sql(&cluster.database, &format!("{queue} 'Success', 1, 0, now(), now() from generate_series(1, 30000)")).await;
+    sql(&cluster.database, "vacuum analyze executions").await;
+    sql(&cluster.database, &format!("{queue} 'Pending', 0, null, null, null from generate_series(1, 5000)")).await;
+    sql(&cluster.database, "update queue_gate set max_concurrency = 8").await;
+    let mut conn = PgConnection::connect(&url).await.expect("connects");
+    let claims = claim::claim(&mut conn, &claimant(), LONG, 3).await.expect("claims");
+    let expired = "update execution_leases set expires_at = clock_timestamp() - interval '1 s' where token = $1";
+    sqlx::query(expired).bind(claims[1].token.0).execute(&mut conn).await.expect("updates");
+    conn.close().await.expect("closes");
+
+    let fetched = async || {
+        until("every session has told what it read", SOON, || async {
+            let others =
+                "select count(*) from pg_stat_activity where datname = current_database() and application_name = ''
+                             and pid <> pg_backend_pid() and query like '%execution_leases%'";
+            (cluster.count(others).await == 0).then_some(())
+        })
+        .await;
+        cluster.count("select idx_tup_fetch + seq_tup_read from pg_stat_user_tables where relname = 'executions'").await
+    };
+    let before = fetched().await;
+    let mut conn = PgConnection::connect(&url).await.expect("connects");
+    assert_eq!(expire(&mut conn).await.expect("looks"), vec![]);
+    let seen: Vec<_> = lease::all(&mut conn).await.expect("leases");
+    let seen: Vec<_> = seen.into_iter().filter(|sight| sight.token == claims[1].token).collect();
+    assert_eq!(lease::rescue(&mut conn, &seen, LONG).await.expect("rescues").len(), 1);
+    let failed = Ending::Failed(failure());
+    assert_eq!(finish(&mut conn, &[(claims[0], &failed)]).await.expect("finishes"), [Finished::Ended]);
+    conn.close().await.expect("closes");
+    let read = fetched().await - before;
+    assert!(read < 500, "{read} rows of executions were read");
 }

@@ -288,3 +288,21 @@ async fn no_secret_is_in_a_span_a_log_or_an_answer() {
         assert!(!logs.contains(secret), "a secret is in a log: {secret}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_that_nobody_waits_for_any_more_is_given_up_by_the_database() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let url = crate::harness::postgres_url(&cluster.database).into();
+    let db = common::db::Db::new(&url, "impatient", 2).expect("a URL");
+    let long =
+        db.within(Duration::from_millis(300), async |conn| sqlx::query("select pg_sleep(14)").execute(conn).await);
+    assert!(matches!(long.await, Err(common::db::DbError::Timeout(_))));
+    let asked = Instant::now();
+    until("its session is gone", SOON, || async {
+        let sessions =
+            "select count(*) from pg_stat_activity where application_name = 'impatient' and query like '%pg_sleep%'";
+        (cluster.count(sessions).await == 0).then_some(())
+    })
+    .await;
+    assert!(asked.elapsed() < Duration::from_secs(8), "it went on for {:?}", asked.elapsed());
+}

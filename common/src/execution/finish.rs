@@ -105,7 +105,7 @@ pub async fn finish(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Resul
 
 /// What became of those whose claim still held: whether they wait again. Executions first, leases after them, each in
 /// one order: the lock order, also between a finish and a heartbeat of the same runs. An execution that runs without its
-/// lease would be a broken invariant; it is left alone. A run that somebody cancelled ends as Cancelled, whatever it failed of.
+/// lease would be a broken invariant; it is left alone. Executions are looked up by their ids alone: see `expire`. A run that somebody cancelled ends as Cancelled, whatever it failed of.
 async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Vec<(Token, bool)>, sqlx::Error> {
     let mut rows = Columns::default();
     for (claim, ending) in ends {
@@ -117,14 +117,14 @@ async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Ve
                                     $9::bigint[], $10::text[], $11::text[], $12::timestamptz[])
                    as t (id, token, ending, error, error_code, outcome, stage, pause_ms, size_bytes, path, checksum, snapshot_at)
            ), held as materialized (
-               select t.*, e.cancel_requested_at is not null and t.ending <> 'success' as cancelled,
+               select t.*, e.status = 'Running' as running, e.cancel_requested_at is not null and t.ending <> 'success' as cancelled,
                       e.cancel_requested_at is null
                       and (t.ending = 'released' or t.ending = 'retry' and e.failures + 1 < e.max_attempts) as again
-                 from told t join executions e on e.id = t.id and e.last_token = t.token and e.status = 'Running'
+                 from told t join executions e on e.id = t.id and e.last_token = t.token
                 order by e.id
                   for update of e
            ), leases as materialized (
-               select l.token from execution_leases l join held h on h.token = l.token
+               select l.token from execution_leases l join held h on h.token = l.token and h.running
                 order by l.token
                   for update of l
            ), gone as (

@@ -122,14 +122,15 @@ pub async fn all(conn: &mut PgConnection) -> Result<Vec<Sight>, sqlx::Error> {
 /// is. So it does nothing when it arrives more than `patience` after the database's clock showed [`Sight::at`].
 ///
 /// It needs no gate, since it only ever lowers the number of leases. The execution is locked before its lease
-/// (the lock order), and the lease's time is looked at again under the lock: a heartbeat may have won.
+/// (the lock order), and the lease's time is looked at again under the lock: a heartbeat may have won. Executions are
+/// looked up by their ids alone: see `expire`.
 pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration) -> Result<Vec<Rescued>, sqlx::Error> {
     let Some(newest) = seen.iter().map(|sight| sight.at).max() else { return Ok(Vec::new()) };
     let tokens: Vec<i64> = seen.iter().map(|sight| sight.token.0).collect();
     let expiries: Vec<DateTime<Utc>> = seen.iter().map(|sight| sight.expires_at).collect();
     let rows = sqlx::query!(
         r#"with expired as materialized (
-               select e.id, l.token, l.expires_at
+               select e.id, l.token, l.expires_at, e.status = 'Running' and e.last_token = l.token as running
                  from unnest($3::bigint[], $4::timestamptz[]) as s (token, expires_at)
                  join execution_leases l on l.token = s.token and l.expires_at = s.expires_at
                  join executions e on e.id = l.execution_id
@@ -161,8 +162,8 @@ pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration)
                       rescues = e.rescues + 1,
                       previous_token = d.token,
                       requeued_at = clock_timestamp()
-                 from dead d
-                where e.id = d.execution_id and e.last_token = d.token and e.status = 'Running'
+                 from dead d join expired x on x.token = d.token and x.running
+                where e.id = d.execution_id
                returning e.id, e.status, e.attempt, e.traceparent, e.tracestate, d.token, d.worker, d.stage, d.claimed_at, d.expires_at
            ), told as (
                insert into execution_logs (execution_id, at, level, stage, message, span_id)

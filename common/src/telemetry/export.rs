@@ -5,6 +5,7 @@
 //! What is absent on purpose: a sampler that does not ask the parent. Half a run would be worse than none.
 
 use std::{
+    net::ToSocketAddrs,
     str::FromStr,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -43,6 +44,9 @@ const UNREAD: [&str; 6] = [
     "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE",
     "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
 ];
+
+/// Ours: whether the collector may be missing, for an endpoint that is set in advance, as in `docker-compose.yml`.
+const OPTIONAL: &str = "DBACKUP_OTLP_OPTIONAL";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Protocol {
@@ -86,13 +90,14 @@ impl Plan {
         let (endpoint_variable, endpoint) = first(&ENDPOINTS).unwrap_or((ENDPOINTS[1], String::new()));
         check_endpoint(endpoint_variable, &endpoint, protocol)?;
         check_values(&get)?;
+        let absent = boolean(OPTIONAL, get(OPTIONAL))? && !is_known(&endpoint);
         let insecure = match first(&INSECURE) {
             Some((name, text)) => boolean(name, Some(text))?,
             None => false,
         };
         let named = get("OTEL_SERVICE_NAME").or_else(|| attribute(&get, "service.name"));
         Ok(Self {
-            protocol: (wanted && !disabled).then_some(protocol),
+            protocol: (wanted && !disabled && !absent).then_some(protocol),
             endpoint_variable,
             // Of an endpoint without a scheme, which only gRPC takes, the specification says that it is secure.
             tls: endpoint.starts_with("https://") || (!endpoint.contains("://") && !endpoint.is_empty() && !insecure),
@@ -136,6 +141,13 @@ fn check_endpoint(name: &str, endpoint: &str, protocol: Protocol) -> Result<(), 
         true => Ok(()),
         false => Err(ConfigError(format!("{name} is not a URL that begins with http:// or https://"))),
     }
+}
+
+/// Whether the host of an endpoint has an address. Asked once, at the start.
+fn is_known(endpoint: &str) -> bool {
+    let host = url::Url::parse(endpoint).ok().and_then(|url| url.host_str().map(str::to_owned));
+    let host = host.unwrap_or_else(|| endpoint.split(':').next().unwrap_or_default().to_owned());
+    (host.trim_matches(['[', ']']), 0).to_socket_addrs().is_ok_and(|mut addresses| addresses.next().is_some())
 }
 
 /// What the exporters read by themselves.
@@ -303,6 +315,18 @@ mod tests {
     }
 
     #[test]
+    fn a_collector_that_may_be_missing_is_sent_to_only_where_its_host_is_known() {
+        let protocol = |endpoint, optional| {
+            let variables = [("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint), ("DBACKUP_OTLP_OPTIONAL", optional)];
+            plan(&variables).expect("fits").protocol
+        };
+        assert_eq!(protocol("http://collector.invalid:4318", "true"), None);
+        assert_eq!(protocol("http://collector.invalid:4318", "false"), Some(Protocol::Http), "it may come later");
+        assert_eq!(protocol("http://localhost:4318", "true"), Some(Protocol::Http));
+        assert_eq!(protocol("http://[::1]:4318", "true"), Some(Protocol::Http));
+    }
+
+    #[test]
     fn the_variable_of_traces_wins_over_the_one_of_all_signals() {
         let both = [
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
@@ -343,6 +367,7 @@ mod tests {
     fn a_mistake_is_one_line_that_names_the_variable_and_tells_no_secret() {
         for (name, value) in [
             ("OTEL_SDK_DISABLED", "perhaps"),
+            ("DBACKUP_OTLP_OPTIONAL", "1"),
             ("OTEL_TRACES_EXPORTER", "zipkin"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "secret.example:4318"),

@@ -28,7 +28,33 @@ function grow() {
   }
 }
 
+// A day that is chosen is one of the reader's: what is sent is the moment at which it begins or, of a last day, ends.
+function sent(field) {
+  return field.form.elements[field.dataset.instant];
+}
+
+function isLast(field) {
+  return "until" in field.dataset;
+}
+
+function show(field) {
+  if (!sent(field).value) return;
+  const at = new Date(new Date(sent(field).value) - (isLast(field) ? 1 : 0));
+  const two = (number) => String(number).padStart(2, "0");
+  field.value = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
+}
+
+// Before the form is sent by the same event.
+document.addEventListener("change", (event) => {
+  const field = event.target.closest("[data-instant]");
+  if (!field) return;
+  const at = field.value ? new Date(`${field.value}T00:00`) : null;
+  if (at && isLast(field)) at.setDate(at.getDate() + 1);
+  sent(field).value = at ? at.toISOString() : "";
+}, true);
+
 export function dress(root) {
+  root.querySelectorAll("[data-instant]").forEach(show);
   for (const place of root.querySelectorAll("time[datetime]")) {
     const at = new Date(place.dateTime);
     place.textContent = text(at);

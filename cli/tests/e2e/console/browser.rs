@@ -31,26 +31,32 @@ pub struct Browser {
     scratch: PathBuf,
 }
 
-/// Starts the driver on a port that it chooses itself.
-#[allow(clippy::zombie_processes, reason = "a driver that does not start ends the test, and so itself")]
+/// Starts the driver on a port that it chooses itself. It looks for one that is free by IPv4 and then wants the same by IPv6:
+/// one that somebody takes in between makes it end, and it is started again.
 fn start_driver(scratch: &Path) -> (Child, BufReader<ChildStdout>, u16) {
-    let mut driver = Command::new("chromedriver")
-        .arg("--port=0")
-        .env("TMPDIR", scratch)
-        .env("HOME", scratch)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap_or_else(|e| panic!("chromedriver: {e}: run make setup"));
-    let mut said = BufReader::new(driver.stdout.take().expect("piped"));
-    let mut line = String::new();
     loop {
-        line.clear();
-        assert_ne!(said.read_line(&mut line).expect("reads"), 0, "chromedriver ended");
-        if let Some((_, port)) = line.trim_end().trim_end_matches('.').split_once("started successfully on port ") {
-            let port = port.parse().expect("a port");
-            return (driver, said, port);
+        let mut driver = Command::new("chromedriver")
+            .arg("--port=0")
+            .env("TMPDIR", scratch)
+            .env("HOME", scratch)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|e| panic!("chromedriver: {e}: run make setup"));
+        let mut said = BufReader::new(driver.stdout.take().expect("piped"));
+        let mut all = String::new();
+        loop {
+            let mut line = String::new();
+            if said.read_line(&mut line).expect("reads") == 0 {
+                let _ = driver.wait();
+                assert!(all.contains("port not available"), "chromedriver ended: {all}");
+                break;
+            }
+            if let Some((_, port)) = line.trim_end().trim_end_matches('.').split_once("started successfully on port ") {
+                return (driver, said, port.parse().expect("a port"));
+            }
+            all += &line;
         }
     }
 }

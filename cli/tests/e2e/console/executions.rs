@@ -79,3 +79,47 @@ async fn a_backup_shows_its_files_with_their_checksums_and_is_run_again() {
     .await;
     browser.assert_clean().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn executions_are_found_by_the_days_of_the_reader() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let (destination, source) = (cluster.scratch.join("backups"), PostgresSource::empty().await);
+    let source = cluster.source("postgres", source.config()).await;
+    let body = json!({ "name": "d", "kind": "local", "config": { "root": destination } });
+    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    // Half an hour before and after midnight, there.
+    browser.cdp("Emulation.setTimezoneOverride", json!({ "timezoneId": "America/New_York" })).await;
+    let (ninth, tenth) = (cluster.trigger(&job).await, cluster.trigger(&job).await);
+    for (id, at) in [(&ninth, "2026-03-10T03:30:00Z"), (&tenth, "2026-03-10T04:30:00Z")] {
+        let set = format!("update executions set queued_at = '{at}' where id = '{id}'");
+        crate::harness::sql(&cluster.database, &set).await;
+    }
+    browser.go("/executions").await;
+    let choose = async |name: &str, day: &str| {
+        let set = format!(
+            "const f = document.querySelector('[data-instant={name}]'); f.value = '{day}'; f.dispatchEvent(new Event('change', {{ bubbles: true }}))"
+        );
+        browser.js(&set).await;
+    };
+    let shows = async |what: &str, ids: &[&String]| {
+        let shown =
+            "JSON.stringify([...document.querySelectorAll('[data-execution]')].map((row) => row.dataset.execution))";
+        browser
+            .until(what, &format!("return document.readyState === 'complete' && {shown} === '{}'", json!(ids)))
+            .await;
+    };
+    shows("both", &[&tenth, &ninth]).await;
+    choose("from", "2026-03-10").await;
+    shows("the one of the tenth", &[&tenth]).await;
+    choose("to", "2026-03-10").await;
+    browser.until("the last day is kept", "return location.search.includes('&to=2026-03-11T04')").await;
+    shows("the one of the tenth, still", &[&tenth]).await;
+    let days = "return [...document.querySelectorAll('[data-instant]')].map((field) => field.value)";
+    assert_eq!(browser.js(days).await, json!(["2026-03-10", "2026-03-10"]));
+    browser.go("/executions").await;
+    choose("to", "2026-03-09").await;
+    shows("the one of the ninth", &[&ninth]).await;
+    browser.assert_clean().await;
+}

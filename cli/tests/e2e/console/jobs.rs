@@ -43,6 +43,11 @@ async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_p
     assert_eq!(browser.js("return document.activeElement.name").await, "schedule", "the reader is taken there");
     browser.assert_only(422).await;
     browser.field("schedule", "30 2 * * *").await;
+    browser.field("expectEverySeconds", "59").await;
+    browser.press("Save the job").await;
+    assert!(error_of(&browser, "expectEverySeconds").await.contains("60"), "{}", browser.text().await);
+    browser.assert_only(422).await;
+    browser.field("expectEverySeconds", "86400").await;
     browser.press("Save the job").await;
     browser.until("the jobs are there", JOBS).await;
     browser.until_text("Shop daily").await;
@@ -51,6 +56,7 @@ async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_p
         (job["sourceId"].as_str(), job["destinationIds"][0].as_str(), job["schedule"].as_str()),
         (Some(source.as_str()), Some(destination.as_str()), Some("30 2 * * *"))
     );
+    assert_eq!(job["expectEverySeconds"], 86_400);
 
     browser.field("q", "daily").await;
     browser.keys("\u{e007}").await;
@@ -67,7 +73,7 @@ async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_p
     browser.until("the jobs are there", JOBS).await;
     browser.until_text("Copy of Shop daily").await;
     let copy = cluster.ok("GET", "/api/jobs/copy-of-shop-daily", None).await;
-    for same in ["sourceId", "destinationIds", "schedule", "timezone", "overlap", "compression"] {
+    for same in ["sourceId", "destinationIds", "schedule", "expectEverySeconds", "timezone", "overlap", "compression"] {
         assert_eq!(copy[same], job[same], "{same}");
     }
 

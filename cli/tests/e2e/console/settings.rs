@@ -30,6 +30,33 @@ async fn a_run_that_waits_says_why_and_begins_at_once_when_the_limit_is_raised()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_links_to_its_trace_where_the_setting_says() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let id = cluster.trigger(&job).await;
+    let trace = cluster.execution(&id).await["traceId"].as_str().expect("a trace").to_owned();
+    let browser = signed_in(&cluster, &["*"]).await;
+    let link = "return [...document.querySelectorAll('.facts a')].map((a) => a.href)";
+    let links = async |template: &str| {
+        browser.go("/settings/system").await;
+        browser.field("traceUrlTemplate", template).await;
+        browser.press("Save").await;
+        browser.until_text("Saved. It holds from now on.").await;
+        browser.go(&format!("/executions/{id}")).await;
+        browser.js(link).await
+    };
+    assert_eq!(
+        links("https://jaeger.example/trace/{traceId}").await,
+        json!([format!("https://jaeger.example/trace/{trace}")])
+    );
+    assert_eq!(links("").await, json!([]));
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_person_is_shown_nothing_that_they_may_not_do() {
     let cluster = Cluster::build().workers(0).start().await;
     let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
