@@ -105,7 +105,8 @@ pub async fn finish(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Resul
 
 /// What became of those whose claim still held: whether they wait again. Executions first, leases after them, each in
 /// one order: the lock order, also between a finish and a heartbeat of the same runs. An execution that runs without its
-/// lease would be a broken invariant; it is left alone. Executions are looked up by their ids alone: see `expire`. A run that somebody cancelled ends as Cancelled, whatever it failed of.
+/// lease would be a broken invariant; it is left alone. Executions are looked up by their ids alone: see `expire`. A run
+/// that somebody cancelled ends as Cancelled, whatever it failed of.
 async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Vec<(Token, bool)>, sqlx::Error> {
     let mut rows = Columns::default();
     for (claim, ending) in ends {

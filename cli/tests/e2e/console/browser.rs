@@ -33,6 +33,7 @@ pub struct Browser {
 
 /// Starts the driver on a port that it chooses itself. It looks for one that is free by IPv4 and then wants the same by IPv6:
 /// one that somebody takes in between makes it end, and it is started again.
+#[allow(clippy::zombie_processes, reason = "a driver that does not start ends the test, and so itself")]
 fn start_driver(scratch: &Path) -> (Child, BufReader<ChildStdout>, u16) {
     loop {
         let mut driver = Command::new("chromedriver")
