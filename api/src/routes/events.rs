@@ -173,8 +173,7 @@ impl Follower<'_> {
 #[utoipa::path(get, path = "/api/events", tag = "executions", responses((status = 200, content_type = "text/event-stream", body = String)))]
 pub async fn all(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Result<Answer, ApiError> {
     let mut changes = state.watcher.changes();
-    let mut now = state.ask(async |conn| execution::recent(conn, MOST_RECENT).await).await?;
-    state.reasons.tell(&mut now).await;
+    let now = recent(&state).await?;
     let (sender, receiver) = mpsc::channel(BUFFER);
     tokio::spawn(async move {
         let tell = async {
@@ -184,10 +183,7 @@ pub async fn all(State(state): State<AppState>, Extension(caller): Extension<Cal
                     Ok(execution) => tell(&sender, &caller, &execution).await?,
                     // Too slow for the changes: begin anew.
                     Err(RecvError::Lagged(_)) => {
-                        let now = state.ask(async |conn| execution::recent(conn, MOST_RECENT).await).await;
-                        let mut now = now.map_err(|_| Gone)?;
-                        state.reasons.tell(&mut now).await;
-                        tell_all(&sender, &caller, now).await?;
+                        tell_all(&sender, &caller, recent(&state).await.map_err(|_| Gone)?).await?;
                     }
                     Err(RecvError::Closed) => return Err::<(), Gone>(Gone),
                 }
@@ -199,6 +195,13 @@ pub async fn all(State(state): State<AppState>, Extension(caller): Extension<Cal
         }
     });
     Ok(stream(receiver))
+}
+
+/// Those that wait and run, with what they wait for.
+async fn recent(state: &AppState) -> Result<Vec<Execution>, ApiError> {
+    let mut now = state.ask(async |conn| execution::recent(conn, MOST_RECENT).await).await?;
+    state.reasons.tell(&mut now).await;
+    Ok(now)
 }
 
 async fn tell_all(sender: &mpsc::Sender<Event>, caller: &Caller, mut now: Vec<Execution>) -> Result<(), Gone> {

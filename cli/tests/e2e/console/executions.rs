@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::signed_in;
+use super::{job_without_workers, signed_in};
 use crate::harness::{Cluster, SOON, held::Held, source::PostgresSource, until};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -83,11 +83,7 @@ async fn a_backup_shows_its_files_with_their_checksums_and_is_run_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn executions_are_found_by_the_days_of_the_reader() {
     let cluster = Cluster::build().workers(0).start().await;
-    let (destination, source) = (cluster.scratch.join("backups"), PostgresSource::empty().await);
-    let source = cluster.source("postgres", source.config()).await;
-    let body = json!({ "name": "d", "kind": "local", "config": { "root": destination } });
-    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
-    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let job = job_without_workers(&cluster, json!({ "overlap": "allow" })).await;
     let browser = signed_in(&cluster, &["*"]).await;
     // Half an hour before and after midnight, there.
     browser.cdp("Emulation.setTimezoneOverride", json!({ "timezoneId": "America/New_York" })).await;

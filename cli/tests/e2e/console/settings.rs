@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::signed_in;
+use super::{job_without_workers, signed_in};
 use crate::harness::{Cluster, SOON, source::PostgresSource};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -32,10 +32,7 @@ async fn a_run_that_waits_says_why_and_begins_at_once_when_the_limit_is_raised()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_links_to_its_trace_where_the_setting_says() {
     let cluster = Cluster::build().workers(0).start().await;
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
-    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
-    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let job = job_without_workers(&cluster, json!({})).await;
     let id = cluster.trigger(&job).await;
     let trace = cluster.execution(&id).await["traceId"].as_str().expect("a trace").to_owned();
     let browser = signed_in(&cluster, &["*"]).await;
@@ -59,10 +56,7 @@ async fn a_run_links_to_its_trace_where_the_setting_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_person_is_shown_nothing_that_they_may_not_do() {
     let cluster = Cluster::build().workers(0).start().await;
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
-    let destination = crate::harness::id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
-    cluster.job(&source, &[&destination], json!({ "name": "Shop" })).await;
+    job_without_workers(&cluster, json!({ "name": "Shop" })).await;
     let browser = signed_in(&cluster, &["jobs:read", "settings:read"]).await;
     let links = "return [...document.querySelectorAll('nav a')].map((a) => a.getAttribute('href'))";
     browser.go("/jobs").await;
