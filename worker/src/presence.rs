@@ -70,8 +70,14 @@ impl Presence {
 
     /// Tells that the worker has ended.
     pub async fn end(&self) {
-        let leave = self.db.within(FAREWELL, async |conn| worker::leave(conn, self.id).await);
-        if !matches!(tokio::time::timeout(FAREWELL, leave).await, Ok(Ok(()))) {
+        let leave = async {
+            // Any connection of the pool may be broken since its last use, after a failover all of them are: another each time.
+            while let Err(error) = self.db.within(FAREWELL, async |conn| worker::leave(conn, self.id).await).await {
+                tracing::debug!(error = %Chain(&error), "the worker could not take its leave yet");
+                tokio::time::sleep(FAREWELL / 20).await;
+            }
+        };
+        if tokio::time::timeout(FAREWELL, leave).await.is_err() {
             tracing::debug!("the worker could not take its leave; it is forgotten by time");
         }
     }

@@ -22,6 +22,10 @@ use crate::harness::{
     unique, until,
 };
 
+/// Ends the connections of this test's workers, and of no other test's on the same server; gives how many there were.
+const CUT_THE_WORKERS: &str = "select count(pg_terminate_backend(pid, 10000)) from pg_stat_activity
+                                where application_name = 'dbackup-worker' and datname = current_database()";
+
 async fn view(cluster: &Cluster) -> Value {
     cluster.ok("GET", "/api/cluster", None).await
 }
@@ -198,12 +202,23 @@ async fn dbackup_status_prints_the_cluster_as_a_table_and_as_json() {
 async fn a_dead_worker_shows_as_gone_and_is_forgotten_and_one_that_stops_takes_its_leave() {
     let mut cluster = Cluster::build().workers(0).start().await;
     for name in ["alpha", "beta", "gamma"] {
-        cluster.add_worker(&named(name)).await;
+        cluster
+            .add_worker(&[("DBACKUP_WORKER_NAME", name.to_owned()), ("RUST_LOG", "info,worker=debug".to_owned())])
+            .await;
     }
     let seen = view(&cluster).await;
     let first_beat = worker_named(&seen, "gamma").expect("gamma")["lastSeenAt"].clone();
     cluster.workers[0].kill().await;
+    // Its database is away when it wants to take its leave, and back before it has ended.
+    let let_in = |yes: bool| {
+        format!("with database as (update pg_database set datallowconn = {yes} where datname = current_database() returning 1)
+                                      select count(*) from database")
+    };
+    assert_eq!(cluster.count(&let_in(false)).await, 1);
+    assert!(cluster.count(CUT_THE_WORKERS).await > 0);
     cluster.workers[1].signal(Signal::SIGTERM);
+    cluster.workers[1].says("could not take its leave", SOON).await;
+    assert_eq!(cluster.count(&let_in(true)).await, 1);
     cluster.workers[1].end(SOON).await;
     assert!(worker_named(&view(&cluster).await, "beta").is_none(), "it said that it stops");
     worker_is(&cluster, "alpha", "gone", |worker| worker["state"] == "Gone").await;
@@ -295,10 +310,7 @@ async fn a_cordoned_worker_claims_nothing_from_the_answer_on_and_its_run_goes_on
     assert_eq!(cluster.execution(&waiting).await["status"], "Pending");
 
     // It holds over the worker's reconnects and for its successor; another worker takes over what waits.
-    sqlx::query("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'dbackup-worker'")
-        .execute(&cluster.pool)
-        .await
-        .expect("cuts");
+    assert!(cluster.count(CUT_THE_WORKERS).await > 0);
     cluster.workers[0].kill().await;
     cluster.add_worker(&named("alpha")).await;
     let successor = worker_is(&cluster, "alpha", "back", |worker| worker["id"] != json!(alpha)).await;
