@@ -1,6 +1,6 @@
 //! What the API reads from its flags and environment.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use common::config::{self, ConfigError, Timing, TimingArgs};
 use ipnet::IpNet;
@@ -13,6 +13,9 @@ pub struct ApiArgs {
     /// Address and port to listen on
     #[arg(long, env = "DBACKUP_LISTEN", default_value = "127.0.0.1:3000")]
     pub listen: SocketAddr,
+    /// Folders under which local destinations may lie, separated by colons: for downloads
+    #[arg(long, env = "DBACKUP_LOCAL_PATHS", default_value = "/var/backups/dbackup", value_delimiter = ':')]
+    pub local_paths: Vec<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub http: HttpArgs,
@@ -44,6 +47,8 @@ pub struct ApiConfig {
     pub trusted_proxies: Vec<IpNet>,
     /// Where the rate limits are counted, if not in each process.
     pub redis: Option<RedisConfig>,
+    /// Folders under which local destinations may lie.
+    pub local_paths: Vec<PathBuf>,
     /// Time between the stop and the end of taking requests.
     pub shutdown_delay: Duration,
     /// The clockwork; an API process rescues lost runs too.
@@ -53,13 +58,18 @@ pub struct ApiConfig {
 impl ApiArgs {
     /// Checks everything.
     pub fn validate(self) -> Result<ApiConfig, ConfigError> {
-        self.http.validate(self.listen, self.timing.validate()?)
+        self.http.validate(self.listen, self.local_paths, self.timing.validate()?)
     }
 }
 
 impl HttpArgs {
     /// Checks everything, `REDIS_URL` too.
-    pub fn validate(self, listen: SocketAddr, timing: Timing) -> Result<ApiConfig, ConfigError> {
+    pub fn validate(
+        self,
+        listen: SocketAddr,
+        local_paths: Vec<PathBuf>,
+        timing: Timing,
+    ) -> Result<ApiConfig, ConfigError> {
         if !(1..=10_000).contains(&self.redis_timeout_ms) {
             return Err(ConfigError(format!(
                 "DBACKUP_REDIS_TIMEOUT_MS is {} but must be between 1 and 10000",
@@ -77,9 +87,17 @@ impl HttpArgs {
             listen,
             trusted_proxies: self.trusted_proxies.iter().map(|text| network(text)).collect::<Result<_, _>>()?,
             redis: config::redis_url()?.map(|url| RedisConfig { url, timeout }),
+            local_paths: absolute(local_paths)?,
             shutdown_delay: Duration::from_secs(self.shutdown_delay_seconds),
             timing,
         })
+    }
+}
+
+fn absolute(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, ConfigError> {
+    match paths.iter().find(|path| !path.is_absolute()) {
+        Some(path) => Err(ConfigError(format!("DBACKUP_LOCAL_PATHS: {} is not an absolute path", path.display()))),
+        None => Ok(paths),
     }
 }
 

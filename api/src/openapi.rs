@@ -31,8 +31,8 @@ use crate::{
     rate_limit::LimitClass,
     router::{Route, table},
     routes::{
-        api_keys, audit, cluster, destinations, events, executions, freshness, health, jobs, runs, sessions, settings,
-        setup, sources, users,
+        api_keys, audit, cluster, destinations, downloads, events, executions, freshness, health, jobs, restores, runs,
+        sessions, settings, setup, sources, users,
     },
 };
 
@@ -220,6 +220,8 @@ pub struct Failure {
         executions::get,
         executions::cancel,
         executions::retry,
+        downloads::download,
+        restores::create,
         runs::create,
         events::one,
         events::all,

@@ -20,8 +20,8 @@ use crate::{
     openapi,
     rate_limit::LimitClass,
     routes::{
-        api_keys, audit, cluster, destinations, events, executions, freshness, health, jobs, runs, sessions, settings,
-        setup, sources, users,
+        api_keys, audit, cluster, destinations, downloads, events, executions, freshness, health, jobs, restores, runs,
+        sessions, settings, setup, sources, users,
     },
     state::AppState,
     ui,
@@ -97,7 +97,7 @@ impl Route {
 pub fn table() -> Vec<Route> {
     use Access::{Identified, Needs, Open};
     use LimitClass::{Free, Poll, Read, SignIn, Write};
-    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, ClusterRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsExecute, JobsRead, JobsWrite, SettingsRead, SettingsWrite, SourcesRead, SourcesWrite, UsersRead, UsersWrite};
+    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, ClusterRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsExecute, JobsRead, JobsWrite, SettingsRead, SettingsWrite, SourcesRead, SourcesWrite, StorageDownload, StorageRestore, UsersRead, UsersWrite};
     let row = |method, path, access, limit, handler| Route { method, path, access, limit, patience: Patience::Short, handler };
     vec![
         row(Method::GET,    "/livez",                          Open,                      Free,   get(health::livez)),
@@ -117,6 +117,8 @@ pub fn table() -> Vec<Route> {
         row(Method::GET,    "/api/events",                     Needs(HistoryRead),        Read,   get(events::all)).streams(),
         row(Method::POST,   "/api/executions/{id}/cancel",     Needs(JobsExecute),        Write,  post(executions::cancel)),
         row(Method::POST,   "/api/executions/{id}/retry",      Needs(JobsExecute),        Write,  post(executions::retry)),
+        row(Method::GET,    "/api/executions/{id}/artifacts/{artifactId}/download", Needs(StorageDownload), Read, get(downloads::download)),
+        row(Method::POST,   "/api/executions/{id}/restore",    Needs(StorageRestore),     Write,  post(restores::create)).waits(),
         row(Method::GET,    "/api/sources",                    Needs(SourcesRead),        Read,   get(sources::list)),
         row(Method::POST,   "/api/sources",                    Needs(SourcesWrite),       Write,  post(sources::create)),
         row(Method::GET,    "/api/sources/{id}",               Needs(SourcesRead),        Read,   get(sources::get)),
@@ -242,6 +244,7 @@ mod tests {
             listen: ([127, 0, 0, 1], 0).into(),
             trusted_proxies: Vec::new(),
             redis: None,
+            local_paths: Vec::new(),
             shutdown_delay: Duration::ZERO,
             timing,
         };

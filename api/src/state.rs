@@ -1,6 +1,6 @@
 //! What every handler uses.
 
-use std::{ops::Deref, sync::Arc, time::Duration};
+use std::{ops::Deref, path::PathBuf, sync::Arc, time::Duration};
 
 use common::{
     audit::{self, Actor, Event},
@@ -59,6 +59,8 @@ pub struct Shared {
     pub rate_limiter: Arc<RateLimiter>,
     /// Proxies whose word about the client's address counts.
     pub trusted_proxies: Arc<[IpNet]>,
+    /// Folders under which local destinations may lie.
+    pub local_paths: Arc<[PathBuf]>,
     /// Polls that are held at once, at most.
     pub held: Arc<Semaphore>,
     /// Executions that clients wait for.
@@ -102,6 +104,7 @@ impl AppState {
             hashing: Arc::new(Semaphore::new(MOST_HASHING)),
             rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), closing.clone())),
             trusted_proxies: config.trusted_proxies.clone().into(),
+            local_paths: config.local_paths.clone().into(),
             held: Arc::new(Semaphore::new(MOST_HELD)),
             watcher: Watcher::start(db.clone(), reasons.clone(), wakeups.clone(), closing.clone()),
             known: Arc::default(),

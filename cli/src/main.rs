@@ -1,9 +1,12 @@
 //! `dbackup`: everything in one process (`up`), and what an administrator does by hand.
 
 mod commands;
+mod download;
 mod embedded;
 mod instance;
 mod keys;
+mod remote;
+mod restore;
 mod status;
 mod trigger;
 mod up;
@@ -55,6 +58,10 @@ enum Command {
     Status(status::StatusArgs),
     /// Trigger a job of an instance over HTTP and wait for its end; the exit status is 0 for Success alone
     Trigger(trigger::TriggerArgs),
+    /// Bring a backup of an instance back into a database and wait for the end
+    Restore(restore::RestoreArgs),
+    /// Fetch the files of a backup from an instance and compare their checksums
+    Download(download::DownloadArgs),
 }
 
 #[tokio::main]
@@ -74,6 +81,8 @@ async fn main() {
         Command::KeyRotate => commands::rotate_key(program.data).await,
         Command::Status(args) => status::run(program.data, args).await,
         Command::Trigger(args) => trigger::run(args).await,
+        Command::Restore(args) => restore::run(args).await,
+        Command::Download(args) => download::run(args).await,
     };
     std::process::exit(done.map_or_else(|error| error.report(), |()| 0));
 }

@@ -1,34 +1,17 @@
 //! `dbackup trigger`: what the samples do, as one command. It triggers a job of an instance and waits for its end.
 
-use std::{
-    io::Write,
-    time::{Duration, Instant},
-};
+use common::db::StartError;
+use serde_json::{Map, Value};
 
-use common::{
-    config::{self, ConfigError},
-    db::StartError,
-};
-use reqwest::{Client, RequestBuilder, Response, StatusCode, header};
-use secrecy::{ExposeSecret, SecretString};
-use serde_json::{Map, Value, json};
-use url::Url;
-
-/// Seconds that the instance may keep a question for the state back.
-const WAIT: u64 = 30;
-/// How long an instance that does not answer is asked again.
-const PATIENCE: Duration = Duration::from_secs(300);
-/// Time between two tries, where the instance names none.
-const AGAIN: Duration = Duration::from_secs(2);
+use crate::remote::{Instance, RemoteArgs};
 
 /// Flags of `dbackup trigger`.
 #[derive(clap::Args)]
 pub struct TriggerArgs {
     /// The job's id or slug
     job: String,
-    /// The instance, such as https://backup.example.com. DBACKUP_API_KEY (or DBACKUP_API_KEY_FILE, a file) holds the key
-    #[arg(long, env = "DBACKUP_URL")]
-    url: Url,
+    #[command(flatten)]
+    remote: RemoteArgs,
     /// Label of the run, for later searches; may be repeated
     #[arg(long = "label", value_name = "NAME=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
@@ -50,13 +33,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 
 /// Triggers, and waits: an error is a run that failed, or an instance that refused or did not answer.
 pub async fn run(args: TriggerArgs) -> Result<(), StartError> {
-    let key = config::required_secret("DBACKUP_API_KEY", "a key with jobs:execute and history:read")?;
-    if !matches!(args.url.scheme(), "http" | "https") {
-        return Err(
-            ConfigError(format!("--url: '{}' is not a URL such as https://backup.example.com", args.url)).into()
-        );
-    }
-    let instance = Instance::new(args.url, key)?;
+    let instance = Instance::new(args.remote, "a key with jobs:execute and history:read")?;
     let mut body = Map::new();
     if !args.labels.is_empty() {
         body.insert("labels".to_owned(), args.labels.into_iter().map(|(k, v)| (k, Value::from(v))).collect());
@@ -75,125 +52,5 @@ pub async fn run(args: TriggerArgs) -> Result<(), StartError> {
         return Ok(());
     }
     println!("Execution started: {id}");
-    instance.follow(id, args.log).await
-}
-
-struct Instance {
-    client: Client,
-    url: Url,
-    key: SecretString,
-}
-
-fn failed(why: impl Into<String>) -> StartError {
-    std::io::Error::other(why.into()).into()
-}
-
-impl Instance {
-    fn new(url: Url, key: SecretString) -> Result<Self, StartError> {
-        let client = Client::builder()
-            .user_agent(concat!("dbackup/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(Duration::from_secs(10))
-            .timeout(Duration::from_secs(WAIT + 30))
-            .build()
-            .map_err(|error| failed(common::error::Chain(&error).to_string()))?;
-        Ok(Self { client, url, key })
-    }
-
-    /// Asks until there is an answer, or a refusal that would stay the same.
-    async fn ask(
-        &self,
-        request: impl Fn(&Client, Url) -> RequestBuilder,
-        path: &[&str],
-        query: &[(&str, &str)],
-    ) -> Result<Value, StartError> {
-        let mut url = self.url.clone();
-        url.path_segments_mut().map_err(|()| failed("--url cannot be a base"))?.pop_if_empty().extend(path);
-        if !query.is_empty() {
-            url.query_pairs_mut().extend_pairs(query);
-        }
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let sent = request(&self.client, url.clone()).bearer_auth(self.key.expose_secret()).send().await;
-            let (why, again) = match read(sent).await {
-                Ok(answer) => return Ok(answer),
-                Err(Refused { why, again: None }) => return Err(failed(why)),
-                Err(Refused { why, again: Some(again) }) => (why, again),
-            };
-            if Instant::now() + again > end {
-                return Err(failed(format!("{why}; asked for {} s", PATIENCE.as_secs())));
-            }
-            eprintln!("{why}; asking again in {} s", again.as_secs());
-            tokio::time::sleep(again).await;
-        }
-    }
-
-    /// Tells how far the run is, until its end.
-    async fn follow(&self, id: &str, log: bool) -> Result<(), StartError> {
-        let wait = WAIT.to_string();
-        let mut after = "0".to_owned();
-        let mut told = String::new();
-        loop {
-            let mut query = vec![("wait", if log { "2" } else { &wait })];
-            if log {
-                query.push(("logsAfter", after.as_str()));
-            }
-            let answer = self.ask(|client, url| client.get(url), &["api", "executions", id], &query).await?;
-            let run = &answer["data"];
-            for line in run["logs"].as_array().into_iter().flatten() {
-                eprintln!("{}", log_line(line));
-            }
-            if let Some(cursor) = run["logsCursor"].as_str() {
-                after = cursor.to_owned();
-            }
-            let text = |name: &str| run[name].as_str().unwrap_or_default().to_owned();
-            let state =
-                format!("Status: {} | Progress: {} | Stage: {}", text("status"), run["progress"], text("stage"));
-            if state != told {
-                println!("{state}");
-                let _ = std::io::stdout().flush();
-                told = state;
-            }
-            match run["status"].as_str() {
-                Some("Success") => return Ok(()),
-                Some("Failed") => return Err(failed(format!("Backup failed: {}", text("error")))),
-                _ => {}
-            }
-        }
-    }
-}
-
-fn log_line(line: &Value) -> String {
-    let text = |name: &str| line[name].as_str().unwrap_or_default();
-    format!("{} {:<7} {}", text("timestamp"), text("level"), text("message"))
-}
-
-/// What there is instead of an answer.
-struct Refused {
-    why: String,
-    /// After how long the same question may be answered; `None` for never.
-    again: Option<Duration>,
-}
-
-async fn read(sent: Result<Response, reqwest::Error>) -> Result<Value, Refused> {
-    let lost = |error: reqwest::Error| Refused {
-        why: format!("the instance does not answer: {}", common::error::Chain(&error.without_url())),
-        again: Some(AGAIN),
-    };
-    let response = sent.map_err(lost)?;
-    let status = response.status();
-    let named = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-    let body = response.bytes().await.map_err(lost)?;
-    let answer: Option<Value> = serde_json::from_slice(&body).ok();
-    if status.is_success()
-        && let Some(answer) = answer
-    {
-        return Ok(answer);
-    }
-    let answer = answer.unwrap_or_else(|| json!({}));
-    let why = match answer["error"].as_str() {
-        Some(error) => error.to_owned(),
-        None => format!("the instance answers {status} without a word of dbackup: is --url right?"),
-    };
-    let passing = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
-    Err(Refused { why, again: passing.then(|| named.map_or(AGAIN, Duration::from_secs)) })
+    instance.follow(id, "Backup", args.log).await
 }

@@ -59,9 +59,9 @@ pub async fn run(data: Option<PathBuf>, args: UpArgs) -> Result<(), StartError> 
         return Err(ConfigError(format!("DBACKUP_WORKERS is {workers} but must be between 1 and 64")).into());
     }
     let timing: TimingArgs = args.worker.timing.clone();
-    let api = args.http.validate(args.listen, timing.validate()?)?;
     let folder = prepare_folder(&folder)?;
     let worker = worker_config(args.worker, &folder)?;
+    let api = args.http.validate(args.listen, worker.local_paths.clone(), timing.validate()?)?;
     let named = |n| worker::WorkerConfig { name: format!("{}-{n}", worker.name), ..worker.clone() };
     let workers: Vec<_> = (1..=workers).map(named).collect();
     let telemetry = Telemetry::start("dbackup")?;

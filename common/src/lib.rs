@@ -36,6 +36,7 @@ pub mod shutdown;
 pub mod slug;
 pub mod source;
 pub mod staged_object;
+pub mod store;
 pub mod telemetry;
 pub mod time;
 pub mod user;

@@ -3,17 +3,26 @@
 use common::{
     db::DbError,
     execution::{Outcome, Stage, finish::Failure},
+    store::StoreError,
 };
 
 use crate::lease::Stop;
+pub use common::store::Class;
 
-/// Whether to try again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// Network, 5xx, locks: a pause may help.
-    Retry,
-    /// Password, disk full, missing database: only a person helps.
-    GiveUp,
+/// A failure of a store, told of its destination.
+pub trait At {
+    /// Names the destination.
+    fn at(self, destination: &str) -> RunError;
+}
+
+impl At for StoreError {
+    fn at(self, destination: &str) -> RunError {
+        RunError {
+            message: format!("destination '{destination}': {}", self.message),
+            code: self.code,
+            class: self.class,
+        }
+    }
 }
 
 /// Why a run failed: what was done to what, what the other side said, what to do.

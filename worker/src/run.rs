@@ -5,6 +5,8 @@
 //! 3. have a heartbeat acknowledged, then publish ([`pipeline::publish`]);
 //! 4. finish, fenced by the token ([`common::execution::finish`]).
 //!
+//! A restore has a story of its own ([`pipeline::restore`]) between its claim and its finish.
+//!
 //! Whatever stops it in between (a lost lease, a cancel, the job's time limit, the end of the process) drops the
 //! stream, which kills the tools, and what was staged is cleaned away before the end is recorded.
 
@@ -18,7 +20,7 @@ use common::{
     db::ANSWER_TIMEOUT,
     execution::{
         Outcome, Stage,
-        claim::{self, Assigned, Assignment},
+        claim::{self, Assigned, Assignment, RestoreAssignment},
         finish::{Ending, Finished, Published},
         log::Level,
     },
@@ -35,7 +37,7 @@ use crate::{
     failure::{Class, RunError, of_stop},
     finisher,
     lease::{Lease, Stop},
-    pipeline::{self, Attempt, StagedBackup, Staging},
+    pipeline::{self, Attempt, StagedBackup, Staging, restore::Restoration},
     run_log::RunLog,
     service::{Shared, patiently},
     trace::{RunTrace, noted},
@@ -65,10 +67,14 @@ pub async fn run(shared: Shared, claimed: Claimed) {
                 let (engine, trace) = (assignment.source.engine.as_str(), Trace::stored(&assignment.briefing.trace));
                 count_wait(&assignment, trace.clone());
                 counted = Some((engine, trace));
-                attempt(&shared, &lease, &assignment, &log).await
+                backup(&shared, &lease, &assignment, &log).await
             }
+            Some(Ok(Assigned::Restore(assignment))) => restore(&shared, &lease, &assignment, &log).await,
             Some(Ok(Assigned::Gone(_))) => {
-                let error = RunError::give_up("job_gone", "the job was deleted before its run began");
+                let error = RunError::give_up(
+                    "job_gone",
+                    "the job, or the source of a restore, was deleted before the run began",
+                );
                 failed(&lease, error, &shared, 1)
             }
             Some(Err(error)) => failed(&lease, error, &shared, 1),
@@ -101,7 +107,7 @@ fn count_wait(assignment: &Assignment, trace: Option<Trace>) {
 /// An ending in a word, for metrics.
 fn outcome_of(ending: &Ending, lease: &Lease) -> &'static str {
     match (ending, lease.stop_reason()) {
-        (Ending::Success(_), _) => "success",
+        (Ending::Success(_) | Ending::Restored(_), _) => "success",
         (_, Some(Stop::Lost)) => "lost",
         (_, Some(Stop::Cancelled)) => "cancelled",
         (Ending::Released, _) => "released",
@@ -125,13 +131,10 @@ async fn assigned(shared: &Shared, lease: &Lease) -> Result<Assigned, RunError> 
     read.ok_or_else(|| RunError::retry("lease_lost", "the lease was lost before the run began"))
 }
 
-/// The run itself. Every way out leaves nothing behind but what is published.
-async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, log: &RunLog) -> Ending {
+/// A backup. Every way out leaves nothing behind but what is published.
+async fn backup(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, log: &RunLog) -> Ending {
     tracing::info!(job = assignment.job.slug, slot = assignment.claim.slot, "the run begins");
-    log.info(format!(
-        "attempt {} on worker {}, slot {}",
-        assignment.claim.attempt, shared.config.name, assignment.claim.slot
-    ));
+    tell_begin(shared, lease, log);
     let staging = Staging::default();
     let work = async {
         let attempt = Attempt { shared, lease, assignment, log, staging: &staging };
@@ -142,10 +145,51 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
         let verified = verify(Attempt { log: &log.within(&span), ..attempt }, staged).await;
         noted(&mut span, verified)
     };
+    let timeout_seconds = assignment.job.timeout_seconds;
+    match guarded(lease, log, timeout_seconds, work).await {
+        Ok(published) => Ending::Success(Box::new(published)),
+        Err(why) => {
+            staging.discard(shared, log).await;
+            unsuccessful(shared, lease, why, timeout_seconds)
+        }
+    }
+}
+
+/// A restore. What a failure leaves in the target is told by its error: see [`pipeline::restore`].
+async fn restore(shared: &Shared, lease: &Arc<Lease>, assignment: &RestoreAssignment, log: &RunLog) -> Ending {
+    tracing::info!(backup = %assignment.order.backup_id, target = assignment.target.slug, "the restore begins");
+    tell_begin(shared, lease, log);
+    let work = pipeline::restore::restore(Restoration { shared, lease, assignment, log });
+    match guarded(lease, log, assignment.timeout_seconds, work).await {
+        Ok(restored) => Ending::Restored(restored),
+        Err(why) => unsuccessful(shared, lease, why, assignment.timeout_seconds),
+    }
+}
+
+fn tell_begin(shared: &Shared, lease: &Lease, log: &RunLog) {
+    let claim = lease.claim;
+    log.info(format!("attempt {} on worker {}, slot {}", claim.attempt, shared.config.name, claim.slot));
+}
+
+/// Why work did not come to its end.
+enum Why {
+    /// It failed.
+    Failed(RunError),
+    /// Something stopped it.
+    Stopped(Stop),
+}
+
+/// Does the work of an attempt, until it is done or something stops it. When this returns, its tools are dead.
+async fn guarded<T>(
+    lease: &Lease,
+    log: &RunLog,
+    timeout_seconds: i32,
+    work: impl Future<Output = Result<T, RunError>>,
+) -> Result<T, Why> {
     let work = AssertUnwindSafe(unless_frozen(lease, log, work)).catch_unwind();
     let result = {
         tokio::pin!(work);
-        let limit = Duration::from_secs(u64::try_from(assignment.job.timeout_seconds).unwrap_or(u64::MAX));
+        let limit = Duration::from_secs(u64::try_from(timeout_seconds).unwrap_or(u64::MAX));
         tokio::select! {
             biased;
             stop = lease.stopped() => {
@@ -161,22 +205,22 @@ async fn attempt(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, l
         // Here the stream is dropped, and with it the tools die.
     };
     lease.groups.kill();
-    let error = match result {
-        Ok(Ok(Ok(published))) => return Ending::Success(Box::new(published)),
-        Ok(Ok(Err(error))) => Ok(error),
-        Ok(Err(panic)) => Ok(RunError::give_up(
-            "internal_error",
-            format!("a bug in the worker ended the run: {}", panic_text(&*panic)),
-        )),
-        Err(stop) => Err(stop),
-    };
-    staging.discard(shared, log).await;
-    match error {
-        Ok(error) => match lease.stop_reason() {
-            Some(stop) => stopped(lease, stop, assignment),
-            None => failed(lease, error, shared, assignment.claim.attempt),
-        },
-        Err(stop) => stopped(lease, stop, assignment),
+    match result {
+        Ok(Ok(Ok(done))) => Ok(done),
+        Ok(Ok(Err(error))) => Err(Why::Failed(error)),
+        Ok(Err(panic)) => {
+            let text = format!("a bug in the worker ended the run: {}", panic_text(&*panic));
+            Err(Why::Failed(RunError::give_up("internal_error", text)))
+        }
+        Err(stop) => Err(Why::Stopped(stop)),
+    }
+}
+
+/// How an attempt that did not come to its end is recorded. A stop that came while it failed is the reason.
+fn unsuccessful(shared: &Shared, lease: &Lease, why: Why, timeout_seconds: i32) -> Ending {
+    match (why, lease.stop_reason()) {
+        (Why::Stopped(stop), _) | (Why::Failed(_), Some(stop)) => stopped(lease, stop, timeout_seconds),
+        (Why::Failed(error), None) => failed(lease, error, shared, lease.claim.attempt),
     }
 }
 
@@ -202,8 +246,8 @@ async fn unless_frozen<T>(lease: &Lease, log: &RunLog, work: impl Future<Output 
     }
 }
 
-fn stopped(lease: &Lease, stop: Stop, assignment: &Assignment) -> Ending {
-    match of_stop(stop, lease.stage(), assignment.job.timeout_seconds) {
+fn stopped(lease: &Lease, stop: Stop, timeout_seconds: i32) -> Ending {
+    match of_stop(stop, lease.stage(), timeout_seconds) {
         Some(failure) => Ending::Failed(failure),
         // A lost lease records nothing either: the finish that follows is refused, or gives back a run that
         // nobody has rescued yet.
@@ -238,6 +282,9 @@ fn tell_log(log: &RunLog, ending: &Ending) {
                 Level::Success,
                 format!("backup of {} bytes published as {}", published.size_bytes, published.path),
             );
+        }
+        Ending::Restored(restored) => {
+            log.line(Level::Success, format!("backup of {} bytes restored", restored.size_bytes));
         }
         Ending::Failed(failure) => log.line(Level::Error, failure.error.clone()),
         Ending::Retry(failure, pause) => {
@@ -284,7 +331,7 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Finish
     }
     match finished {
         Some(Finished::Ended) => {
-            tracing::info!(execution = %claim.execution, success = matches!(*ending, Ending::Success(_)), "the run ended")
+            tracing::info!(execution = %claim.execution, success = matches!(*ending, Ending::Success(_) | Ending::Restored(_)), "the run ended")
         }
         Some(Finished::Requeued) => tracing::info!(execution = %claim.execution, "the run waits for another attempt"),
         Some(Finished::Zombie) => {

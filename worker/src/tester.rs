@@ -12,7 +12,7 @@ use common::{
 };
 
 use crate::{
-    failure::RunError,
+    failure::{At, RunError},
     lease::ProcessGroups,
     pipeline::{dump::Dump, open_store},
     service::Shared,

@@ -64,6 +64,9 @@ impl RunTrace {
             Ending::Success(published) => {
                 ("success", (None, vec![KeyValue::new("dbackup.bytes", published.size_bytes)]))
             }
+            Ending::Restored(restored) => {
+                ("success", (None, vec![KeyValue::new("dbackup.bytes", restored.size_bytes)]))
+            }
             Ending::Failed(failure) => (outcome_of(failure), failed(failure)),
             Ending::Retry(failure, _) => (if over { "failed" } else { "retry" }, failed(failure)),
             Ending::Released => (if over { "cancelled" } else { "released" }, (None, Vec::new())),

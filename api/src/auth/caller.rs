@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::http::StatusCode;
 use chrono::{DateTime, Utc};
 use common::{
     api_key::{ApiKey, HashedKey, Lookup},
@@ -9,7 +10,7 @@ use common::{
     db::DbError,
     execution::Execution,
     id::{ApiKeyId, JobId, SessionId, UserId},
-    permission::PermissionSet,
+    permission::{Permission, PermissionSet},
     session::SignedIn,
     telemetry::span::SpanContext,
 };
@@ -17,7 +18,7 @@ use ipnet::IpNet;
 use tokio::time::{Duration, Instant, interval_at};
 
 use super::{Access, memory::Memory};
-use crate::context::Visitor;
+use crate::{context::Visitor, error::ApiError};
 
 /// Time between two looks whether a caller's credential still counts.
 const REVOKED: Duration = Duration::from_millis(500);
@@ -37,6 +38,18 @@ impl Identity {
         match self {
             Identity::Key(key, _) => &key.permissions,
             Identity::Person(person, _) => &person.permissions,
+        }
+    }
+
+    /// Refuses whoever does not hold a permission.
+    pub fn demand(&self, permission: Permission) -> Result<(), ApiError> {
+        match self.permissions().allows(permission) {
+            true => Ok(()),
+            false => Err(ApiError::new(
+                StatusCode::FORBIDDEN,
+                "permission_missing",
+                format!("{} lacks the permission {}", self.noun(), permission.as_str()),
+            )),
         }
     }
 
@@ -123,6 +136,11 @@ impl Caller {
     /// What it may do.
     pub fn permissions(&self) -> &PermissionSet {
         self.0.identity.permissions()
+    }
+
+    /// Refuses when they lack a permission that the route itself does not ask for.
+    pub fn demand(&self, permission: Permission) -> Result<(), ApiError> {
+        self.0.identity.demand(permission)
     }
 
     /// The only networks it may call from.

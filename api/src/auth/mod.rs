@@ -211,11 +211,7 @@ impl Gate {
             return Err(other_origin());
         }
         match self.access {
-            Access::Needs(permission) if !identity.permissions().allows(permission) => Err(ApiError::new(
-                StatusCode::FORBIDDEN,
-                "permission_missing",
-                format!("{} lacks the permission {}", identity.noun(), permission.as_str()),
-            )),
+            Access::Needs(permission) => identity.demand(permission),
             _ => Ok(()),
         }
     }

@@ -436,7 +436,8 @@ pub async fn cancel(
     Ok(Json(json!({ "success": true, "message": "cancel requested" })))
 }
 
-/// Runs the job of an execution that has ended once more, with the same labels and priority.
+/// Runs the job of an execution that has ended once more, with the same labels and priority; of a restore, restores once
+/// more, for which storage:restore is needed too.
 #[utoipa::path(post, path = "/api/executions/{id}/retry", tag = "executions", params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one run in 24 hours")), responses((status = 200, body = Triggered)))]
 pub async fn retry(
     State(state): State<AppState>,
@@ -452,6 +453,9 @@ pub async fn retry(
     if !old.status.is_over() {
         return Err(ApiError::conflict("not_ended", "the execution has not ended: wait for its end, or cancel it")
             .with_execution(old.id));
+    }
+    if old.kind == "Restore" {
+        return super::restores::again(&state, &caller, &old, &headers, &raw).await;
     }
     let body = RunBody { priority: Some(old.priority), labels: old.labels, ..RunBody::default() };
     let idempotency = idempotency(&headers, &caller, &[id.as_bytes(), &raw].concat())?;

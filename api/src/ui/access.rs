@@ -146,7 +146,7 @@ pub async fn make_key(
             Section::folded("Bind it to jobs and networks", scope),
         ],
         submit: "Make the key",
-        cancel: "/access/api-keys",
+        cancel: "/access/api-keys".into(),
     };
     let lead = "A program signs in with a key. Its secret is shown once, when it is made.";
     html(&FormPage { frame, title: "New API key".to_owned(), lead, form })
@@ -191,7 +191,7 @@ fn user_form(caller: &Caller, user: Option<&User>) -> Form {
             ],
         )],
         submit: "Save",
-        cancel: "/access/users",
+        cancel: "/access/users".into(),
     }
 }
 

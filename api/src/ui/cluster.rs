@@ -93,7 +93,7 @@ pub async fn system(State(state): State<AppState>, frame: Frame) -> Result<Respo
             ),
         ],
         submit: "Save",
-        cancel: "",
+        cancel: "".into(),
     };
     let limits_in = state.rate_limiter.place();
     html(&SystemPage { frame, form, settings, limits_in })

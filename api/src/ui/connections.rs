@@ -266,7 +266,7 @@ fn new_page(frame: Frame, noun: Noun, choices: Vec<Described>, query: &WhatQuery
         changes: false,
         sections: vec![Section::new("", first), Section::folded("More", advanced)],
         submit: "Save and test",
-        cancel: noun.path,
+        cancel: noun.path.into(),
     };
     FormPage { frame, noun, title: format!("New {}", noun.one), chosen: chosen.id, choices, form }
 }
@@ -293,7 +293,7 @@ fn edit_page(frame: Frame, noun: Noun, it: Connection, cancel: &'static str) -> 
         changes: true,
         sections: vec![Section::new("", plain), Section::folded("More", advanced)],
         submit: "Save and test",
-        cancel,
+        cancel: cancel.into(),
     };
     FormPage { frame, noun, title: format!("Edit {}", it.name), choices: Vec::new(), chosen: it.what.id, form }
 }

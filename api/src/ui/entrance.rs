@@ -51,7 +51,7 @@ pub async fn set_up(State(state): State<AppState>, frame: Frame) -> Result<Respo
         changes: false,
         sections: vec![Section::new("", inputs)],
         submit: "Make the administrator",
-        cancel: "",
+        cancel: "".into(),
     };
     let lead = "This instance has nobody yet. Whoever has the one-time token from its log becomes the administrator.";
     html(&EntrancePage { frame, title: "Set up DBackup", lead, form })
@@ -70,7 +70,7 @@ pub async fn sign_in(State(state): State<AppState>, frame: Frame) -> Result<Resp
         changes: false,
         sections: vec![Section::new("", vec![name(), password])],
         submit: "Sign in",
-        cancel: "",
+        cancel: "".into(),
     };
     html(&EntrancePage { frame, title: "Sign in", lead: "", form })
 }

@@ -134,11 +134,14 @@ struct OnePage {
 
 const STAGES: [Stage; 6] =
     [Stage::Queued, Stage::Initializing, Stage::Dumping, Stage::Uploading, Stage::Verifying, Stage::Completed];
+const STAGES_OF_A_RESTORE: [Stage; 5] =
+    [Stage::Queued, Stage::Initializing, Stage::Verifying, Stage::Restoring, Stage::Completed];
 
 impl OnePage {
     /// The stages with how each stands: done, now, or to come.
     fn stages(&self) -> Vec<(&'static str, &'static str)> {
-        let at = STAGES.iter().position(|stage| stage.as_str() == self.it.stage).unwrap_or(0);
+        let stages = if self.is_restore() { &STAGES_OF_A_RESTORE[..] } else { &STAGES[..] };
+        let at = stages.iter().position(|stage| stage.as_str() == self.it.stage).unwrap_or(0);
         let state = |n: usize| match self.it.status {
             Status::Success => "done",
             Status::Failed if n == at => "failed",
@@ -146,7 +149,27 @@ impl OnePage {
             _ if n == at => "now",
             _ => "to-come",
         };
-        STAGES.iter().enumerate().map(|(n, stage)| (stage.as_str(), state(n))).collect()
+        stages.iter().enumerate().map(|(n, stage)| (stage.as_str(), state(n))).collect()
+    }
+
+    fn is_restore(&self) -> bool {
+        self.it.kind == "Restore"
+    }
+
+    /// Whether it is a backup that its reader may restore.
+    fn restorable(&self) -> bool {
+        self.it.status == Status::Success && !self.artifacts.is_empty() && self.frame.may(Permission::StorageRestore)
+    }
+
+    /// Whether its reader may run it again.
+    fn repeatable(&self) -> bool {
+        self.it.members.is_none() && (!self.is_restore() || self.frame.may(Permission::StorageRestore))
+    }
+
+    /// The way to a stored file, for who may take it.
+    fn download(&self, file: &Artifact) -> Option<String> {
+        let may = self.frame.may(Permission::StorageDownload);
+        may.then(|| format!("/api/executions/{}/artifacts/{}/download", self.it.id, file.id))
     }
 
     fn store(&self, id: &DestinationId) -> String {

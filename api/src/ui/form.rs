@@ -86,6 +86,15 @@ pub struct Input {
     help: String,
     placeholder: String,
     autocomplete: &'static str,
+    warning: Option<Warning>,
+}
+
+/// What is asked before a switch that is on is sent: title, text and the word for yes.
+#[derive(Clone, Copy, Debug)]
+struct Warning {
+    title: &'static str,
+    text: &'static str,
+    yes: &'static str,
 }
 
 impl Input {
@@ -101,6 +110,7 @@ impl Input {
             help: String::new(),
             placeholder: String::new(),
             autocomplete: "off",
+            warning: None,
         }
     }
 
@@ -158,6 +168,11 @@ impl Input {
     /// With these to choose from.
     pub fn options(self, options: Vec<Choosable>) -> Self {
         Self { options, ..self }
+    }
+
+    /// That asks before it is sent, when it is on.
+    pub fn warning(self, title: &'static str, text: &'static str, yes: &'static str) -> Self {
+        Self { warning: Some(Warning { title, text, yes }), ..self }
     }
 
     /// As password managers know it.
@@ -232,7 +247,7 @@ pub struct Form {
     /// The button.
     pub submit: &'static str,
     /// Where a change of mind leads; empty where nothing comes before.
-    pub cancel: &'static str,
+    pub cancel: std::borrow::Cow<'static, str>,
 }
 
 impl HtmlSafe for Form {}

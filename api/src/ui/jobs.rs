@@ -108,7 +108,7 @@ pub async fn make(
         changes: false,
         sections: sections(&state, &frame, model.as_ref()).await?,
         submit: "Save the job",
-        cancel: "/jobs",
+        cancel: "/jobs".into(),
     };
     if model.is_some() {
         form.sections[0] = Section::new("", vec![name(Some(&title))]);
@@ -131,7 +131,7 @@ pub async fn edit(
         changes: true,
         sections: sections(&state, &frame, Some(&job)).await?,
         submit: "Save",
-        cancel: "/jobs",
+        cancel: "/jobs".into(),
     };
     html(&FormPage { frame, title: format!("Edit {}", job.name), lead: "", form })
 }

@@ -13,6 +13,7 @@ mod executions;
 mod form;
 mod jobs;
 mod overview;
+mod restore;
 mod trigger;
 mod view;
 
@@ -50,7 +51,7 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; i
 #[rustfmt::skip]
 pub fn pages() -> Vec<Route> {
     use Access::{Identified, Needs, Open};
-    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, ClusterRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsRead, JobsWrite, SettingsRead, SourcesRead, SourcesWrite, UsersRead, UsersWrite};
+    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, ClusterRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsRead, JobsWrite, SettingsRead, SourcesRead, SourcesWrite, StorageRestore, UsersRead, UsersWrite};
     let page = |path, access, handler: MethodRouter<AppState>| Route::page(path, access, LimitClass::Page, handler);
     vec![
         page("/",                          Identified,               get(overview::show)),
@@ -62,6 +63,7 @@ pub fn pages() -> Vec<Route> {
         page("/jobs/{id}/trigger",         Needs(JobsRead),          get(trigger::show)),
         page("/executions",                Needs(HistoryRead),       get(executions::list)),
         page("/executions/{id}",           Needs(HistoryRead),       get(executions::show)),
+        page("/executions/{id}/restore",   Needs(StorageRestore),    get(restore::make)),
         page("/sources",                   Needs(SourcesRead),       get(connections::sources)),
         page("/sources/new",               Needs(SourcesWrite),      get(connections::make_source)),
         page("/sources/{id}",              Needs(SourcesRead),       get(connections::source)),

@@ -71,6 +71,14 @@ async fn picks(conn: &mut PgConnection, function: &str, want: i32) -> Vec<(Strin
     picks
 }
 
+/// The function of the version before, as its migration made it.
+fn as_it_was() -> String {
+    let migration = include_str!("../../../migrations/0007_cluster.sql");
+    let begin = migration.find("create function claim_executions_v3(").expect("is made there");
+    let end = begin + migration[begin..].find("\n$$;").expect("ends") + 4;
+    migration[begin..end].replace("claim_executions_v3(", "claim_executions_v3_as_it_was(")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_is_picked_as_it_was_one_by_one_in_the_version_before() {
     let cluster = Cluster::build().workers(0).start().await;
@@ -83,20 +91,28 @@ async fn a_batch_is_picked_as_it_was_one_by_one_in_the_version_before() {
     .execute(&mut conn)
     .await
     .expect("inserts");
-    let (mut some, mut passed_over) = (0, 0);
+    let (mut some, mut passed_over, mut left) = (0, 0, 0);
+    sqlx::raw_sql(AssertSqlSafe(as_it_was())).execute(&mut conn).await.expect("makes");
     for seed in 0..60 {
         fill(&mut conn, seed).await;
         // Some run already.
         claim::claim(&mut conn, &claimant(), LONG, (seed % 4) as usize).await.expect("claims");
         for want in [1, 3, 16] {
-            let before = picks(&mut conn, "claim_executions_v3", want).await;
+            let before = picks(&mut conn, "claim_executions_v3_as_it_was", want).await;
             let now = picks(&mut conn, "claim_executions_v4", want).await;
             assert_eq!(now, before, "seed {seed}, {want} wanted");
+            // A worker of the version before would take a restore for a backup: it gets none.
+            let kinds = picks(&mut conn, "claim_executions_v3", want).await;
+            let ids: Vec<_> = kinds.into_iter().map(|(id, _)| format!("'{id}'")).chain(["null".to_owned()]).collect();
+            let restores =
+                |ids: String| format!("select count(*) from executions where type = 'Restore' and id in ({ids})");
+            assert_eq!(cluster.count(&restores(ids.join(", "))).await, 0, "seed {seed}");
+            left += usize::from(before.iter().any(|(id, _)| !ids.contains(&format!("'{id}'"))));
             some += usize::from(now.len() > 1);
             passed_over += usize::from(now.len() > 1 && now.len() < want as usize);
         }
     }
-    assert!(some > 50 && passed_over > 20, "too few batches: {some}, {passed_over}");
+    assert!(some > 50 && passed_over > 20 && left > 20, "too few batches: {some}, {passed_over}, {left}");
 }
 
 fn failure() -> Failure {

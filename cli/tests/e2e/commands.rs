@@ -210,3 +210,90 @@ async fn the_exit_status_tells_a_mistake_from_a_database_that_is_away() {
         process.says(words, SOON).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn download_goes_on_where_it_broke_off_passes_a_damaged_copy_over_and_overwrites_nothing() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(30_000).await;
+    let held = cluster.source("postgres", source.config()).await;
+    let (first, one) = cluster.local_destination().await;
+    let (second, _) = cluster.local_destination().await;
+    let job = cluster.job(&held, &[&first, &second], json!({ "compression": "none" })).await;
+    let backup = cluster.backup(&job).await;
+    let id = backup["id"].as_str().expect("an id");
+    let path = backup["path"].as_str().expect("a path");
+    let stored = std::fs::read(one.join(path)).expect("a file");
+    let name = path.rsplit('/').next().expect("a name");
+
+    // The network breaks once in the midst.
+    let port = url::Url::parse(cluster.url(0)).expect("a URL").port().expect("a port");
+    let proxy = Proxy::start(port).await;
+    proxy.set(Mode::HoldAfter(1_000_000));
+    let folder = cluster.scratch.join("fetched");
+    std::fs::create_dir(&folder).expect("a folder");
+    let env = BTreeMap::from([
+        ("PATH".to_owned(), std::env::var("PATH").expect("a path")),
+        ("DBACKUP_URL".to_owned(), format!("http://127.0.0.1:{}", proxy.port)),
+        ("DBACKUP_API_KEY".to_owned(), cluster.key(&["storage:download", "history:read"]).await),
+    ]);
+    let to = folder.to_str().expect("text");
+    let mut download = Process::start("dbackup", &["download", id, "--to", to], &env, &[]);
+    proxy.passes(1_000_000).await;
+    proxy.set(Mode::Cut);
+    download.says("the download broke off", SOON).await;
+    proxy.set(Mode::Pass);
+    assert_eq!(download.end(SOON).await.code(), Some(0), "{}", download.log());
+    let log = download.log();
+    let from: u64 = log
+        .split_once("going on at byte ")
+        .and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok())
+        .unwrap_or_else(|| panic!("{log}"));
+    assert!(from > 500_000, "{log}");
+    assert!(std::fs::read(folder.join(name)).expect("a file") == stored, "other bytes");
+    assert_eq!(crate::harness::files(&folder).len(), 2, "the object and its manifest");
+
+    let key = env["DBACKUP_API_KEY"].clone();
+    let run = |to: &std::path::Path, more: &[&str]| {
+        let args = ["download", id, "--to", to.to_str().expect("text"), "--url", cluster.url(0)];
+        let (code, _, stderr) = said(&dbackup(&[&args[..], more].concat(), &[("DBACKUP_API_KEY", key.as_str())]));
+        (code, stderr)
+    };
+    let (code, said) = run(&folder, &[]);
+    assert!(code == Some(1) && said.contains("nothing is overwritten"), "{said}");
+    let other = cluster.scratch.join("fetched-again");
+    std::fs::create_dir(&other).expect("a folder");
+    let mut damaged = stored.clone();
+    damaged[700_000] ^= 1;
+    std::fs::write(one.join(path), damaged).expect("writes");
+    let (code, said) = run(&other, &["--database", &source.database]);
+    assert!(code == Some(0) && said.contains("its SHA-256 differs"), "{said}");
+    assert!(std::fs::read(other.join(name)).expect("a file") == stored, "other bytes");
+    assert_eq!(crate::harness::files(&other).len(), 1);
+    let (code, said) = run(&other, &["--database", "nothing"]);
+    assert!(code == Some(1) && said.contains("left no backup of 'nothing'"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn restore_waits_for_the_end_and_its_exit_status_says_how_it_was() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(100).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;
+    let backup = cluster.backup(&job).await;
+    let id = backup["id"].as_str().expect("an id");
+    let key = cluster.key(&["storage:restore", "history:read"]).await;
+    let restore = |more: &[&str]| {
+        let args = ["restore", id, "--url", cluster.url(1), "--log"];
+        let (code, out, err) = said(&dbackup(&[&args[..], more].concat(), &[("DBACKUP_API_KEY", key.as_str())]));
+        (code, out + &err)
+    };
+    let (code, said) = restore(&[]);
+    assert!(code == Some(1) && said.contains("Restore failed: ") && said.contains("is not empty"), "{said}");
+    let into = unique("restored");
+    sql("postgres", &format!("create database {into} owner {}", source.role)).await;
+    let (code, said) = restore(&["--database", &source.database, "--into", &into]);
+    assert!(code == Some(0) && said.contains("Stage: Completed") && said.contains("bytes restored"), "{said}");
+    source.assert_same(&into).await;
+    let (code, _) = restore(&["--into", &into, "--overwrite"]);
+    assert_eq!(code, Some(0));
+}

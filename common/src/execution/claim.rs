@@ -6,9 +6,11 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, types::Json};
 
+use super::restore::{self, Order};
 use crate::{
+    artifact::{self, Artifact},
     destination::{self, Destination},
-    id::{ExecutionId, JobId, Reference, WorkerId},
+    id::{ExecutionId, JobId, Reference, SourceId, WorkerId},
     job::{self, Job},
     label::Labels,
     source::{self, Engine, Source},
@@ -112,8 +114,10 @@ pub struct Briefing {
 pub enum Assigned {
     /// Its job or source was deleted meanwhile.
     Gone(Briefing),
-    /// A run.
+    /// A backup.
     Run(Box<Assignment>),
+    /// A restore.
+    Restore(Box<RestoreAssignment>),
 }
 
 impl Assigned {
@@ -122,6 +126,7 @@ impl Assigned {
         match self {
             Assigned::Gone(briefing) => briefing,
             Assigned::Run(assignment) => &assignment.briefing,
+            Assigned::Restore(assignment) => &assignment.briefing,
         }
     }
 }
@@ -147,10 +152,27 @@ pub struct Assignment {
     pub locked: bool,
 }
 
+/// All that a restore needs to know, read once after its claim.
+#[derive(Clone, Debug)]
+pub struct RestoreAssignment {
+    /// The claim.
+    pub claim: Claim,
+    /// When, where and for whom.
+    pub briefing: Briefing,
+    /// What, and how.
+    pub order: Order,
+    /// Where to.
+    pub target: Source,
+    /// Every object of the backup, with the destination where it lies unless that is gone.
+    pub copies: Vec<(Artifact, Option<Destination>)>,
+    /// Longest time of all attempts' each, in seconds: that of the backup's job.
+    pub timeout_seconds: i32,
+}
+
 /// Reads what a claim is about; `None` when the claim is no longer ours.
 pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<Assigned>, sqlx::Error> {
     let row = sqlx::query!(
-        r#"select e.job_id as "job_id: JobId", e.job_slug, e.labels as "labels: Json<Labels>", e.locked, e.traceparent, e.tracestate,
+        r#"select e.type as kind, e.source_id as "source_id: SourceId", e.job_id as "job_id: JobId", e.job_slug, e.labels as "labels: Json<Labels>", e.locked, e.traceparent, e.tracestate,
                   e.pool, coalesce(e.requeued_at, e.queued_at) as "queued_at!", e.previous_token as "previous: Token", l.claimed_at
              from executions e join execution_leases l on l.execution_id = e.id and l.token = $2
             where e.id = $1"#,
@@ -168,6 +190,9 @@ pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<
         previous: row.previous,
     };
     let gone = |briefing| Ok(Some(Assigned::Gone(briefing)));
+    if row.kind == "Restore" {
+        return restore(conn, claim, briefing, row.job_id, row.source_id).await.map(Some);
+    }
     let Some(job) = job::find(conn, &Reference::new(row.job_id.to_string())).await? else { return gone(briefing) };
     let source = source::find(conn, &Reference::new(job.source_id.to_string())).await?;
     let Some(source) = source else { return gone(briefing) };
@@ -182,4 +207,26 @@ pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<
         labels: row.labels.0,
         locked: row.locked,
     }))))
+}
+
+/// The job may be gone: its backups stay.
+async fn restore(
+    conn: &mut PgConnection,
+    claim: Claim,
+    briefing: Briefing,
+    job: JobId,
+    target: SourceId,
+) -> Result<Assigned, sqlx::Error> {
+    let target = source::find(conn, &Reference::new(target.to_string())).await?;
+    let (Some(order), Some(target)) = (restore::find(conn, claim.execution).await?, target) else {
+        return Ok(Assigned::Gone(briefing));
+    };
+    let job = job::find(conn, &Reference::new(job.to_string())).await?;
+    let mut copies = Vec::new();
+    for artifact in artifact::of_executions(conn, &[order.backup_id]).await? {
+        let destination = destination::find(conn, &Reference::new(artifact.destination_id.to_string())).await?;
+        copies.push((artifact, destination));
+    }
+    let timeout_seconds = job.map_or(restore::DEFAULT_TIMEOUT_SECONDS, |job| job.timeout_seconds);
+    Ok(Assigned::Restore(Box::new(RestoreAssignment { claim, briefing, order, target, copies, timeout_seconds })))
 }

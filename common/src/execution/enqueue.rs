@@ -256,7 +256,7 @@ async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashM
     }
     let rows = sqlx::query!(
         r#"select distinct on (job_id) job_id as "job_id: JobId", id as "id: ExecutionId" from executions
-            where status in ('Pending', 'Running') and job_id = any ($1) order by job_id, seq"#,
+            where status in ('Pending', 'Running') and type = 'Backup' and job_id = any ($1) order by job_id, seq"#,
         &ids[..] as _
     )
     .fetch_all(conn)
@@ -269,10 +269,10 @@ async fn reusable_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<Has
     let rows = sqlx::query!(
         r#"select j.id as "job!: JobId", s.id as "success?: ExecutionId",
                   extract(epoch from clock_timestamp() - s.snapshot_at)::float8 as age,
-                  (select p.id from executions p where p.status = 'Pending' and p.job_id = j.id order by p.seq limit 1)
+                  (select p.id from executions p where p.status = 'Pending' and p.type = 'Backup' and p.job_id = j.id order by p.seq limit 1)
                       as "pending?: ExecutionId"
              from unnest($1::uuid[]) as j (id)
-             left join lateral (select e.id, e.snapshot_at from executions e where e.job_id = j.id and e.status = 'Success'
+             left join lateral (select e.id, e.snapshot_at from executions e where e.job_id = j.id and e.status = 'Success' and e.type = 'Backup'
                                  order by e.seq desc limit 1) s on true"#,
         &ids[..] as _
     )

@@ -19,6 +19,8 @@ use crate::{
 pub enum Ending {
     /// Published.
     Success(Box<Published>),
+    /// A backup was brought back.
+    Restored(Restored),
     /// Failed, and another try would fail as well.
     Failed(Failure),
     /// Failed, and another try after a pause may succeed.
@@ -42,6 +44,15 @@ pub struct Published {
     pub snapshot_at: DateTime<Utc>,
     /// Every object.
     pub artifacts: Vec<NewArtifact>,
+}
+
+/// A backup that is in its database again.
+#[derive(Clone, Debug)]
+pub struct Restored {
+    /// Bytes that were read, as stored.
+    pub size_bytes: i64,
+    /// The time whose data is there now.
+    pub snapshot_at: DateTime<Utc>,
 }
 
 /// Why an attempt failed.
@@ -201,6 +212,7 @@ impl<'a> Columns<'a> {
     fn push(&mut self, claim: &Claim, ending: &'a Ending) {
         let (word, published, failure, pause) = match ending {
             Ending::Success(published) => ("success", Some(published), None, None),
+            Ending::Restored(_) => ("success", None, None, None),
             Ending::Failed(failure) => ("failed", None, Some(failure), None),
             Ending::Retry(failure, pause) => ("retry", None, Some(failure), Some(pause)),
             Ending::Released => ("released", None, None, None),
@@ -211,11 +223,16 @@ impl<'a> Columns<'a> {
         self.error.push(failure.map(|f| f.error.replace('\0', "\u{fffd}")));
         self.error_code.push(failure.map(|f| f.code));
         self.outcome.push(failure.and_then(|f| f.outcome).map(Outcome::as_str));
-        self.stage.push(published.map(|_| Stage::Completed).or(failure.map(|f| f.stage)).map(Stage::as_str));
+        let restored = match ending {
+            Ending::Restored(restored) => Some(restored),
+            _ => None,
+        };
+        let completed = (word == "success").then_some(Stage::Completed);
+        self.stage.push(completed.or(failure.map(|f| f.stage)).map(Stage::as_str));
         self.pause_ms.push(pause.map(|p| i64::try_from(p.as_millis()).unwrap_or(i64::MAX)));
-        self.size_bytes.push(published.map(|p| p.size_bytes));
+        self.size_bytes.push(published.map(|p| p.size_bytes).or(restored.map(|r| r.size_bytes)));
         self.path.push(published.map(|p| p.path.as_str()));
         self.checksum.push(published.map(|p| p.checksum.as_str()));
-        self.snapshot_at.push(published.map(|p| p.snapshot_at));
+        self.snapshot_at.push(published.map(|p| p.snapshot_at).or(restored.map(|r| r.snapshot_at)));
     }
 }

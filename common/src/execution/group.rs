@@ -259,6 +259,7 @@ fn summary(group: GroupRow, members: &[&Execution]) -> Execution {
                 })
                 .collect(),
         ),
+        restore: None,
         waiting_for: None,
         // Of a group that waits, what its first member waits for.
         waiting: members.iter().find_map(|m| m.waiting.clone()).filter(|_| status == Status::Pending),

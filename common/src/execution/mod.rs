@@ -18,6 +18,7 @@ pub mod group;
 pub mod history;
 pub mod lease;
 pub mod log;
+pub mod restore;
 pub mod room;
 pub mod summary;
 pub mod ticker;
@@ -43,7 +44,7 @@ pub enum Status {
     Pending,
     /// A worker holds its lease.
     Running,
-    /// Published.
+    /// Published, or restored.
     Success,
     /// Over without a backup; the error says why.
     Failed,
@@ -108,6 +109,8 @@ pub enum Stage {
     Uploading,
     /// Sizes and checksums are compared.
     Verifying,
+    /// A backup goes back into its database.
+    Restoring,
     /// Over.
     Completed,
 }
@@ -121,6 +124,7 @@ impl Stage {
             Stage::Dumping => "Dumping",
             Stage::Uploading => "Uploading",
             Stage::Verifying => "Verifying",
+            Stage::Restoring => "Restoring",
             Stage::Completed => "Completed",
         }
     }
@@ -197,6 +201,9 @@ pub struct Execution {
     /// The runs of a group.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub members: Option<Vec<group::Member>>,
+    /// What a restore brings back, where to and how; only of one execution, not in lists.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restore: Option<Box<restore::Order>>,
     /// What holds it back while it is Pending, from a look at most a second old; of a group, what its first run waits for. Null or absent when
     /// it is about to be claimed.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -299,6 +306,7 @@ impl From<Row> for Execution {
             trace_url: setting::trace_url(row.trace_url_template.as_deref(), &trace),
             trace_id: trace.trace_id().map(str::to_owned),
             members: None,
+            restore: None,
             waiting_for: None,
             waiting,
             seq: row.seq,
@@ -317,6 +325,14 @@ pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Exe
 /// Those of `ids` that are executions, in one statement. (The driver reads from the plan which columns may be null, and
 /// the plan of an array differs from that of one id: hence the marks.)
 pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
+    let mut executions = rows_of(conn, ids).await?;
+    for execution in executions.iter_mut().filter(|execution| execution.kind == "Restore") {
+        execution.restore = restore::find(conn, execution.id).await?.map(Box::new);
+    }
+    Ok(executions)
+}
+
+async fn rows_of(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
     let rows = sqlx::query_as!(
         Row,
         r#"select e.id as "id!: ExecutionId", e.seq as "seq!", e.job_id as "job_id!: JobId", e.job_name as "job_name!", e.type as "kind!",

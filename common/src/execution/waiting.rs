@@ -164,12 +164,16 @@ impl QueueSnapshot {
         if let (Some(engine), true) = (engine, able.is_empty()) {
             return because(
                 NoTool,
-                format!("no worker of the pool '{pool}' has the tools to dump {engine}: install them there"),
+                format!("no worker of the pool '{pool}' has the tools for {engine}: install them there"),
             );
         }
         let same_kind = (waiting.job_id, waiting.kind.clone());
         if let Some(other) = self.jobs.get(&same_kind).filter(|other| waiting.serial && **other != *id) {
-            return because(Job, format!("run {other} of its job is under way, and its overlap allows one at a time"));
+            let text = match waiting.kind.as_str() {
+                "Restore" => format!("restore {other} of its job is under way, and they go one after the other"),
+                _ => format!("run {other} of its job is under way, and its overlap allows one at a time"),
+            };
+            return because(Job, text);
         }
         if let Some(most) = self.full.get(&(waiting.source_id, waiting.kind.clone())) {
             let (what, setting) = match waiting.kind.as_str() {

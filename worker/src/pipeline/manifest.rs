@@ -1,14 +1,14 @@
 //! The manifest: the last file written, and the mark that the backup is whole.
 
 use chrono::{DateTime, Utc};
-use common::label::Labels;
-use serde::Serialize;
+use common::{job::Compression, label::Labels, source::Engine};
+use serde::{Deserialize, Serialize};
 
 /// Version of the manifest's own form.
 pub const FORMAT_VERSION: u32 = 1;
 
 /// What lies beside the objects of a backup; see `docs/format.md`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Manifest {
     /// [`FORMAT_VERSION`].
@@ -22,7 +22,7 @@ pub struct Manifest {
     /// Slug of the job.
     pub job: String,
     /// What the dump is of.
-    pub engine: &'static str,
+    pub engine: Engine,
     /// Version of the server.
     pub server_version: String,
     /// Version of the tool that wrote the dump.
@@ -31,7 +31,7 @@ pub struct Manifest {
     #[serde(serialize_with = "common::time::millis")]
     pub snapshot_at: DateTime<Utc>,
     /// zstd, gzip or none.
-    pub compression: &'static str,
+    pub compression: Compression,
     /// Recipients of the encryption; empty when it is not encrypted.
     pub recipients: Vec<String>,
     /// Labels of the execution.
@@ -43,7 +43,7 @@ pub struct Manifest {
 }
 
 /// One stored object.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ManifestObject {
     /// Name of the database as the server has it.

@@ -5,6 +5,7 @@ pub mod compress;
 pub mod dump;
 pub mod manifest;
 pub mod name;
+pub mod restore;
 mod sending;
 pub mod upload;
 
@@ -30,7 +31,7 @@ use futures::{
 use tokio::{io::AsyncReadExt, process::ChildStdout, sync::mpsc};
 
 use crate::{
-    failure::RunError,
+    failure::{At, RunError},
     lease::Lease,
     run_log::RunLog,
     service::{Shared, patiently},
@@ -361,11 +362,11 @@ fn manifest_text(assignment: &Assignment, backup: &StagedBackup) -> Result<Bytes
         trace_id: assignment.briefing.trace.trace_id().map(str::to_owned),
         job_id: assignment.job.id.to_string(),
         job: assignment.job_slug.clone(),
-        engine: assignment.source.engine.as_str(),
+        engine: assignment.source.engine,
         server_version: backup.inspected.server_version.clone(),
         tool_version: backup.inspected.tool_version.clone(),
         snapshot_at: backup.inspected.snapshot_at,
-        compression: assignment.job.compression.as_str(),
+        compression: assignment.job.compression,
         recipients: Vec::new(),
         labels: assignment.labels.clone(),
         locked: assignment.locked,

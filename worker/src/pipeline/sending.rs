@@ -11,7 +11,10 @@ use futures::future::try_join_all;
 use tokio::sync::mpsc;
 
 use super::{Attempt, Target, upload::Upload};
-use crate::{failure::RunError, trace::noted};
+use crate::{
+    failure::{At, RunError},
+    trace::noted,
+};
 
 /// An upload under way.
 pub struct Sending {

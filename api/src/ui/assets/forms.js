@@ -1,5 +1,6 @@
 // Forms: names of inputs are paths in the body, so that an error stands beside the field that it is about.
 import { call } from "./api.js";
+import { ask } from "./dialogs.js";
 
 const TYPES = {
   text: (input) => input.value.trim() || null,
@@ -132,6 +133,9 @@ export async function onSubmit(event, after) {
   if (fields.length) {
     showProblem(form, { message: "", fields });
     return;
+  }
+  for (const { checked, dataset: { confirm, warning, yes } } of form.elements) {
+    if (checked && confirm && !(await ask(confirm, warning, yes))) return;
   }
   const [method, path] = form.dataset.api.split(" ");
   const body = bodyOf(form);

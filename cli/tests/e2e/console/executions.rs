@@ -119,3 +119,56 @@ async fn executions_are_found_by_the_days_of_the_reader() {
     shows("the one of the ninth", &[&ninth]).await;
     browser.assert_clean().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_is_downloaded_and_restored_and_what_would_be_replaced_is_asked_first() {
+    let cluster = Cluster::start().await;
+    let (destination, root) = cluster.local_destination().await;
+    let shop = PostgresSource::with_rows(100).await;
+    let source = cluster.source("postgres", shop.config()).await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let run = cluster.backup(&job).await;
+    let page = format!("/executions/{}", run["id"].as_str().expect("an id"));
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go(&page).await;
+    // What the link gives is what is stored: with the session, and from the place of this page.
+    let fetched = "const a = document.querySelector('a[download]'); const r = await fetch(a.href); const b = await r.arrayBuffer();
+                   const h = new Uint8Array(await crypto.subtle.digest('SHA-256', b));
+                   window.fetched = [r.status, r.headers.get('content-disposition'), [...h].map((n) => n.toString(16).padStart(2, '0')).join('')]";
+    browser.js(&format!("(async () => {{ {fetched} }})()")).await;
+    let seen = browser.until("it is fetched", "return window.fetched").await;
+    let path = run["path"].as_str().expect("a path");
+    let stored = std::fs::read(root.join(path)).expect("a file");
+    assert_eq!(seen[0], 200);
+    assert!(seen[1].as_str().is_some_and(|name| name.contains(path.rsplit('/').next().expect("a name"))), "{seen}");
+    assert_eq!(seen[2], hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&stored)));
+
+    // Where everything is still there it is refused, in words.
+    browser.press("Restore").await;
+    browser.until_text("its checksum compared before anything is touched").await;
+    browser.click("form button[type=submit]").await;
+    browser.until_text("is not empty").await;
+    browser.until_text("Restore again").await;
+    crate::harness::source::psql(&shop.database, "delete from item where id > 10");
+
+    browser.go(&format!("{page}/restore")).await;
+    browser.click("[name=overwrite]").await;
+    browser.click("form button[type=submit]").await;
+    browser.until_text("with all that was written since").await;
+    assert_eq!(cluster.count("select count(*) from restores").await, 1, "it was sent before the answer");
+    browser.press("Replace and restore").await;
+    browser
+        .until("the restore is shown", "return document.querySelector('.stages')?.textContent.includes('Restoring')")
+        .await;
+    browser.until("it succeeds", "return !!document.querySelector('#execution > .head .status.good')").await;
+    browser.until_text("replacing what is there").await;
+    assert_eq!(crate::harness::source::psql(&shop.database, "select count(*) from item").trim(), "100");
+    browser.assert_clean().await;
+
+    // Whoever may not, sees neither.
+    let reader = signed_in(&cluster, &["history:read", "jobs:execute"]).await;
+    reader.go(&page).await;
+    reader.until_text("Stored files").await;
+    assert_eq!(reader.js("return document.querySelectorAll('#restore, a[download]').length").await, 0);
+    reader.assert_clean().await;
+}

@@ -41,6 +41,7 @@ async fn lively() -> (Cluster, Vec<(&'static str, String)>) {
         ("trigger", format!("/jobs/{job}/trigger")),
         ("executions", "/executions".to_owned()),
         ("execution", format!("/executions/{}", id(&good))),
+        ("restore-form", format!("/executions/{}/restore", id(&good))),
         ("execution-failed", format!("/executions/{}", id(&failed))),
         ("execution-waiting", format!("/executions/{waiting}")),
         ("sources", "/sources".to_owned()),

@@ -23,7 +23,7 @@ use nix::{
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
-    process::{Child, ChildStderr, ChildStdout, Command},
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Command},
     task::JoinHandle,
 };
 
@@ -81,6 +81,12 @@ impl Program {
         let path = format!("/dev/fd/{}", file.as_raw_fd());
         self.files.push(file.into());
         Ok(path)
+    }
+
+    /// It will be fed: see [`Running::stdin`]. What it prints is not wanted.
+    pub fn fed(&mut self) -> &mut Self {
+        self.command.stdin(Stdio::piped()).stdout(Stdio::null());
+        self
     }
 
     fn spawn(mut self, groups: &ProcessGroups) -> Result<(Child, i32, String), RunError> {
@@ -142,7 +148,7 @@ impl Program {
         })
     }
 
-    /// Starts a dump: its standard output is the dump, its standard error goes to the log line by line.
+    /// Starts a dump, whose standard output is the dump, or a restore; its standard error goes to the log line by line.
     pub fn start(self, lease: &Arc<Lease>, log: &RunLog) -> Result<Running, RunError> {
         let (mut child, group, name) = self.spawn(&lease.groups)?;
         let stdout = child.stdout.take();
@@ -150,8 +156,12 @@ impl Program {
             // A quarter of the wake-ups of the usual 64 KiB. A system that allows no more is as good, only slower.
             let _ = fcntl(stdout, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
         }
+        let stdin = child.stdin.take();
+        if let Some(stdin) = &stdin {
+            let _ = fcntl(stdin, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
+        }
         let stderr = child.stderr.take().map(|stderr| tokio::spawn(tell(stderr, name.clone(), log.clone())));
-        Ok(Running { child, group, name, stdout, stderr, lease: lease.clone() })
+        Ok(Running { child, group, name, stdin, stdout, stderr, lease: lease.clone() })
     }
 }
 
@@ -166,17 +176,18 @@ pub struct Output {
     pub stderr: String,
 }
 
-/// A dump that runs. Dropping it kills it.
+/// A dump or a restore that runs. Dropping it kills it.
 pub struct Running {
     child: Child,
     group: i32,
     name: String,
+    stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,
     stderr: Option<JoinHandle<String>>,
     lease: Arc<Lease>,
 }
 
-/// How a dump ended.
+/// How it ended.
 #[derive(Debug)]
 pub struct Ended {
     /// Its exit status.
@@ -193,6 +204,18 @@ impl Running {
     /// The dump itself; may be taken once.
     pub fn stdout(&mut self) -> Option<ChildStdout> {
         self.stdout.take()
+    }
+
+    /// What it reads; may be taken once.
+    pub fn stdin(&mut self) -> Option<ChildStdin> {
+        self.stdin.take()
+    }
+
+    /// Ends it here and now.
+    pub fn kill(&self) {
+        if self.child.id().is_some() {
+            let _ = killpg(Pid::from_raw(self.group), Signal::SIGKILL);
+        }
     }
 
     /// Waits for the end.
@@ -213,7 +236,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         // Still unreaped here unless `wait` came to its end, so the id cannot belong to somebody else yet.
         if self.child.id().is_some() {
-            let _ = killpg(Pid::from_raw(self.group), Signal::SIGKILL);
+            self.kill();
             self.lease.groups.remove(self.group);
         }
     }

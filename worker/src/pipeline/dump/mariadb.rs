@@ -22,7 +22,7 @@ const QUESTION: &str = "select 'server', version(), unix_timestamp(now(6)), @@ne
      show session status like 'Ssl_cipher'; show grants";
 
 /// MariaDB's tools serve both engines; MySQL's own come first for MySQL.
-fn names(engine: Engine) -> ([&'static str; 2], [&'static str; 2]) {
+pub fn names(engine: Engine) -> ([&'static str; 2], [&'static str; 2]) {
     match engine {
         Engine::Mysql => (["mysql", "mariadb"], ["mysqldump", "mariadb-dump"]),
         _ => (["mariadb", "mysql"], ["mariadb-dump", "mysqldump"]),
@@ -149,7 +149,7 @@ pub fn dump(access: &SourceAccess, tool: &Path, tool_version: &str, database: &s
 }
 
 /// Connection and password in an option file that exists only in memory; it must be the first argument.
-fn connect(access: &SourceAccess, program: &mut Program, tool_version: &str) -> Result<(), RunError> {
+pub fn connect(access: &SourceAccess, program: &mut Program, tool_version: &str) -> Result<(), RunError> {
     let config = &access.config;
     let failed =
         |e: std::io::Error| RunError::retry("tool_failed", format!("could not hand the options to the tool: {e}"));

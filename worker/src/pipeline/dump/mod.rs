@@ -1,8 +1,8 @@
 //! Dumps by the engine's own tools.
 
-mod child;
-mod mariadb;
-mod postgres;
+pub(super) mod child;
+pub(super) mod mariadb;
+pub(super) mod postgres;
 pub mod tools;
 
 use std::{
@@ -111,27 +111,7 @@ impl Dump {
 
     /// What is dumped, by the conventions of OpenTelemetry for databases.
     pub fn describe(&self, span: &mut Span, database: Option<&str>) {
-        if !span.is_recording() {
-            return;
-        }
-        let SourceAccess { engine, config, .. } = &self.access;
-        span.set(
-            "db.system.name",
-            match engine {
-                Engine::Postgres => "postgresql",
-                Engine::Mysql => "mysql",
-                Engine::Mariadb => "mariadb",
-            },
-        );
-        if let Some(database) = database {
-            span.set("db.namespace", database.to_owned());
-        }
-        if let Some(socket) = &config.socket {
-            span.set("server.address", socket.display().to_string());
-        } else if let Some(host) = &config.host {
-            span.set("server.address", host.clone());
-            span.set("server.port", i64::from(config.port.unwrap_or(engine.default_port())));
-        }
+        describe_source(&self.access, span, database);
     }
 
     /// Starts the dump of one database.
@@ -171,6 +151,31 @@ impl Dump {
     }
 }
 
+/// A server and one of its databases, by the conventions of OpenTelemetry for databases.
+pub(super) fn describe_source(access: &SourceAccess, span: &mut Span, database: Option<&str>) {
+    if !span.is_recording() {
+        return;
+    }
+    let SourceAccess { engine, config, .. } = access;
+    span.set(
+        "db.system.name",
+        match engine {
+            Engine::Postgres => "postgresql",
+            Engine::Mysql => "mysql",
+            Engine::Mariadb => "mariadb",
+        },
+    );
+    if let Some(database) = database {
+        span.set("db.namespace", database.to_owned());
+    }
+    if let Some(socket) = &config.socket {
+        span.set("server.address", socket.display().to_string());
+    } else if let Some(host) = &config.host {
+        span.set("server.address", host.clone());
+        span.set("server.port", i64::from(config.port.unwrap_or(engine.default_port())));
+    }
+}
+
 fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }
@@ -196,7 +201,7 @@ impl RunningDump {
         if status.success() {
             return Ok(());
         }
-        let how = describe(status);
+        let how = describe_exit(status);
         let said = if stderr.is_empty() { String::new() } else { format!(": {stderr}") };
         let doing = format!("{name} of '{}' {how}{said}", self.database);
         Err(match self.engine {
@@ -208,7 +213,7 @@ impl RunningDump {
 
 /// How the tool ended, by the conventions of OpenTelemetry for processes. Never its arguments; what it wrote to its
 /// standard error is what the log of the execution has, too.
-fn tell(ended: &Ended, span: &mut Span) {
+pub(super) fn tell(ended: &Ended, span: &mut Span) {
     use std::os::unix::process::ExitStatusExt;
     if !span.is_recording() {
         return;
@@ -230,7 +235,7 @@ fn tell(ended: &Ended, span: &mut Span) {
     }
 }
 
-fn describe(status: ExitStatus) -> String {
+pub(super) fn describe_exit(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exited with status {code}"),
@@ -241,7 +246,7 @@ fn describe(status: ExitStatus) -> String {
 }
 
 /// Every `name` in the folders, with its version; the same file under two names counts once.
-async fn find_tools(bins: &[PathBuf], name: &str, groups: &ProcessGroups) -> Vec<Tool> {
+pub(super) async fn find_tools(bins: &[PathBuf], name: &str, groups: &ProcessGroups) -> Vec<Tool> {
     let mut tools: Vec<Tool> = Vec::new();
     for bin in bins {
         let Ok(path) = std::fs::canonicalize(bin.join(name)) else { continue };
@@ -264,7 +269,7 @@ async fn version_of(path: &Path, groups: &ProcessGroups) -> Option<String> {
     output.status.success().then(|| output.stdout.lines().next().unwrap_or_default().trim().to_owned())
 }
 
-fn missing(tool: &str, bins: &[PathBuf], variable: &str, package: &str) -> RunError {
+pub(super) fn missing(tool: &str, bins: &[PathBuf], variable: &str, package: &str) -> RunError {
     let looked: Vec<String> = bins.iter().map(|b| b.display().to_string()).collect();
     RunError::give_up(
         "tool_missing",

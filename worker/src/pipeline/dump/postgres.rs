@@ -102,7 +102,7 @@ pub fn dump(access: &SourceAccess, tool: &Path, database: &str, lock_wait: Durat
 
 /// libpq takes the connection from its environment. A database's name must not go by `--dbname`, where one that
 /// holds `=` would be read as a connection string.
-fn connect(access: &SourceAccess, program: &mut Program, database: &str) -> Result<(), RunError> {
+pub fn connect(access: &SourceAccess, program: &mut Program, database: &str) -> Result<(), RunError> {
     let config = &access.config;
     let host = config.socket.as_ref().map(|s| s.as_os_str().to_owned());
     let host = host.unwrap_or_else(|| config.host.clone().unwrap_or_default().into());
@@ -162,7 +162,7 @@ fn choose(tools: &[Tool], server_major: u32) -> Result<(Tool, Option<String>), R
 }
 
 /// From `pg_dump (PostgreSQL) 15.18 (Debian …)`.
-fn major_of(version: &str) -> Option<u32> {
+pub fn major_of(version: &str) -> Option<u32> {
     version.split_once(") ")?.1.split(['.', ' ', 'b', 'r']).next()?.parse().ok()
 }
 

@@ -3,45 +3,37 @@
 use std::{
     io::{self, ErrorKind},
     os::unix::fs::OpenOptionsExt,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
-use common::destination::LocalConfig;
+use common::{
+    destination::LocalConfig,
+    store::{Folder, MARKER, io_error},
+};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use tokio::{fs, io::AsyncWriteExt};
 
 use super::{Measure, StoreError};
 
-/// Written once by the first test. A folder without it is not the store: a missing mount looks like an empty
-/// folder, and a backup written there would be on the wrong disk.
-pub const MARKER: &str = ".dbackup-store";
-
 /// A folder that backups are written to.
 #[derive(Clone, Debug)]
 pub struct LocalStore {
-    root: PathBuf,
+    folder: Folder,
 }
 
 impl LocalStore {
     /// Refuses a root outside the allowed folders.
     pub fn open(config: &LocalConfig, allowed: &[PathBuf]) -> Result<Self, StoreError> {
-        let root = &config.root;
-        let climbs = root.components().any(|c| c == Component::ParentDir);
-        // Links are followed where the folder exists, so that none leads outside.
-        let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if climbs || !allowed.iter().any(|folder| real(root).starts_with(real(folder))) {
-            let allowed: Vec<_> = allowed.iter().map(|p| p.display().to_string()).collect();
-            return Err(StoreError::give_up(
-                "path_not_allowed",
-                format!("{} is not under DBACKUP_LOCAL_PATHS of this worker ({})", root.display(), allowed.join(":")),
-            ));
-        }
-        Ok(Self { root: root.clone() })
+        Ok(Self { folder: Folder::open(config, allowed)? })
+    }
+
+    fn root(&self) -> &Path {
+        self.folder.root()
     }
 
     fn path(&self, path: &str) -> PathBuf {
-        self.root.join(path)
+        self.folder.path(path)
     }
 
     /// Beside the final name, hidden, so that a rename is enough and no glob over backups finds it.
@@ -53,23 +45,13 @@ impl LocalStore {
 
     /// The marker must be there.
     pub async fn check(&self) -> Result<(), StoreError> {
-        match fs::metadata(self.root.join(MARKER)).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == ErrorKind::NotFound => Err(StoreError::give_up(
-                "store_missing",
-                format!(
-                    "{} holds no {MARKER}: is the mount missing? (A new destination gets the file from its first test: POST /api/destinations/…/test)",
-                    self.root.display()
-                ),
-            )),
-            Err(error) => Err(io_error(&error, "look for the marker in", &self.root)),
-        }
+        self.folder.check().await
     }
 
     /// Writes, reads and removes a small file; leaves the marker the first time.
     pub async fn test(&self, first: bool) -> Result<String, StoreError> {
         if first {
-            match create_private(&self.root.join(MARKER)).await {
+            match create_private(&self.root().join(MARKER)).await {
                 Ok(mut file) => {
                     let text = b"This folder is a DBackup destination. Backups stop when this file is missing.\n";
                     let written = async {
@@ -77,15 +59,15 @@ impl LocalStore {
                         file.sync_all().await
                     }
                     .await;
-                    written.map_err(|e| io_error(&e, "write the marker in", &self.root))?;
-                    sync_folder(&self.root).await.map_err(|e| io_error(&e, "sync", &self.root))?;
+                    written.map_err(|e| io_error(&e, "write the marker in", self.root()))?;
+                    sync_folder(self.root()).await.map_err(|e| io_error(&e, "sync", self.root()))?;
                 }
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(io_error(&error, "write the marker in", &self.root)),
+                Err(error) => return Err(io_error(&error, "write the marker in", self.root())),
             }
         }
         self.check().await?;
-        let probe = self.root.join(format!(".dbackup-test-{}", uuid::Uuid::now_v7()));
+        let probe = self.root().join(format!(".dbackup-test-{}", uuid::Uuid::now_v7()));
         let tried = async {
             let mut file = create_private(&probe).await?;
             file.write_all(b"test").await?;
@@ -93,8 +75,8 @@ impl LocalStore {
         }
         .await;
         let removed = fs::remove_file(&probe).await;
-        tried.and(removed).map_err(|e| io_error(&e, "write to", &self.root))?;
-        Ok(format!("{} is writable", self.root.display()))
+        tried.and(removed).map_err(|e| io_error(&e, "write to", self.root()))?;
+        Ok(format!("{} is writable", self.root().display()))
     }
 
     /// Names a file, without making it.
@@ -140,24 +122,17 @@ impl LocalBegun {
     /// Makes the part file; one that exists is somebody else's and an error.
     pub async fn start(self) -> Result<LocalUpload, StoreError> {
         let (part, path) = (self.store.part(&self.path), self.store.path(&self.path));
-        let folder = path.parent().unwrap_or(&self.store.root).to_owned();
+        let folder = path.parent().unwrap_or(self.store.root()).to_owned();
         if !folder.exists() {
             // Not create_dir_all: the root itself must be there already.
             match fs::create_dir(&folder).await {
                 Err(error) if error.kind() != ErrorKind::AlreadyExists => {
                     return Err(io_error(&error, "make the folder", &folder));
                 }
-                _ => sync_folder(&self.store.root).await.map_err(|e| io_error(&e, "sync", &self.store.root))?,
+                _ => sync_folder(self.store.root()).await.map_err(|e| io_error(&e, "sync", self.store.root()))?,
             }
         }
-        let inside = fs::canonicalize(&folder).await.map_err(|e| io_error(&e, "open", &folder))?;
-        let root = fs::canonicalize(&self.store.root).await.map_err(|e| io_error(&e, "open", &self.store.root))?;
-        if !inside.starts_with(&root) {
-            return Err(StoreError::give_up(
-                "path_not_allowed",
-                format!("{} leads out of the destination: remove the link", folder.display()),
-            ));
-        }
+        self.store.folder.within(&folder).await?;
         let file = create_private(&part).await.map_err(|e| io_error(&e, "make", &part))?;
         Ok(LocalUpload { file, part, path })
     }
@@ -224,20 +199,4 @@ async fn create_private(path: &Path) -> io::Result<fs::File> {
 
 async fn sync_folder(path: &Path) -> io::Result<()> {
     fs::File::open(path).await?.sync_all().await
-}
-
-fn io_error(error: &io::Error, doing: &str, path: &Path) -> StoreError {
-    let text = |hint: &str| format!("could not {doing} {}: {error}{hint}", path.display());
-    match error.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            StoreError::give_up("disk_full", text("; free space or choose another destination"))
-        }
-        ErrorKind::ReadOnlyFilesystem => StoreError::give_up("read_only", text("; remount it writable")),
-        ErrorKind::PermissionDenied => {
-            StoreError::give_up("permission_denied", text("; the worker's user needs write permission there"))
-        }
-        ErrorKind::NotFound => StoreError::give_up("store_missing", text("; is the mount missing?")),
-        ErrorKind::AlreadyExists => StoreError::give_up("name_taken", text("; nothing is overwritten")),
-        _ => StoreError::retry("store_failed", text("")),
-    }
 }

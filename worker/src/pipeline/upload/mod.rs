@@ -10,43 +10,11 @@ mod s3;
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use common::destination::DestinationAccess;
+use common::{destination::DestinationAccess, store::StoreError};
 
 use super::compress::Measure;
-use crate::failure::{Class, RunError};
-pub use local::{LocalStore, MARKER};
+pub use local::LocalStore;
 pub use s3::S3Store;
-
-/// Why a destination refused; the caller knows which destination.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct StoreError {
-    /// What was done, what the store said, what to do.
-    pub message: String,
-    /// For programs.
-    pub code: &'static str,
-    /// Whether to try again.
-    pub class: Class,
-}
-
-impl StoreError {
-    fn retry(code: &'static str, message: impl Into<String>) -> Self {
-        Self { message: message.into(), code, class: Class::Retry }
-    }
-
-    fn give_up(code: &'static str, message: impl Into<String>) -> Self {
-        Self { message: message.into(), code, class: Class::GiveUp }
-    }
-
-    /// Names the destination.
-    pub fn at(self, destination: &str) -> RunError {
-        RunError {
-            message: format!("destination '{destination}': {}", self.message),
-            code: self.code,
-            class: self.class,
-        }
-    }
-}
 
 /// An opened destination.
 #[derive(Debug)]

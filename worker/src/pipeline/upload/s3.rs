@@ -1,17 +1,14 @@
 //! S3 and what speaks its protocol: multipart upload, completed only when the dump is known to be good. Put and
 //! abort rights suffice.
 
-use std::{sync::Arc, time::Duration};
-
 use bytes::{Bytes, BytesMut};
-use common::destination::S3Config;
+use common::{destination::S3Config, store::Bucket};
 use object_store::{
-    BackoffConfig, ClientOptions, Error, MultipartId, ObjectStoreExt, PutPayload, RetryConfig,
-    aws::{AmazonS3, AmazonS3Builder},
+    Error, MultipartId, ObjectStoreExt, PutPayload,
     multipart::{MultipartStore, PartId},
     path::Path,
 };
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use tokio::task::JoinSet;
 
 use super::{Measure, StoreError};
@@ -21,61 +18,28 @@ const MAX_PARTS: u64 = 10_000;
 /// Parts of one upload under way at once; with one more being gathered this bounds the memory.
 const PARTS_AT_ONCE: usize = 2;
 
-/// A bucket, with a prefix.
+/// A bucket that is written to.
 #[derive(Clone, Debug)]
-pub struct S3Store {
-    client: Arc<AmazonS3>,
-    bucket: String,
-    prefix: String,
-}
+pub struct S3Store(Bucket);
 
 impl S3Store {
     /// Prepares the client without a request.
     pub fn open(config: &S3Config, secret: &SecretString) -> Result<Self, StoreError> {
-        let path_style = config.path_style.unwrap_or(config.endpoint.is_some());
-        let client = ClientOptions::new()
-            .with_allow_http(true)
-            .with_connect_timeout(Duration::from_secs(5))
-            .with_timeout(Duration::from_secs(120));
-        let retry =
-            RetryConfig { backoff: BackoffConfig::default(), max_retries: 5, retry_timeout: Duration::from_secs(60) };
-        let mut builder = AmazonS3Builder::new()
-            .with_bucket_name(&config.bucket)
-            .with_region(config.region.as_deref().unwrap_or("us-east-1"))
-            .with_access_key_id(&config.access_key_id)
-            .with_secret_access_key(secret.expose_secret())
-            .with_virtual_hosted_style_request(!path_style)
-            .with_client_options(client)
-            .with_retry(retry);
-        if let Some(endpoint) = &config.endpoint {
-            builder = builder.with_endpoint(endpoint_for(endpoint, &config.bucket, path_style));
-        }
-        let client = builder.build().map_err(|e| {
-            StoreError::give_up("store_config", format!("the S3 client refuses its configuration: {e}"))
-        })?;
-        let prefix = config.prefix.as_deref().unwrap_or("").trim_matches('/').to_owned();
-        Ok(Self { client: Arc::new(client), bucket: config.bucket.clone(), prefix })
-    }
-
-    fn key(&self, path: &str) -> Path {
-        match self.prefix.as_str() {
-            "" => Path::from(path),
-            prefix => Path::from(format!("{prefix}/{path}")),
-        }
+        Ok(Self(Bucket::open(config, secret)?))
     }
 
     /// Opens and aborts a multipart upload: the rights that a backup needs, and no object stays.
     pub async fn test(&self) -> Result<String, StoreError> {
-        let key = self.key(&format!(".dbackup-test-{}", uuid::Uuid::now_v7()));
-        let id = self.client.create_multipart(&key).await.map_err(|e| self.error(&e, "begin an upload to"))?;
-        self.client.abort_multipart(&key, &id).await.map_err(|e| self.error(&e, "abort an upload to"))?;
-        Ok(format!("bucket '{}' takes uploads", self.bucket))
+        let key = self.0.key(&format!(".dbackup-test-{}", uuid::Uuid::now_v7()));
+        let id = self.0.client().create_multipart(&key).await.map_err(|e| self.0.error(&e, "begin an upload to"))?;
+        self.0.client().abort_multipart(&key, &id).await.map_err(|e| self.0.error(&e, "abort an upload to"))?;
+        Ok(format!("bucket '{}' takes uploads", self.0.name()))
     }
 
     /// Opens a multipart upload; it costs nothing while it has no part.
     pub async fn begin(&self, path: &str, estimate_bytes: u64) -> Result<S3Upload, StoreError> {
-        let key = self.key(path);
-        let id = self.client.create_multipart(&key).await.map_err(|e| self.error(&e, "begin an upload to"))?;
+        let key = self.0.key(path);
+        let id = self.0.client().create_multipart(&key).await.map_err(|e| self.0.error(&e, "begin an upload to"))?;
         Ok(S3Upload {
             store: self.clone(),
             key,
@@ -89,74 +53,36 @@ impl S3Store {
 
     /// One request: the object is there whole or not at all.
     pub async fn put(&self, path: &str, text: Bytes) -> Result<(), StoreError> {
-        self.client.put(&self.key(path), text.into()).await.map_err(|e| self.error(&e, "write to"))?;
+        self.0.client().put(&self.0.key(path), text.into()).await.map_err(|e| self.0.error(&e, "write to"))?;
         Ok(())
     }
 
     /// Aborts an open upload. One that is not open any more was aborted before, or completed and not published:
     /// then the object goes.
     pub async fn remove(&self, path: &str, upload_id: Option<&str>) -> Result<(), StoreError> {
-        let key = self.key(path);
+        let key = self.0.key(path);
         if let Some(id) = upload_id {
-            match self.client.abort_multipart(&key, &id.to_owned()).await {
+            match self.0.client().abort_multipart(&key, &id.to_owned()).await {
                 Ok(()) => return Ok(()),
                 Err(Error::NotFound { .. }) => {}
-                Err(error) => return Err(self.error(&error, "abort an upload to")),
+                Err(error) => return Err(self.0.error(&error, "abort an upload to")),
             }
         }
-        match self.client.delete(&key).await {
+        match self.0.client().delete(&key).await {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(self.error(&error, "delete from")),
+            Err(error) => Err(self.0.error(&error, "delete from")),
         }
     }
 
     /// As a URL.
     pub fn describe(&self, path: &str) -> String {
-        format!("s3://{}/{}", self.bucket, self.key(path))
-    }
-
-    fn error(&self, error: &Error, doing: &str) -> StoreError {
-        let text = |hint: &str| format!("could not {doing} bucket '{}': {}{hint}", self.bucket, whole(error));
-        match error {
-            Error::NotFound { .. } => StoreError::give_up("bucket_missing", text("; does the bucket exist?")),
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => StoreError::give_up(
-                "store_denied",
-                text("; check accessKeyId, secretAccessKey and the rights to put objects and to abort uploads"),
-            ),
-            _ => StoreError::retry("store_failed", text("")),
-        }
-    }
-}
-
-/// With virtual-host style the endpoint names the bucket.
-fn endpoint_for(endpoint: &str, bucket: &str, path_style: bool) -> String {
-    let endpoint = endpoint.trim_end_matches('/');
-    match endpoint.split_once("://") {
-        Some((scheme, host)) if !path_style && !host.starts_with(&format!("{bucket}.")) => {
-            format!("{scheme}://{bucket}.{host}")
-        }
-        _ => endpoint.to_owned(),
+        self.0.describe(path)
     }
 }
 
 /// Fixed at the start, since stores want equal parts: twice the estimate must fit into the parts allowed.
 fn part_bytes(estimate_bytes: u64) -> u64 {
     (estimate_bytes.saturating_mul(2) / MAX_PARTS + 1).next_multiple_of(1 << 20).max(MIN_PART_BYTES)
-}
-
-/// The message with its causes; the crate's own `Display` often stops at the first. Response bodies and URLs are
-/// shortened, and none of them holds the secret key: requests are signed in a header.
-fn whole(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        let more = next.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = next.source();
-    }
-    text.chars().take(600).collect()
 }
 
 /// A multipart upload that is written.
@@ -198,7 +124,7 @@ impl S3Upload {
         let index = self.parts.len();
         self.parts.push(None);
         let payload = PutPayload::from(self.gathered.split().freeze());
-        let (client, key, id) = (self.store.client.clone(), self.key.clone(), self.id.clone());
+        let (client, key, id) = (self.store.0.client().clone(), self.key.clone(), self.id.clone());
         self.under_way.spawn(async move { (index, client.put_part(&key, &id, index, payload).await) });
         Ok(())
     }
@@ -210,7 +136,7 @@ impl S3Upload {
                 self.parts[index] = Some(part);
                 Ok(())
             }
-            Some(Ok((_, Err(error)))) => Err(self.store.error(&error, "upload a part to")),
+            Some(Ok((_, Err(error)))) => Err(self.store.0.error(&error, "upload a part to")),
             Some(Err(error)) => Err(StoreError::retry("store_failed", format!("an upload task ended: {error}"))),
         }
     }
@@ -230,13 +156,13 @@ impl S3Upload {
     pub async fn publish(&mut self, expected: &Measure) -> Result<Option<String>, StoreError> {
         let parts: Option<Vec<PartId>> = self.parts.iter().cloned().collect();
         let parts = parts.ok_or_else(|| StoreError::retry("store_failed", "a part was not confirmed"))?;
-        let confirmed = match self.store.client.complete_multipart(&self.key, &self.id, parts).await {
+        let confirmed = match self.store.0.client().complete_multipart(&self.key, &self.id, parts).await {
             Ok(_) => true,
             // The answer to an earlier try may have been lost; the size below tells.
             Err(Error::NotFound { .. }) => false,
-            Err(error) => return Err(self.store.error(&error, "complete an upload to")),
+            Err(error) => return Err(self.store.0.error(&error, "complete an upload to")),
         };
-        match self.store.client.head(&self.key).await {
+        match self.store.0.client().head(&self.key).await {
             Ok(found) if found.size == expected.bytes => Ok(None),
             Ok(found) => Err(StoreError::retry(
                 "size_differs",
@@ -246,7 +172,7 @@ impl S3Upload {
                 "the stored size could not be compared, because this key may not read; each part was confirmed"
                     .to_owned(),
             )),
-            Err(error) => Err(self.store.error(&error, "look at an object in")),
+            Err(error) => Err(self.store.0.error(&error, "look at an object in")),
         }
     }
 }
@@ -262,12 +188,5 @@ mod tests {
             assert!(part >= 8 << 20 && part * MAX_PARTS >= estimate * 2, "{estimate}");
         }
         assert_eq!(part_bytes(0), 8 << 20);
-    }
-
-    #[test]
-    fn a_virtual_host_endpoint_names_the_bucket_once() {
-        assert_eq!(endpoint_for("https://s3.example", "b", false), "https://b.s3.example");
-        assert_eq!(endpoint_for("https://b.s3.example/", "b", false), "https://b.s3.example");
-        assert_eq!(endpoint_for("http://127.0.0.1:9000", "b", true), "http://127.0.0.1:9000");
     }
 }

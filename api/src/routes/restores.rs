@@ -1,0 +1,233 @@
+//! Restores: a backup that goes back into a database. They are executions like any other, polled and cancelled alike.
+
+use axum::{
+    Extension,
+    extract::State,
+    http::{HeaderMap, StatusCode},
+    response::Response,
+};
+use common::{
+    artifact,
+    execution::{
+        Execution, Status,
+        restore::{self, Order, Ordered, RestoreRequest},
+    },
+    id::{Reference, SourceId},
+    queue::Notice,
+    source::{self, Engine, Source},
+    telemetry::TraceContext,
+};
+use serde::Deserialize;
+use tokio::time::{Duration, Instant};
+
+use super::{
+    Check,
+    executions::{Accepted, How, enqueue_span, find, idempotency, key_reused, not_found, told},
+};
+use crate::{
+    auth::Caller,
+    error::ApiError,
+    extract::{RawBody, Segment, parse},
+    openapi::Triggered,
+    state::AppState,
+};
+
+/// Body of a restore; all of it is optional. Without `overwrite`, a target that holds something is refused.
+#[derive(Clone, Debug, Default, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(example = json!({ "database": "shop", "into": "shop_restored" }))]
+pub struct RestoreBody {
+    /// Source, by id or slug, whose server it goes to; left out: where the backup came from.
+    source_id: Option<String>,
+    /// Which database of the backup; left out: all of them.
+    database: Option<String>,
+    /// Name of the database that it becomes, made where it is missing; left out: its own.
+    into: Option<String>,
+    /// Replace what the backup contains in a target that is not empty; what else is there stays.
+    #[serde(default)]
+    overwrite: bool,
+    /// PostgreSQL: restore owners and grants too; their roles must exist.
+    #[serde(default)]
+    keep_owners: bool,
+    wait: Option<u64>,
+}
+
+impl RestoreBody {
+    fn check(&self) -> Result<(), ApiError> {
+        let mut check = Check::default();
+        let sane = |name: &str| !name.is_empty() && name.len() <= 63 && !name.chars().any(char::is_control);
+        if self.into.as_deref().is_some_and(|name| !sane(name)) {
+            check.refuse("into", "must be the name of a database: 1 to 63 bytes without control characters");
+        }
+        if self.wait.is_some_and(|wait| wait > 60) {
+            check.refuse("wait", "must be at most 60 seconds");
+        }
+        check.done()
+    }
+}
+
+fn invalid(field: &str, message: impl Into<String>) -> ApiError {
+    ApiError::invalid(vec![common::connection::FieldProblem::new(field, message)])
+}
+
+/// Restores a backup into a database. It is an execution of type Restore: poll it as any other.
+///
+/// Its worker reads the whole backup and compares its SHA-256 before it touches the target, makes the database where it is
+/// missing, and refuses one that is not empty unless `overwrite` is said. PostgreSQL restores each database in one
+/// transaction: all of it, or nothing.
+#[utoipa::path(post, path = "/api/executions/{id}/restore", tag = "executions", params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters; the same key and body make one restore in 24 hours")), request_body = Option<RestoreBody>, responses((status = 200, body = Triggered)))]
+pub async fn create(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Segment(id): Segment,
+    headers: HeaderMap,
+    RawBody(raw): RawBody,
+) -> Result<Response, ApiError> {
+    let body: RestoreBody = parse(&raw)?;
+    body.check()?;
+    let backup = find(&state, &caller, &id).await?;
+    let into_database = database_of(&state, &backup, &body).await?;
+    let source = target(&state, &caller, &backup, body.source_id.clone()).await?;
+    if body.keep_owners && source.engine != Engine::Postgres {
+        return Err(invalid("keepOwners", "is for PostgreSQL alone"));
+    }
+    let order = Order {
+        backup_id: backup.id,
+        source_id: source.id,
+        database: into_database,
+        into: body.into,
+        overwrite: body.overwrite,
+        keep_owners: body.keep_owners,
+    };
+    let wait = body.wait.filter(|wait| *wait > 0).map(|wait| Instant::now() + Duration::from_secs(wait));
+    let once = [b"restore ", id.as_bytes(), b" ", &raw[..]].concat();
+    place(&state, &caller, order, &headers, &once, wait).await
+}
+
+/// Restores once more what an earlier restore was about.
+pub async fn again(
+    state: &AppState,
+    caller: &Caller,
+    old: &Execution,
+    headers: &HeaderMap,
+    raw: &[u8],
+) -> Result<Response, ApiError> {
+    caller.demand(common::permission::Permission::StorageRestore)?;
+    let order = state.ask(async |conn| restore::find(conn, old.id).await).await?.ok_or_else(not_found)?;
+    allowed(state, caller, order.backup_id, order.source_id).await?;
+    let once = [b"restore again ", old.id.to_string().as_bytes(), b" ", raw].concat();
+    place(state, caller, order, headers, &once, None).await
+}
+
+async fn place(
+    state: &AppState,
+    caller: &Caller,
+    order: Order,
+    headers: &HeaderMap,
+    once: &[u8],
+    wait: Option<Instant>,
+) -> Result<Response, ApiError> {
+    let idempotency = idempotency(headers, caller, once)?;
+    let mut span = enqueue_span(caller);
+    let trace = TraceContext::of(span.context());
+    let request = RestoreRequest { order, actor: caller.actor(), trace, idempotency };
+    let ordered = state.ask(async |conn| restore::order(conn, &request).await).await;
+    let accepted = ordered.and_then(|ordered| match ordered {
+        Ordered::Queued(id) => Ok(Accepted { id, how: How::New }),
+        Ordered::Replayed(id) => Ok(Accepted { id, how: How::Replayed }),
+        Ordered::KeyReused => Err(key_reused()),
+        Ordered::Gone => Err(not_found()),
+    });
+    let accepted = told(&mut span, accepted)?;
+    drop(span);
+    if accepted.how == How::New {
+        state.wakeups.tell(Notice::Work);
+        let backup = request.order.backup_id;
+        tracing::info!(execution = %accepted.id, %backup, caller = caller.name(), "restore queued");
+    }
+    accepted.answer(state, caller, wait).await
+}
+
+/// Which database of the backup is meant. With another name for it, the backup must have but one, or it must be named.
+async fn database_of(state: &AppState, backup: &Execution, body: &RestoreBody) -> Result<Option<String>, ApiError> {
+    let all = databases(state, backup).await?;
+    match (&body.database, &all[..]) {
+        (Some(name), all) if !all.contains(name) => {
+            Err(invalid("database", format!("is not in this backup, which has {}", all.join(", "))))
+        }
+        (Some(name), _) => Ok(Some(name.clone())),
+        (None, [only]) => Ok(Some(only.clone())),
+        (None, all) if body.into.is_some() => {
+            Err(invalid("database", format!("is required with 'into': the backup has {}", all.join(", "))))
+        }
+        (None, _) => Ok(None),
+    }
+}
+
+/// The databases of a backup, of which there is at least one; else the answer to whoever wants to restore it.
+pub async fn databases(state: &AppState, backup: &Execution) -> Result<Vec<String>, ApiError> {
+    let nothing =
+        |what| ApiError::conflict("nothing_to_restore", format!("{what}: name a backup that ended with Success"));
+    if backup.members.is_some() || backup.kind != "Backup" {
+        return Err(nothing("this execution is no backup"));
+    }
+    if backup.status != Status::Success {
+        return Err(nothing("this execution left no backup"));
+    }
+    let artifacts = state.ask(async |conn| artifact::of_executions(conn, &[backup.id]).await).await?;
+    let mut databases: Vec<String> = artifacts.into_iter().filter_map(|artifact| artifact.database).collect();
+    databases.sort();
+    databases.dedup();
+    match databases.is_empty() {
+        true => Err(nothing("this backup is not on record any more")),
+        false => Ok(databases),
+    }
+}
+
+/// The source whose server it goes to.
+async fn target(
+    state: &AppState,
+    caller: &Caller,
+    backup: &Execution,
+    named: Option<String>,
+) -> Result<Source, ApiError> {
+    let own = named.is_none();
+    let reference = match named {
+        Some(name) => Some(Reference::new(name)),
+        None => {
+            let own = state.ask(async |conn| restore::source_of(conn, backup.id).await).await?;
+            own.map(|id| Reference::new(id.to_string()))
+        }
+    };
+    let found = match &reference {
+        Some(reference) => state.ask(async |conn| source::find(conn, reference).await).await?,
+        None => None,
+    };
+    let source = found.ok_or_else(|| match own {
+        true => invalid("sourceId", "is required: the source of the backup was deleted"),
+        false => invalid("sourceId", "there is no such source"),
+    })?;
+    allowed(state, caller, backup.id, source.id).await?;
+    Ok(source)
+}
+
+/// A key that is scoped to jobs writes to their own sources alone.
+async fn allowed(
+    state: &AppState,
+    caller: &Caller,
+    backup: common::id::ExecutionId,
+    target: SourceId,
+) -> Result<(), ApiError> {
+    if caller.only().is_none() {
+        return Ok(());
+    }
+    let own = state.ask(async |conn| restore::source_of(conn, backup).await).await?;
+    match own == Some(target) {
+        true => Ok(()),
+        false => Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "forbidden",
+            "this key is scoped to jobs: it restores into their own sources alone",
+        )),
+    }
+}

@@ -1,0 +1,158 @@
+//! Restores: a backup that goes back into a database. They are executions, queued and claimed like backups, and limited
+//! apart from them.
+
+use serde::Serialize;
+use sqlx::{Connection, PgConnection};
+
+use super::enqueue::{Idempotency, store_key};
+use crate::{
+    audit::{self, Actor, Event},
+    id::{ApiKeyId, ExecutionId, JobId, SourceId},
+    telemetry::TraceContext,
+};
+
+/// Tries of a restore, at most. Only what failed before the target was touched, or left nothing there, is tried again.
+const MAX_ATTEMPTS: i32 = 3;
+/// Longest time of a restore whose job is gone, in seconds: as a job has it when nothing is said.
+pub const DEFAULT_TIMEOUT_SECONDS: i32 = 21_600;
+
+/// What a restore brings back, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Order {
+    /// The execution that published the backup.
+    pub backup_id: ExecutionId,
+    /// The source whose server it goes to.
+    pub source_id: SourceId,
+    /// Which database of the backup; all of them when left out.
+    pub database: Option<String>,
+    /// Name of the database that it becomes; its own when left out.
+    pub into: Option<String>,
+    /// Whether the target may hold something: what the backup has replaces it.
+    pub overwrite: bool,
+    /// Whether owners and grants are restored; without, everything belongs to who restores.
+    pub keep_owners: bool,
+}
+
+/// A request for a restore.
+#[derive(Clone, Debug)]
+pub struct RestoreRequest {
+    /// What, where to, and how.
+    pub order: Order,
+    /// Who.
+    pub actor: Actor,
+    /// Trace of the request.
+    pub trace: TraceContext,
+    /// `Idempotency-Key` of the request.
+    pub idempotency: Option<Idempotency>,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ordered {
+    /// A new execution waits.
+    Queued(ExecutionId),
+    /// The same request was answered before; this is its execution.
+    Replayed(ExecutionId),
+    /// The idempotency key was used with another body.
+    KeyReused,
+    /// No such backup any more, or no such source.
+    Gone,
+}
+
+/// Queues a restore, in a transaction with its audit event. The row of the backup is locked meanwhile, so that two
+/// processes with one idempotency key make one restore.
+pub async fn order(conn: &mut PgConnection, request: &RestoreRequest) -> Result<Ordered, sqlx::Error> {
+    let mut tx = conn.begin().await?;
+    let order = &request.order;
+    let backup = sqlx::query!(
+        r#"select job_id as "job_id: JobId", job_name from executions where id = $1 for no key update"#,
+        order.backup_id as _
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(backup) = backup else { return Ok(Ordered::Gone) };
+    if let Some(idempotency) = &request.idempotency
+        && let Some((body_hash, execution)) = stored(&mut tx, idempotency, backup.job_id).await?
+    {
+        let same = body_hash == idempotency.body_hash;
+        return Ok(if same { Ordered::Replayed(execution) } else { Ordered::KeyReused });
+    }
+    let id = ExecutionId::new();
+    let made = sqlx::query!(
+        "insert into executions (id, type, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts,
+                                 trigger_kind, trigger_label, labels, locked, traceparent, tracestate)
+         select $1, 'Restore', b.job_id, b.job_name, b.job_slug, s.id, s.pool, true, 0, $4, 'Restore', $5, '{}', false, $6, $7
+           from executions b, sources s
+          where b.id = $2 and s.id = $3",
+        id as _,
+        order.backup_id as _,
+        order.source_id as _,
+        MAX_ATTEMPTS,
+        request.actor.name,
+        request.trace.traceparent,
+        request.trace.tracestate,
+    )
+    .execute(&mut *tx)
+    .await?;
+    if made.rows_affected() == 0 {
+        return Ok(Ordered::Gone);
+    }
+    sqlx::query!(
+        "insert into restores (execution_id, backup_id, database_name, into_name, overwrite, keep_owners) values ($1, $2, $3, $4, $5, $6)",
+        id as _,
+        order.backup_id as _,
+        order.database,
+        order.into,
+        order.overwrite,
+        order.keep_owners,
+    )
+    .execute(&mut *tx)
+    .await?;
+    if let Some(idempotency) = &request.idempotency {
+        store_key(&mut tx, idempotency, backup.job_id, id).await?;
+    }
+    let event = Event::new("execution.restore", id, &backup.job_name).with(serde_json::json!(order));
+    audit::record(&mut tx, &request.actor, &[event]).await?;
+    tx.commit().await?;
+    Ok(Ordered::Queued(id))
+}
+
+async fn stored(
+    conn: &mut PgConnection,
+    idempotency: &Idempotency,
+    job: JobId,
+) -> Result<Option<(Vec<u8>, ExecutionId)>, sqlx::Error> {
+    let key: ApiKeyId = idempotency.api_key;
+    let row = sqlx::query!(
+        r#"select body_hash, execution_id as "execution_id: ExecutionId" from idempotency_keys
+            where api_key_id = $1 and job_id = $2 and key = $3 and created_at > clock_timestamp() - interval '24 hours'"#,
+        key as _,
+        job as _,
+        idempotency.key,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| (row.body_hash, row.execution_id)))
+}
+
+/// What a restore is about; `None` when the execution is none.
+pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Order>, sqlx::Error> {
+    sqlx::query_as!(
+        Order,
+        r#"select r.backup_id as "backup_id: ExecutionId", e.source_id as "source_id: SourceId", r.database_name as database,
+                  r.into_name as "into", r.overwrite, r.keep_owners
+             from restores r join executions e on e.id = r.execution_id
+            where r.execution_id = $1"#,
+        id as _
+    )
+    .fetch_optional(conn)
+    .await
+}
+
+/// The source that an execution reads, or a restore writes to.
+pub async fn source_of(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<SourceId>, sqlx::Error> {
+    sqlx::query_scalar!(r#"select source_id as "source_id: SourceId" from executions where id = $1"#, id as _)
+        .fetch_optional(conn)
+        .await
+}

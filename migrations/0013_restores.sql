@@ -1,0 +1,31 @@
+-- Restores: executions of type Restore, with what they are about beside them.
+create table restores (
+    execution_id  uuid primary key references executions (id) on delete cascade,
+    backup_id     uuid not null,
+    database_name text,
+    into_name     text,
+    overwrite     boolean not null,
+    keep_owners   boolean not null,
+    constraint restores_into_one check (into_name is null or database_name is not null)
+);
+comment on table  restores is 'What a restore brings back, and how; where to is the source of its execution';
+comment on column restores.execution_id is 'the restore';
+comment on column restores.backup_id is 'the execution that published the backup';
+comment on column restores.database_name is 'which database of the backup; null for all of them';
+comment on column restores.into_name is 'name of the database that it becomes; null for its own';
+comment on column restores.overwrite is 'whether the target may hold something: what the backup has replaces it';
+comment on column restores.keep_owners is 'whether owners and grants are restored; without, everything belongs to who restores';
+
+-- A worker of the version before knows no restore: it would take one for a backup of the target. It claims by
+-- claim_executions_v3, which leaves restores to the workers that know them from now on.
+do $$
+declare
+    v_old text := pg_get_functiondef('claim_executions_v3'::regproc);
+    v_new text := replace(v_old, 'e.status = ''Pending''', 'e.status = ''Pending'' and e.type = ''Backup''');
+begin
+    if v_new = v_old then
+        raise exception 'claim_executions_v3 is not as it was made';
+    end if;
+    execute v_new;
+end
+$$;

@@ -1,0 +1,396 @@
+//! A restore, from the stored bytes into a database:
+//!
+//! 1. read the manifest, and look at the target: may it be signed in to, is it there, is it empty;
+//! 2. read every object to its end and compare its SHA-256, so that nothing is touched for a backup that is not whole;
+//! 3. feed each object to the engine's own tool. Its last bytes are kept back until all that was read again had the
+//!    checksum that it must have, and a heartbeat was acknowledged: PostgreSQL commits nothing before them.
+//!
+//! PostgreSQL restores a database in one transaction: all of it or nothing. MariaDB and MySQL have no transaction for
+//! that, so what failed half-way stays there, and is told; nothing is tried again by itself then.
+
+mod mariadb;
+mod postgres;
+mod target;
+mod unpack;
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::{Bytes, BytesMut};
+use common::{
+    artifact::Artifact,
+    destination::Destination,
+    execution::{Stage, claim::RestoreAssignment, finish::Restored},
+    store::{Shelf, StoreError},
+    telemetry::span::SpanKind,
+};
+use futures::TryStreamExt;
+use sha2::{Digest, Sha256};
+use tokio::{io::AsyncWriteExt, process::ChildStdin, sync::mpsc};
+
+use super::{
+    QUEUE,
+    compress::Measure,
+    manifest::{FORMAT_VERSION, Manifest, ManifestObject},
+};
+use crate::{
+    failure::{At, Class, RunError},
+    lease::Lease,
+    run_log::RunLog,
+    service::Shared,
+    trace::noted,
+};
+use target::Target;
+
+/// Largest manifest that is read.
+const MOST_MANIFEST_BYTES: i64 = 16 << 20;
+
+/// What every step of a restore uses.
+#[derive(Clone, Copy)]
+pub struct Restoration<'a> {
+    /// The worker.
+    pub shared: &'a Shared,
+    /// The right to run.
+    pub lease: &'a Arc<Lease>,
+    /// What to bring back, and where to.
+    pub assignment: &'a RestoreAssignment,
+    /// Where to tell.
+    pub log: &'a RunLog,
+}
+
+/// An object and the database that it becomes.
+struct Part {
+    object: ManifestObject,
+    into: String,
+    /// The copy that was found to be whole.
+    copy: usize,
+}
+
+/// Brings a backup back. An error tells what became of the target.
+pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
+    let Restoration { shared, lease, assignment, log } = all;
+    lease.set_stage(Stage::Initializing);
+    let manifest = manifest(all).await?;
+    let mut parts = parts(assignment, &manifest)?;
+    let mut span = lease.span(SpanKind::Client, "inspect");
+    let opened = async {
+        let target = Target::open(shared, lease, assignment, &manifest).await?;
+        for part in &parts {
+            target.check(&part.into).await?;
+        }
+        Ok(target)
+    };
+    let opened = opened.await;
+    let target = noted(&mut span, opened)?;
+    target.describe(&mut span, None);
+    drop(span);
+    log.info(format!(
+        "{} restores into {} {}",
+        target.tool_version(),
+        manifest.engine.as_str(),
+        target.server_version()
+    ));
+
+    lease.set_stage(Stage::Verifying);
+    let mut span = lease.span(SpanKind::Internal, "verify");
+    let verified = verify(all, &mut parts).await;
+    let bytes = noted(&mut span, verified)?;
+    drop(span);
+
+    lease.set_stage(Stage::Restoring);
+    let mut pace = Pace { done: bytes, of: bytes * 2 };
+    for at in 0..parts.len() {
+        let restored = restore_one(all, &target, &manifest, &parts[at], &mut pace).await;
+        // What is there now makes another try fail on its own work.
+        restored.map_err(|error| if at > 0 { half_done(error, &parts[..at]) } else { error })?;
+    }
+    Ok(Restored { size_bytes: i64::try_from(bytes).unwrap_or(i64::MAX), snapshot_at: manifest.snapshot_at })
+}
+
+fn half_done(error: RunError, done: &[Part]) -> RunError {
+    let names: Vec<_> = done.iter().map(|part| format!("'{}'", part.into)).collect();
+    RunError::give_up(
+        error.code,
+        format!("{}\nRestored before that, and there now: {}.", error.message, names.join(", ")),
+    )
+}
+
+/// How much was read, of what is read twice.
+struct Pace {
+    done: u64,
+    of: u64,
+}
+
+impl Pace {
+    fn add(&mut self, bytes: usize, lease: &Lease) {
+        self.done += bytes as u64;
+        lease.set_percent(i16::try_from(self.done.saturating_mul(100) / self.of.max(1)).unwrap_or(99));
+    }
+}
+
+/// The copies of one object, or of the manifest, that still have a destination.
+fn copies<'a>(all: Restoration<'a>, database: Option<&str>) -> Result<Vec<(&'a Artifact, &'a Destination)>, RunError> {
+    let of_it: Vec<_> = all.assignment.copies.iter().filter(|(a, _)| a.database.as_deref() == database).collect();
+    if of_it.is_empty() {
+        return Err(RunError::give_up(
+            "backup_gone",
+            "the backup is not on record any more: there is nothing to restore",
+        ));
+    }
+    let found: Vec<_> = of_it.into_iter().filter_map(|(a, d)| Some((a, d.as_ref()?))).collect();
+    match found.is_empty() {
+        true => Err(RunError::give_up(
+            "destination_gone",
+            "every destination of the backup was deleted from DBackup: add one that has its files, and restore by hand as docs/format.md says",
+        )),
+        false => Ok(found),
+    }
+}
+
+fn open(shared: &Shared, destination: &Destination) -> Result<Shelf, RunError> {
+    let access = destination
+        .access(&shared.key)
+        .map_err(|e| RunError::give_up("secret_unreadable", format!("destination '{}': {e}", destination.slug)))?;
+    Shelf::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
+}
+
+/// Copies that did not serve.
+struct Tries<'a> {
+    log: &'a RunLog,
+    what: String,
+    errors: Vec<RunError>,
+}
+
+impl<'a> Tries<'a> {
+    fn of(log: &'a RunLog, what: impl Into<String>) -> Self {
+        Self { log, what: what.into(), errors: Vec::new() }
+    }
+
+    /// Tells of one; the next one may serve.
+    fn failed(&mut self, destination: &Destination, error: RunError) {
+        let what = &self.what;
+        self.log.warn(format!("the copy of {what} in '{}' does not serve: {}", destination.slug, error.message));
+        self.errors.push(error);
+    }
+
+    /// None served. One that another try may find outweighs those that stay as they are.
+    fn none(self) -> RunError {
+        let again = self.errors.iter().find(|e| e.class == Class::Retry).or(self.errors.first());
+        let (class, code) = again.map_or((Class::GiveUp, "backup_gone"), |e| (e.class, e.code));
+        let texts: Vec<_> = self.errors.iter().map(|e| e.message.as_str()).collect();
+        let texts = texts.join("; ");
+        let message = format!("no copy of {} serves, and the target was not touched: {texts}", self.what);
+        RunError { message, code, class }
+    }
+}
+
+fn damaged(artifact: &Artifact) -> RunError {
+    RunError::give_up("backup_damaged", format!("{} is not what was stored: its SHA-256 differs", artifact.path))
+}
+
+async fn manifest(all: Restoration<'_>) -> Result<Manifest, RunError> {
+    let mut tries = Tries::of(all.log, "the manifest");
+    for (artifact, destination) in copies(all, None)? {
+        match read_manifest(all, artifact, destination).await {
+            Ok(manifest) => return Ok(manifest),
+            Err(error) => tries.failed(destination, error),
+        }
+    }
+    Err(tries.none())
+}
+
+async fn read_manifest(
+    all: Restoration<'_>,
+    artifact: &Artifact,
+    destination: &Destination,
+) -> Result<Manifest, RunError> {
+    if artifact.size > MOST_MANIFEST_BYTES {
+        return Err(damaged(artifact));
+    }
+    let at = |e: StoreError| e.at(&destination.slug);
+    let shelf = open(all.shared, destination)?;
+    let mut stream = shelf.read(&artifact.path, 0..u64::try_from(artifact.size).unwrap_or(0)).await.map_err(at)?;
+    let mut text = BytesMut::new();
+    while let Some(chunk) = stream.try_next().await.map_err(at)? {
+        text.extend_from_slice(&chunk);
+    }
+    if hex::encode(Sha256::digest(&text)) != artifact.sha256 {
+        return Err(damaged(artifact));
+    }
+    let unknown = |why: String| RunError::give_up("manifest_unknown", format!("{} {why}", artifact.path));
+    let manifest: Manifest = serde_json::from_slice(&text)
+        .map_err(|error| unknown(format!("is not a manifest that this version reads: {error}")))?;
+    match manifest.format_version {
+        FORMAT_VERSION => Ok(manifest),
+        other => Err(unknown(format!(
+            "has format version {other}, and this one restores {FORMAT_VERSION}: use a newer worker"
+        ))),
+    }
+}
+
+fn parts(assignment: &RestoreAssignment, manifest: &Manifest) -> Result<Vec<Part>, RunError> {
+    let order = &assignment.order;
+    let wanted = |object: &&ManifestObject| order.database.as_ref().is_none_or(|name| *name == object.database);
+    let part = |object: &ManifestObject| Part {
+        into: order.into.clone().unwrap_or_else(|| object.database.clone()),
+        object: object.clone(),
+        copy: 0,
+    };
+    let parts: Vec<_> = manifest.objects.iter().filter(wanted).map(part).collect();
+    match parts.is_empty() {
+        true => Err(RunError::give_up("database_not_in_backup", "the backup has no such database")),
+        false => Ok(parts),
+    }
+}
+
+/// Reads every object to its end; gives how many bytes that were.
+async fn verify(all: Restoration<'_>, parts: &mut [Part]) -> Result<u64, RunError> {
+    let total: u64 = parts.iter().map(|part| part.object.stored_bytes).sum();
+    let mut pace = Pace { done: 0, of: total * 2 };
+    for part in parts {
+        part.copy = whole_copy(all, &part.object, &mut pace).await?;
+    }
+    Ok(total)
+}
+
+/// The first copy of an object that is as it was stored.
+async fn whole_copy(all: Restoration<'_>, object: &ManifestObject, pace: &mut Pace) -> Result<usize, RunError> {
+    let mut tries = Tries::of(all.log, format!("'{}'", object.database));
+    for (at, (artifact, destination)) in copies(all, Some(&object.database))?.into_iter().enumerate() {
+        match read_whole(all, object, artifact, destination, pace).await {
+            Ok(()) => {
+                let text = format!(
+                    "{}: {} bytes in '{}' are as they were stored",
+                    tries.what, object.stored_bytes, destination.slug
+                );
+                all.log.info(text);
+                return Ok(at);
+            }
+            Err(error) => tries.failed(destination, error),
+        }
+    }
+    Err(tries.none())
+}
+
+async fn read_whole(
+    all: Restoration<'_>,
+    object: &ManifestObject,
+    artifact: &Artifact,
+    destination: &Destination,
+    pace: &mut Pace,
+) -> Result<(), RunError> {
+    let at = |e: StoreError| e.at(&destination.slug);
+    let shelf = open(all.shared, destination)?;
+    let mut stream = shelf.read(&artifact.path, 0..object.stored_bytes).await.map_err(at)?;
+    let mut hash = Sha256::new();
+    while let Some(chunk) = stream.try_next().await.map_err(at)? {
+        hash.update(&chunk);
+        pace.add(chunk.len(), all.lease);
+    }
+    let same = hex::encode(hash.finalize()) == artifact.sha256 && artifact.sha256 == object.stored_sha256;
+    if same { Ok(()) } else { Err(damaged(artifact)) }
+}
+
+async fn restore_one(
+    all: Restoration<'_>,
+    target: &Target<'_>,
+    manifest: &Manifest,
+    part: &Part,
+    pace: &mut Pace,
+) -> Result<(), RunError> {
+    let mut span = all.lease.span(SpanKind::Client, "restore");
+    target.describe(&mut span, Some(&part.into));
+    let (log, began) = (all.log.within(&span), Instant::now());
+    let done = async {
+        // Once more: somebody may have filled it while the backup was read.
+        target.prepare(&part.into, &log).await?;
+        log.info(format!("restoring '{}' into '{}'", part.object.database, part.into));
+        let mut tool = target.start(&part.into, &log)?;
+        let stdin = tool.stdin();
+        let fed = feed(all, manifest, part, stdin, pace).await;
+        if fed.is_err() {
+            // It must not take the end of its input for the end of the backup.
+            tool.kill();
+        }
+        let ended = tool.wait().await?;
+        super::dump::tell(&ended, &mut span);
+        match fed {
+            // A tool that ended by itself says why.
+            Ok(Fed::Whole) | Ok(Fed::Refused) => target.ended(&part.into, ended),
+            Err(error) => Err(target.left(&part.into, error)),
+        }
+    };
+    let done = done.await;
+    noted(&mut span, done)?;
+    span.set_bytes(part.object.stored_bytes, began.elapsed());
+    log.info(format!("'{}' is restored: {} bytes", part.into, part.object.plain_bytes));
+    Ok(())
+}
+
+/// What became of feeding a tool.
+enum Fed {
+    /// It took everything.
+    Whole,
+    /// It stopped taking: it has ended.
+    Refused,
+}
+
+async fn feed(
+    all: Restoration<'_>,
+    manifest: &Manifest,
+    part: &Part,
+    stdin: Option<ChildStdin>,
+    pace: &mut Pace,
+) -> Result<Fed, RunError> {
+    let (artifact, destination) = copies(all, Some(&part.object.database))?[part.copy];
+    let at = |e: StoreError| e.at(&destination.slug);
+    let shelf = open(all.shared, destination)?;
+    let mut stream = shelf.read(&artifact.path, 0..part.object.stored_bytes).await.map_err(at)?;
+    let (stored_out, stored_in) = mpsc::channel(QUEUE);
+    let (plain_out, plain_in) = mpsc::channel(QUEUE);
+    let compression = manifest.compression;
+    let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(compression, stored_in, plain_out));
+    let reading = async {
+        let (mut hash, mut bytes) = (Sha256::new(), 0);
+        while let Some(chunk) = stream.try_next().await.map_err(at)? {
+            hash.update(&chunk);
+            bytes += chunk.len() as u64;
+            pace.add(chunk.len(), all.lease);
+            // Closed when the tool has ended, or the bytes cannot be unpacked: told there.
+            if stored_out.send(chunk).await.is_err() {
+                break;
+            }
+        }
+        drop(stored_out);
+        Ok::<_, RunError>(Measure { bytes, sha256: hex::encode(hash.finalize()) })
+    };
+    let mut stdin = stdin;
+    let writing = async { Ok(write(plain_in, &mut stdin).await) };
+    let (stored, written) = tokio::try_join!(reading, writing)?;
+    let unpacked = unpacking.await.map_err(|e| RunError::give_up("internal_error", format!("a thread ended: {e}")))?;
+    let Some(last) = written else { return Ok(Fed::Refused) };
+    let plain = unpacked
+        .map_err(|e| RunError::give_up("backup_damaged", format!("{} cannot be unpacked: {e}", artifact.path)))?;
+    let as_stored = stored.sha256 == part.object.stored_sha256;
+    if !as_stored || plain.sha256 != part.object.plain_sha256 {
+        return Err(RunError::give_up("backup_damaged", format!("{} changed while it was restored", artifact.path)));
+    }
+    let confirmed = all.shared.keeper.confirm(all.lease).await;
+    confirmed.map_err(|_| RunError::retry("lease_lost", "the lease was lost before the restore was complete"))?;
+    let Some(mut stdin) = stdin else { return Ok(Fed::Refused) };
+    match stdin.write_all(&last).await.and(stdin.shutdown().await) {
+        Ok(()) => Ok(Fed::Whole),
+        Err(_) => Ok(Fed::Refused),
+    }
+}
+
+/// Writes all but the last chunk, and gives that; `None` when the tool takes no more.
+async fn write(mut chunks: mpsc::Receiver<Bytes>, stdin: &mut Option<ChildStdin>) -> Option<Bytes> {
+    let stdin = stdin.as_mut()?;
+    let mut kept: Option<Bytes> = None;
+    while let Some(chunk) = chunks.recv().await {
+        if let Some(before) = kept.replace(chunk) {
+            stdin.write_all(&before).await.ok()?;
+        }
+    }
+    Some(kept.unwrap_or_default())
+}

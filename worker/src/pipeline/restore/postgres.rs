@@ -1,0 +1,209 @@
+//! PostgreSQL by `pg_restore --single-transaction`.
+
+use std::path::{Path, PathBuf};
+
+use common::{execution::restore::Order, source::SourceAccess};
+
+use super::target::Holds;
+use crate::{
+    failure::RunError,
+    lease::ProcessGroups,
+    pipeline::dump::{Tool, child::Program, find_tools, missing, postgres},
+};
+
+/// Databases by which a server is asked about one that is not there.
+const MAINTENANCE: [&str; 2] = ["postgres", "template1"];
+
+/// What nobody but a user made: no system catalog, and nothing that an extension brought.
+const QUESTION: &str = "select current_setting('server_version'), exists (
+        select from pg_namespace n
+         where n.nspname <> 'public' and n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
+           and not exists (select from pg_depend d where d.classid = 'pg_namespace'::regclass and d.objid = n.oid and d.deptype = 'e')
+        union all
+        select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+         where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f', 'c') and n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
+           and not exists (select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+        union all
+        select from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+         where n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
+           and not exists (select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
+        union all
+        select from pg_type t join pg_namespace n on n.oid = t.typnamespace
+         where (t.typtype in ('e', 'd', 'r', 'm') or t.typtype = 'b' and t.typcategory <> 'A') and n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
+           and not exists (select from pg_depend d where d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e')
+        union all
+        select from pg_largeobject_metadata)";
+
+/// A server, and the tool for it.
+pub struct Server {
+    psql: PathBuf,
+    /// As the server says.
+    pub version: String,
+    /// pg_restore.
+    pub tool: Tool,
+}
+
+/// Signs in, and chooses the pg_restore: of the server's major or of the tool's that wrote the dump, whichever is newer,
+/// or the next newer one. An older one cannot read the dump.
+pub async fn open(
+    access: &SourceAccess,
+    bins: &[PathBuf],
+    groups: &ProcessGroups,
+    dumped_by: &str,
+) -> Result<Server, RunError> {
+    let absent = |tool| missing(tool, bins, "DBACKUP_POSTGRES_BIN", "postgresql-client");
+    let psql = bins.iter().map(|bin| bin.join("psql")).find(|path| path.is_file()).ok_or_else(|| absent("psql"))?;
+    let mut asked = Err(RunError::give_up("source_config", "the source names no database"));
+    let own = access.config.databases.iter().map(String::as_str);
+    for database in MAINTENANCE.into_iter().chain(own) {
+        asked = ask(access, &psql, database, "select current_setting('server_version')", groups).await;
+        // One that the user may not enter says nothing of the others.
+        if asked.is_ok() {
+            break;
+        }
+    }
+    let version = asked?.trim().to_owned();
+    let tools = find_tools(bins, "pg_restore", groups).await;
+    if tools.is_empty() {
+        return Err(absent("pg_restore"));
+    }
+    let server = version.split(['.', ' ']).next().and_then(|major| major.parse().ok()).unwrap_or(0);
+    let tool = choose(&tools, server, postgres::major_of(dumped_by).unwrap_or(0))?;
+    Ok(Server { psql, version, tool })
+}
+
+fn choose(tools: &[Tool], server: u32, dumped_by: u32) -> Result<Tool, RunError> {
+    let needed = server.max(dumped_by);
+    let mut known: Vec<_> = tools.iter().filter_map(|tool| Some((postgres::major_of(&tool.version)?, tool))).collect();
+    known.sort_by_key(|(major, _)| *major);
+    let found = known.iter().find(|(major, _)| *major >= needed).map(|(_, tool)| (*tool).clone());
+    found.ok_or_else(|| {
+        let newest = known.last().map_or(0, |(major, _)| *major);
+        RunError::give_up(
+            "client_too_old",
+            format!("the backup was written by pg_dump {dumped_by} and the server is PostgreSQL {server}, but the newest pg_restore on this worker is {newest}: install postgresql-client-{needed}"),
+        )
+    })
+}
+
+async fn ask(
+    access: &SourceAccess,
+    psql: &Path,
+    database: &str,
+    query: &str,
+    groups: &ProcessGroups,
+) -> Result<String, RunError> {
+    let mut program = Program::new(psql);
+    postgres::connect(access, &mut program, database)?;
+    program.arg("-XAtqw").arg("-F|").arg("-c").arg(query);
+    let output = program.output(groups).await?;
+    match output.status.success() {
+        true => Ok(output.stdout),
+        false => {
+            let said = output.stderr.trim();
+            Err(postgres::classify(&output.stderr, format!("could not ask '{database}': {said}")))
+        }
+    }
+}
+
+impl Server {
+    /// What is in a database.
+    pub async fn holds(
+        &self,
+        access: &SourceAccess,
+        database: &str,
+        groups: &ProcessGroups,
+    ) -> Result<Holds, RunError> {
+        match ask(access, &self.psql, database, QUESTION, groups).await {
+            Ok(answer) if answer.trim().ends_with("|f") => Ok(Holds::Nothing),
+            Ok(answer) if answer.trim().ends_with("|t") => Ok(Holds::Something),
+            Ok(answer) => {
+                Err(RunError::retry("source_failed", format!("psql's answer was not understood: {}", answer.trim())))
+            }
+            Err(error) if error.code == "database_missing" => Ok(Holds::Missing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes an empty database, with the server's own encoding.
+    pub async fn create(&self, access: &SourceAccess, database: &str, groups: &ProcessGroups) -> Result<(), RunError> {
+        let name = database.replace('"', "\"\"");
+        let query = format!("create database \"{name}\" template template0");
+        let mut made = Ok(String::new());
+        let own = access.config.databases.iter().map(String::as_str).filter(|own| *own != database);
+        for entrance in MAINTENANCE.into_iter().chain(own) {
+            made = ask(access, &self.psql, entrance, &query, groups).await;
+            // Another entrance may be open.
+            if !made.as_ref().is_err_and(|e| matches!(e.code, "source_auth" | "database_missing")) {
+                break;
+            }
+        }
+        made.map(drop).map_err(|error| {
+            RunError::give_up(
+                "database_missing",
+                format!("database '{database}' is not there and could not be made: {}\nMake it, or give the user of the source CREATEDB.", error.message),
+            )
+        })
+    }
+
+    /// All of it or nothing.
+    pub fn restore(&self, access: &SourceAccess, database: &str, order: &Order) -> Result<Program, RunError> {
+        let mut program = Program::new(&self.tool.path);
+        postgres::connect(access, &mut program, database)?;
+        // An empty name: that of the environment counts, see `connect`.
+        program.arg("--dbname=").arg("--no-password").arg("--single-transaction").arg("--exit-on-error");
+        if order.overwrite {
+            program.arg("--clean").arg("--if-exists");
+        }
+        if !order.keep_owners {
+            program.arg("--no-owner").arg("--no-privileges");
+        }
+        Ok(program)
+    }
+}
+
+/// Sorts what pg_restore says. Locale C, so the words are fixed.
+pub fn classify(stderr: &str, doing: String) -> RunError {
+    let hint = |code, hint: &str| RunError::give_up(code, format!("{doing}\n{hint}"));
+    let says = |words: &str| stderr.contains(words);
+    if says("role \"") && says("does not exist") {
+        hint("role_missing", "A role of the backup is not on this server: make it, or restore without keepOwners.")
+    } else if says("already exists") {
+        hint("target_not_empty", "The target is not empty: restore under another name (into), or say overwrite.")
+    } else if says("cannot drop") {
+        hint(
+            "target_in_use",
+            "Something outside the backup depends on what it would replace: drop that first, or restore under another name (into).",
+        )
+    } else if says("permission denied") || says("must be owner") || says("must be member") || says("must be superuser")
+    {
+        hint("source_denied", "The user of the source needs the right to make these objects.")
+    } else if says("No space left on device") {
+        hint("target_full", "The server's disk is full.")
+    } else {
+        let error = postgres::classify(stderr, doing.clone());
+        match error.code {
+            "dump_failed" => RunError::give_up("restore_failed", doing),
+            _ => error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tool_is_as_new_as_server_and_dump() {
+        let tool = |major: u32| Tool {
+            path: format!("/usr/lib/postgresql/{major}/bin/pg_restore").into(),
+            version: format!("pg_restore (PostgreSQL) {major}.2 (Debian)"),
+        };
+        let tools = [tool(17), tool(15), tool(16)];
+        let chosen = |server, dumped_by| choose(&tools, server, dumped_by).map(|t| t.path).map_err(|e| e.message);
+        assert_eq!(chosen(15, 15), Ok(tool(15).path));
+        assert_eq!(chosen(15, 16), Ok(tool(16).path));
+        assert_eq!(chosen(17, 13), Ok(tool(17).path));
+        assert!(chosen(15, 18).is_err_and(|text| text.contains("postgresql-client-18")));
+    }
+}

@@ -1,0 +1,187 @@
+//! The database that a backup goes back into.
+
+use common::{
+    execution::claim::RestoreAssignment,
+    source::{Engine, SourceAccess},
+    telemetry::Span,
+};
+
+use super::{mariadb, postgres};
+use crate::{
+    failure::{Class, RunError},
+    lease::Lease,
+    pipeline::{
+        dump::{
+            child::{Ended, Running},
+            describe_exit, describe_source,
+        },
+        manifest::Manifest,
+    },
+    run_log::RunLog,
+    service::Shared,
+};
+
+/// A server, signed in to, and the tool that restores.
+pub struct Target<'a> {
+    lease: &'a std::sync::Arc<Lease>,
+    assignment: &'a RestoreAssignment,
+    access: SourceAccess,
+    server: Server,
+}
+
+/// What a look at a server told, and what tools there are for it.
+pub enum Server {
+    /// PostgreSQL.
+    Postgres(postgres::Server),
+    /// MariaDB or MySQL.
+    Mariadb(mariadb::Server),
+}
+
+/// What a database holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// It is not there.
+    Missing,
+    /// It is there, with nothing in it.
+    Nothing,
+    /// Somebody's data.
+    Something,
+}
+
+impl<'a> Target<'a> {
+    /// Signs in and finds the tool. Refuses a server of another engine than the backup's.
+    pub async fn open(
+        shared: &Shared,
+        lease: &'a std::sync::Arc<Lease>,
+        assignment: &'a RestoreAssignment,
+        manifest: &Manifest,
+    ) -> Result<Self, RunError> {
+        let source = &assignment.target;
+        if source.engine != manifest.engine {
+            return Err(RunError::give_up(
+                "engine_differs",
+                format!(
+                    "the backup is of {}, but source '{}' is {}: restore into a source of the same engine",
+                    manifest.engine.as_str(),
+                    source.slug,
+                    source.engine.as_str()
+                ),
+            ));
+        }
+        let access = source
+            .access(&shared.key)
+            .map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", source.slug)))?;
+        let config = &shared.config;
+        let server = match source.engine {
+            Engine::Postgres => Server::Postgres(
+                postgres::open(&access, &config.postgres_bin, &lease.groups, &manifest.tool_version).await?,
+            ),
+            Engine::Mysql | Engine::Mariadb => {
+                Server::Mariadb(mariadb::open(&access, &config.mariadb_bin, &lease.groups).await?)
+            }
+        };
+        Ok(Self { lease, assignment, access, server })
+    }
+
+    /// As the server says.
+    pub fn server_version(&self) -> &str {
+        match &self.server {
+            Server::Postgres(server) => &server.version,
+            Server::Mariadb(server) => &server.version,
+        }
+    }
+
+    /// As the tool says.
+    pub fn tool_version(&self) -> &str {
+        match &self.server {
+            Server::Postgres(server) => &server.tool.version,
+            Server::Mariadb(server) => &server.tool.version,
+        }
+    }
+
+    /// By the conventions of OpenTelemetry for databases.
+    pub fn describe(&self, span: &mut Span, database: Option<&str>) {
+        describe_source(&self.access, span, database);
+    }
+
+    async fn holds(&self, database: &str) -> Result<Holds, RunError> {
+        match &self.server {
+            Server::Postgres(server) => server.holds(&self.access, database, &self.lease.groups).await,
+            Server::Mariadb(server) => server.holds(&self.access, database, &self.lease.groups).await,
+        }
+    }
+
+    /// Refuses a database that holds something, unless the order says otherwise.
+    pub async fn check(&self, database: &str) -> Result<Holds, RunError> {
+        let holds = self.holds(database).await?;
+        if holds != Holds::Something || self.assignment.order.overwrite {
+            return Ok(holds);
+        }
+        let again = match self.assignment.claim.attempt {
+            1 => "",
+            _ => " (an attempt before this one was lost: what is there may be its work)",
+        };
+        Err(RunError::give_up(
+            "target_not_empty",
+            format!(
+                "database '{database}' of '{}' is not empty{again}, and nothing was changed: restore under another name (into), or say overwrite to replace what the backup contains",
+                self.assignment.target.slug
+            ),
+        ))
+    }
+
+    /// Makes the database where it is missing.
+    pub async fn prepare(&self, database: &str, log: &RunLog) -> Result<(), RunError> {
+        if self.check(database).await? != Holds::Missing {
+            return Ok(());
+        }
+        match &self.server {
+            Server::Postgres(server) => server.create(&self.access, database, &self.lease.groups).await?,
+            Server::Mariadb(server) => server.create(&self.access, database, &self.lease.groups).await?,
+        }
+        log.info(format!("database '{database}' was not there and is made"));
+        Ok(())
+    }
+
+    /// Starts the tool; it restores what it is fed.
+    pub fn start(&self, database: &str, log: &RunLog) -> Result<Running, RunError> {
+        let mut program = match &self.server {
+            Server::Postgres(server) => server.restore(&self.access, database, &self.assignment.order)?,
+            Server::Mariadb(server) => server.restore(&self.access, database)?,
+        };
+        program.fed();
+        program.start(self.lease, log)
+    }
+
+    /// Judges how the tool ended.
+    pub fn ended(&self, database: &str, ended: Ended) -> Result<(), RunError> {
+        let Ended { status, stderr, name, .. } = ended;
+        if status.success() {
+            return Ok(());
+        }
+        let said = if stderr.is_empty() { String::new() } else { format!(": {stderr}") };
+        let doing = format!("{name} into '{database}' {}{said}", describe_exit(status));
+        Err(match &self.server {
+            Server::Postgres(_) => self.left(database, postgres::classify(&stderr, doing)),
+            Server::Mariadb(_) => self.left(database, mariadb::classify(&stderr, doing)),
+        })
+    }
+
+    /// What a failure left in the target: whether another try can help depends on it.
+    pub fn left(&self, database: &str, error: RunError) -> RunError {
+        match &self.server {
+            Server::Postgres(_) => RunError {
+                message: format!("{}\nNothing of it was committed: '{database}' is as it was.", error.message),
+                ..error
+            },
+            Server::Mariadb(_) => RunError {
+                message: format!(
+                    "{}\nA part of the backup may be in '{database}' now: restore again with overwrite, or drop the database.",
+                    error.message
+                ),
+                class: Class::GiveUp,
+                ..error
+            },
+        }
+    }
+}
