@@ -29,3 +29,9 @@ begin
     execute v_new;
 end
 $$;
+
+alter table execution_leases
+    add column bytes            bigint not null default 0,
+    add column bytes_per_second bigint;
+comment on column execution_leases.bytes            is 'bytes read so far: of the dump, or of the stored backup, which a restore reads twice';
+comment on column execution_leases.bytes_per_second is 'of late; null before there is something to tell';

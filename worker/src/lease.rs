@@ -124,6 +124,8 @@ pub struct Lease {
     stop: CancellationToken,
     reason: OnceLock<Stop>,
     progress: Mutex<(Stage, i16)>,
+    bytes: std::sync::atomic::AtomicU64,
+    pace: Mutex<Pace>,
     changed: std::sync::atomic::AtomicBool,
     /// When the newest acknowledged heartbeat was *sent*: only from then on is the lease known to last.
     acknowledged: watch::Sender<Instant>,
@@ -134,6 +136,17 @@ pub struct Lease {
     most_frozen: Mutex<Duration>,
     trace: OnceLock<RunTrace>,
 }
+
+/// How fast a run reads, as far as it was told.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    at: Instant,
+    bytes: u64,
+    per_second: Option<u64>,
+}
+
+/// Shortest time over which a pace is told.
+const PACE_OVER: Duration = Duration::from_millis(900);
 
 /// What the fence made of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +171,8 @@ impl Lease {
             stop: CancellationToken::new(),
             reason: OnceLock::new(),
             progress: Mutex::new((Stage::Initializing, 0)),
+            bytes: 0.into(),
+            pace: Mutex::new(Pace { at: Instant::now(), bytes: 0, per_second: None }),
             changed: false.into(),
             acknowledged: watch::channel(sent).0,
             fence,
@@ -239,6 +254,27 @@ impl Lease {
         }
     }
 
+    /// Counts bytes that were read.
+    pub fn add_bytes(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    fn bytes_per_second(&self, bytes: u64) -> Option<u64> {
+        let mut pace = lock(&self.pace);
+        let (now, over) = (Instant::now(), pace.at.elapsed());
+        if over >= PACE_OVER {
+            #[allow(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                clippy::cast_precision_loss,
+                reason = "for people"
+            )]
+            let per_second = ((bytes - pace.bytes) as f64 / over.as_secs_f64()) as u64;
+            *pace = Pace { at: now, bytes, per_second: (bytes > 0).then_some(per_second) };
+        }
+        pace.per_second
+    }
+
     /// Where the bytes are.
     pub fn stage(&self) -> Stage {
         lock(&self.progress).0
@@ -247,7 +283,8 @@ impl Lease {
     /// What the next heartbeat tells.
     pub fn progress(&self) -> Progress {
         let (stage, percent) = *lock(&self.progress);
-        Progress { token: self.claim.token, stage, percent }
+        let bytes = self.bytes.load(std::sync::atomic::Ordering::Relaxed);
+        Progress { token: self.claim.token, stage, percent, bytes, bytes_per_second: self.bytes_per_second(bytes) }
     }
 
     /// Whether stage or percent changed since the last call.

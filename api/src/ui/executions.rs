@@ -176,6 +176,13 @@ impl OnePage {
         self.stores.get(id).cloned().unwrap_or_else(|| id.to_string())
     }
 
+    /// How much was read so far, and how fast.
+    fn moved(&self) -> String {
+        let read = self.it.bytes.filter(|bytes| *bytes > 0).map(|read| bytes(&read));
+        let rate = self.it.bytes_per_second.map(|rate| format!(", {}/s", bytes(&rate)));
+        read.unwrap_or_default() + &rate.unwrap_or_default()
+    }
+
     /// Stored bytes for each second of the run.
     fn rate(&self) -> Option<String> {
         let (size, ms) = (self.it.size?, self.it.duration.filter(|ms| *ms > 0)?);

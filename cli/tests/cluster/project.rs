@@ -41,10 +41,14 @@ impl Audited for Project {
 
 /// `docker …`; gives what it printed.
 pub async fn docker(args: &[&str]) -> String {
+    try_docker(args).await.unwrap_or_else(|said| panic!("docker {}: {said}", args.join(" ")))
+}
+
+/// The same; what it said when it failed.
+pub async fn try_docker(args: &[&str]) -> Result<String, String> {
     let output = Command::new("docker").args(args).output().await.expect("docker runs");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "docker {}: {}", args.join(" "), said.trim());
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
 }
 
 /// `docker compose …`, on the project that the environment names.

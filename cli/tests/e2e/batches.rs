@@ -7,7 +7,7 @@ use common::{
     artifact::NewArtifact,
     execution::{
         Stage,
-        claim::{self, Claim},
+        claim::{self, Claim, Token},
         expire::expire,
         finish::{Ending, Failure, Finished, Published, finish},
         lease::{self, Progress},
@@ -115,6 +115,10 @@ async fn a_batch_is_picked_as_it_was_one_by_one_in_the_version_before() {
     assert!(some > 50 && passed_over > 20 && left > 20, "too few batches: {some}, {passed_over}, {left}");
 }
 
+fn progress(token: Token) -> Progress {
+    Progress { token, stage: Stage::Dumping, percent: 1, bytes: 0, bytes_per_second: None }
+}
+
 fn failure() -> Failure {
     Failure { error: "it failed".to_owned(), code: "dump_failed", outcome: None, stage: Stage::Dumping }
 }
@@ -203,8 +207,7 @@ async fn a_finish_of_several_runs_and_their_heartbeat_do_not_wait_for_each_other
     for round in 0..40 {
         let mut claims = claimed(&cluster, &mut finishing, 16).await;
         // Each comes in an order of its own.
-        let progress: Vec<Progress> =
-            claims.iter().rev().map(|c| Progress { token: c.token, stage: Stage::Dumping, percent: 1 }).collect();
+        let progress: Vec<Progress> = claims.iter().rev().map(|c| progress(c.token)).collect();
         claims.rotate_left(round % 16);
         let released = Ending::Failed(failure());
         let ends: Vec<_> = claims.iter().map(|claim| (*claim, &released)).collect();

@@ -54,7 +54,7 @@ async fn expire(conn: &mut PgConnection) {
 }
 
 fn progress(claim: Claim) -> Progress {
-    Progress { token: claim.token, stage: Stage::Dumping, percent: 10 }
+    Progress { token: claim.token, stage: Stage::Dumping, percent: 10, bytes: 0, bytes_per_second: None }
 }
 
 async fn end_one(conn: &mut PgConnection, claim: Claim, ending: &Ending) -> Result<Finished, sqlx::Error> {

@@ -259,6 +259,8 @@ fn summary(group: GroupRow, members: &[&Execution]) -> Execution {
                 })
                 .collect(),
         ),
+        bytes: None,
+        bytes_per_second: None,
         restore: None,
         waiting_for: None,
         // Of a group that waits, what its first member waits for.

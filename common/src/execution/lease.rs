@@ -23,6 +23,10 @@ pub struct Progress {
     pub stage: Stage,
     /// Percent, 0 to 99.
     pub percent: i16,
+    /// Bytes read so far.
+    pub bytes: u64,
+    /// How fast, of late.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// What a heartbeat learned of a lease that is still ours.
@@ -42,10 +46,14 @@ pub async fn heartbeat(conn: &mut PgConnection, lease: Duration, runs: &[Progres
     let tokens: Vec<i64> = runs.iter().map(|r| r.token.0).collect();
     let stages: Vec<String> = runs.iter().map(|r| r.stage.as_str().to_owned()).collect();
     let percents: Vec<i16> = runs.iter().map(|r| r.percent.clamp(0, 99)).collect();
+    let whole = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let bytes: Vec<i64> = runs.iter().map(|r| whole(r.bytes)).collect();
+    let rates: Vec<Option<i64>> = runs.iter().map(|r| r.bytes_per_second.map(whole)).collect();
     let rows = sqlx::query!(
         r#"with held as materialized (
                select r.*
-                 from unnest($1::bigint[], $2::text[], $3::smallint[]) as r (token, stage, percent)
+                 from unnest($1::bigint[], $2::text[], $3::smallint[], $5::bigint[], $6::bigint[])
+                      as r (token, stage, percent, bytes, bytes_per_second)
                  join execution_leases l on l.token = r.token
                 order by l.token
                   for update of l
@@ -53,7 +61,8 @@ pub async fn heartbeat(conn: &mut PgConnection, lease: Duration, runs: &[Progres
            update execution_leases l
               set expires_at = clock_timestamp() + $4::bigint * interval '1 millisecond',
                   stage = h.stage,
-                  progress = greatest(l.progress, h.percent)
+                  progress = greatest(l.progress, h.percent),
+                  bytes = h.bytes, bytes_per_second = h.bytes_per_second
              from held h, executions e
             where l.token = h.token and e.id = l.execution_id
            returning l.token as "token!: Token", e.cancel_requested_at is not null as "cancel_requested!""#,
@@ -61,6 +70,8 @@ pub async fn heartbeat(conn: &mut PgConnection, lease: Duration, runs: &[Progres
         &stages,
         &percents,
         i64::try_from(lease.as_millis()).unwrap_or(i64::MAX),
+        &bytes,
+        &rates as &[Option<i64>],
     )
     .fetch_all(conn)
     .await?;

@@ -161,6 +161,12 @@ pub struct Execution {
     pub progress: Option<i16>,
     /// See [`Stage`].
     pub stage: String,
+    /// Bytes read so far while it runs: of the dump, or of the stored backup, which a restore reads twice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<i64>,
+    /// How fast it reads while it runs, of late.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<i64>,
     /// When it was triggered.
     #[serde(serialize_with = "crate::time::millis")]
     pub queued_at: DateTime<Utc>,
@@ -225,6 +231,8 @@ struct Row {
     status: Status,
     outcome: Option<Outcome>,
     progress: Option<i16>,
+    bytes: Option<i64>,
+    bytes_per_second: Option<i64>,
     stage: Option<String>,
     queued_at: DateTime<Utc>,
     started_at: Option<DateTime<Utc>>,
@@ -288,6 +296,8 @@ impl From<Row> for Execution {
             outcome: row.outcome,
             progress,
             stage,
+            bytes: row.bytes,
+            bytes_per_second: row.bytes_per_second,
             queued_at: row.queued_at,
             started_at: row.started_at,
             ended_at: row.ended_at,
@@ -337,7 +347,7 @@ async fn rows_of(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Exe
         Row,
         r#"select e.id as "id!: ExecutionId", e.seq as "seq!", e.job_id as "job_id!: JobId", e.job_name as "job_name!", e.type as "kind!",
                   e.status as "status!: Status",
-                  e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at as "queued_at!",
+                  e.outcome as "outcome: Outcome", l.progress as "progress?", l.bytes as "bytes?", l.bytes_per_second as "bytes_per_second?", coalesce(l.stage, e.stage) as stage, e.queued_at as "queued_at!",
                   e.started_at,
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt as "attempt!",
                   e.trigger_kind as "trigger_kind!", e.trigger_label, e.priority as "priority!", e.labels as "labels!: Json<Labels>",
@@ -378,7 +388,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
     let rows = sqlx::query_as!(
         Row,
         r#"select e.id as "id: ExecutionId", e.seq, e.job_id as "job_id: JobId", e.job_name, e.type as kind, e.status as "status: Status",
-                  e.outcome as "outcome: Outcome", l.progress as "progress?", coalesce(l.stage, e.stage) as stage, e.queued_at, e.started_at,
+                  e.outcome as "outcome: Outcome", l.progress as "progress?", l.bytes as "bytes?", l.bytes_per_second as "bytes_per_second?", coalesce(l.stage, e.stage) as stage, e.queued_at, e.started_at,
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt, e.trigger_kind,
                   e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent,
                   (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template,

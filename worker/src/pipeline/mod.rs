@@ -283,6 +283,7 @@ async fn read_dump(
             n => {
                 read += n as u64;
                 dumped.inc_by(n as u64);
+                lease.add_bytes(n);
             }
         }
         lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate.max(1)).unwrap_or(99));

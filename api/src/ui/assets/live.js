@@ -51,6 +51,14 @@ export function plan(wait = GATHER_MS) {
   }, pause);
 }
 
+// As the pages write it.
+function size(bytes) {
+  const units = ["B", "kB", "MB", "GB", "TB", "PB"];
+  let at = 0;
+  for (; bytes >= 999.5 && at < units.length - 1; at += 1) bytes /= 1000;
+  return `${bytes.toFixed(at === 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2)} ${units[at]}`;
+}
+
 // What changes in between is only how far it is.
 export function move(root, execution) {
   const progress = root.querySelector("[data-part=progress]");
@@ -59,6 +67,11 @@ export function move(root, execution) {
   if (progress) progress.value = execution.progress ?? 0;
   if (stage) stage.textContent = execution.stage;
   if (percent) percent.textContent = execution.progress ?? 0;
+  const moved = root.querySelector("[data-part=moved]");
+  if (moved && execution.bytes) {
+    const rate = execution.bytesPerSecond;
+    moved.textContent = size(execution.bytes) + (rate === undefined ? "" : `, ${size(rate)}/s`);
+  }
 }
 
 const seen = new Map();

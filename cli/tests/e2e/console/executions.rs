@@ -26,6 +26,12 @@ async fn a_run_is_watched_live_and_cancelled_without_a_poll() {
         .until("its stage is told", "return document.querySelector('.stages .now')?.dataset.stage === 'Dumping'")
         .await;
     browser.until("its log is there", "return document.querySelectorAll('#log li').length > 1").await;
+    browser
+        .until(
+            "how much was read and how fast is told",
+            "return /^\\d[\\d.]* [kM]B, \\d[\\d.]* [kM]?B\\/s$/.test(document.querySelector('[data-part=moved]').textContent)",
+        )
+        .await;
     let asked = "return performance.getEntriesByType('resource').filter((r) => r.name.includes('/api/') && !r.name.endsWith('/events')).length";
     assert_eq!(browser.js(asked).await, 0, "it asks for nothing while nothing happens");
 

@@ -123,6 +123,7 @@ struct Pace {
 impl Pace {
     fn add(&mut self, bytes: usize, lease: &Lease) {
         self.done += bytes as u64;
+        lease.add_bytes(bytes);
         lease.set_percent(i16::try_from(self.done.saturating_mul(100) / self.of.max(1)).unwrap_or(99));
     }
 }
