@@ -16,19 +16,27 @@ comment on column restores.into_name is 'name of the database that it becomes; n
 comment on column restores.overwrite is 'whether the target may hold something: what the backup has replaces it';
 comment on column restores.keep_owners is 'whether owners and grants are restored; without, everything belongs to who restores';
 
--- A worker of the version before knows no restore: it would take one for a backup of the target. It claims by
--- claim_executions_v3, which leaves restores to the workers that know them from now on.
+-- A worker of a version before knows no restore: it would take one for a backup of the job. The functions by which such
+-- workers claim leave restores alone from now on; workers that know them claim by claim_executions_v5, which is
+-- claim_executions_v4 as it was made.
 do $$
 declare
-    v_old text := pg_get_functiondef('claim_executions_v3'::regproc);
-    v_new text := replace(v_old, 'e.status = ''Pending''', 'e.status = ''Pending'' and e.type = ''Backup''');
+    v_old      text;
+    v_new      text;
+    v_function text;
 begin
-    if v_new = v_old then
-        raise exception 'claim_executions_v3 is not as it was made';
-    end if;
-    execute v_new;
+    execute replace(pg_get_functiondef('claim_executions_v4'::regproc), 'claim_executions_v4', 'claim_executions_v5');
+    foreach v_function in array array['claim_executions_v3', 'claim_executions_v4'] loop
+        v_old := pg_get_functiondef(v_function::regproc);
+        v_new := replace(v_old, 'e.status = ''Pending''', 'e.status = ''Pending'' and e.type = ''Backup''');
+        if v_new = v_old then
+            raise exception '% is not as it was made', v_function;
+        end if;
+        execute v_new;
+    end loop;
 end
 $$;
+comment on function claim_executions_v5 is 'One round trip of a worker: see docs/queue.md, Claim';
 
 alter table execution_leases
     add column bytes            bigint not null default 0,

@@ -63,6 +63,8 @@ pub struct Shared {
     pub local_paths: Arc<[PathBuf]>,
     /// Polls that are held at once, at most.
     pub held: Arc<Semaphore>,
+    /// Downloads that are sent at once, at most.
+    pub downloads: Arc<Semaphore>,
     /// Executions that clients wait for.
     pub watcher: Watcher,
     /// States for when the database is away.
@@ -79,6 +81,8 @@ pub struct Shared {
 
 /// Polls that a process holds at once.
 const MOST_HELD: usize = 1_000;
+/// Downloads that a process sends at once: each holds up to 32 MiB of an object in a bucket.
+const MOST_DOWNLOADS: usize = 8;
 /// Passwords that a process hashes at once.
 const MOST_HASHING: usize = 2;
 /// Time between two records of keys' last uses.
@@ -106,6 +110,7 @@ impl AppState {
             trusted_proxies: config.trusted_proxies.clone().into(),
             local_paths: config.local_paths.clone().into(),
             held: Arc::new(Semaphore::new(MOST_HELD)),
+            downloads: Arc::new(Semaphore::new(MOST_DOWNLOADS)),
             watcher: Watcher::start(db.clone(), reasons.clone(), wakeups.clone(), closing.clone()),
             known: Arc::default(),
             reasons,

@@ -53,6 +53,8 @@ impl Instance {
             .user_agent(concat!("dbackup/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(Duration::from_secs(10))
             .timeout(Duration::from_secs(WAIT + 30))
+            // A connection that is open at this end alone never says that it is gone.
+            .read_timeout(Duration::from_secs(WAIT + 30))
             .build()
             .map_err(|error| failed(common::error::Chain(&error).to_string()))?;
         Ok(Self { client, url, key })

@@ -21,7 +21,7 @@ use common::{
     execution::{
         Outcome, Stage,
         claim::{self, Assigned, Assignment, RestoreAssignment},
-        finish::{Ending, Finished, Published},
+        finish::{Ending, Failure, Finished, Published},
         log::Level,
     },
     metrics::{self, Trace},
@@ -37,7 +37,10 @@ use crate::{
     failure::{Class, RunError, of_stop},
     finisher,
     lease::{Lease, Stop},
-    pipeline::{self, Attempt, StagedBackup, Staging, restore::Restoration},
+    pipeline::{
+        self, Attempt, StagedBackup, Staging,
+        restore::{Restoration, touched::Touched},
+    },
     run_log::RunLog,
     service::{Shared, patiently},
     trace::{RunTrace, noted},
@@ -66,10 +69,14 @@ pub async fn run(shared: Shared, claimed: Claimed) {
             Some(Ok(Assigned::Run(assignment))) => {
                 let (engine, trace) = (assignment.source.engine.as_str(), Trace::stored(&assignment.briefing.trace));
                 count_wait(&assignment, trace.clone());
-                counted = Some((engine, trace));
+                counted = Some((engine, trace, Kind::Backup));
                 backup(&shared, &lease, &assignment, &log).await
             }
-            Some(Ok(Assigned::Restore(assignment))) => restore(&shared, &lease, &assignment, &log).await,
+            Some(Ok(Assigned::Restore(assignment))) => {
+                let engine = assignment.target.engine.as_str();
+                counted = Some((engine, Trace::stored(&assignment.briefing.trace), Kind::Restore));
+                restore(&shared, &lease, &assignment, &log).await
+            }
             Some(Ok(Assigned::Gone(_))) => {
                 let error = RunError::give_up(
                     "job_gone",
@@ -87,13 +94,22 @@ pub async fn run(shared: Shared, claimed: Claimed) {
         let _ = log_writer.await;
         let outcome = outcome_of(&ending, &lease);
         let recorded = record(&shared, &lease, ending).await;
-        if let Some((engine, trace)) = counted {
+        if let Some((engine, trace, kind)) = counted {
             let outcome = if recorded == Some(Finished::Zombie) { "lost" } else { outcome };
-            metrics::get().ended(engine, outcome, began.elapsed(), trace);
+            match kind {
+                Kind::Backup => metrics::get().ended(engine, outcome, began.elapsed(), trace),
+                Kind::Restore => metrics::get().restore_ended(engine, outcome, began.elapsed(), trace),
+            }
         }
     };
     story.instrument(lease.log()).await;
     drop(claimed);
+}
+
+/// What a run is, for metrics.
+enum Kind {
+    Backup,
+    Restore,
 }
 
 /// The wait of a run until its first attempt; that of a retry is a pause.
@@ -159,10 +175,19 @@ async fn backup(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, lo
 async fn restore(shared: &Shared, lease: &Arc<Lease>, assignment: &RestoreAssignment, log: &RunLog) -> Ending {
     tracing::info!(backup = %assignment.order.backup_id, target = assignment.target.slug, "the restore begins");
     tell_begin(shared, lease, log);
-    let work = pipeline::restore::restore(Restoration { shared, lease, assignment, log });
-    match guarded(lease, log, assignment.timeout_seconds, work).await {
-        Ok(restored) => Ending::Restored(restored),
-        Err(why) => unsuccessful(shared, lease, why, assignment.timeout_seconds),
+    let touched = Touched::default();
+    let work = pipeline::restore::restore(Restoration { shared, lease, assignment, log, touched: &touched });
+    let why = match guarded(lease, log, assignment.timeout_seconds, work).await {
+        Ok(restored) => return Ending::Restored(restored),
+        Err(why) => why,
+    };
+    let told = |failure: Failure| Failure { error: failure.error + &touched.tell(), ..failure };
+    match unsuccessful(shared, lease, why, assignment.timeout_seconds) {
+        Ending::Failed(failure) => Ending::Failed(told(failure)),
+        // Another try would find what this one left.
+        Ending::Retry(failure, _) if touched.remains() => Ending::Failed(told(failure)),
+        Ending::Retry(failure, pause) => Ending::Retry(told(failure), pause),
+        other => other,
     }
 }
 
@@ -193,11 +218,13 @@ async fn guarded<T>(
         tokio::select! {
             biased;
             stop = lease.stopped() => {
+                let mut late = None;
                 if stop == Stop::Cancelled {
                     lease.groups.signal(Signal::SIGTERM);
-                    let _ = tokio::time::timeout(CANCEL_GRACE, &mut work).await;
+                    late = tokio::time::timeout(CANCEL_GRACE, &mut work).await.ok();
                 }
-                Err(stop)
+                // What was done all the same is done: it must not be told as if it were not.
+                late.filter(|late| matches!(late, Ok(Ok(_)))).ok_or(stop)
             }
             () = tokio::time::sleep(limit) => Err(Stop::TimedOut),
             result = &mut work => Ok(result),

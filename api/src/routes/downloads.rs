@@ -6,7 +6,7 @@ use axum::{
     Extension,
     body::Body,
     extract::{Path, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -14,6 +14,7 @@ use common::{
     artifact::{self, Artifact},
     audit::{self, Event},
     destination,
+    execution::Execution,
     id::Reference,
     store::{Bytestream, Class, Shelf, StoreError},
 };
@@ -35,6 +36,7 @@ const REPR_DIGEST: &str = "repr-digest";
 pub async fn download(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
+    method: Method,
     path: Result<Path<(String, String)>, axum::extract::rejection::PathRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
@@ -57,25 +59,10 @@ pub async fn download(
         }
     };
     let whole = range.end - range.start == size;
-    let bytes = open(&state, &artifact, range.clone()).await?;
-    // Told before the first byte: who has seen a part of a backup has seen it.
-    let details = json!({ "path": artifact.path, "from": range.start, "to": range.end });
-    let event = Event::new("artifact.download", execution.id, &execution.job_name).with(details);
-    state.ask(async |conn| audit::record(conn, &caller.actor(), &[event]).await).await?;
-    tracing::info!(execution = %execution.id, path = artifact.path, caller = caller.name(), "an object is downloaded");
-
-    let bytes = if whole { checked(bytes, &artifact) } else { bytes };
-    let over = {
-        let (state, caller) = (state.clone(), caller.clone());
-        async move {
-            tokio::select! {
-                () = caller.loses_its_right(&state.memory) => {}
-                () = state.stop.closing.cancelled() => {}
-            }
-        }
+    let mut response = match method {
+        Method::HEAD => Response::new(Body::empty()),
+        _ => sent(&state, &caller, &execution, &artifact, range.clone(), whole).await?,
     };
-    // Its length is announced: what ends too early is an error to every client.
-    let mut response = Body::from_stream(bytes.take_until(Box::pin(over))).into_response();
     if !whole {
         *response.status_mut() = StatusCode::PARTIAL_CONTENT;
     }
@@ -98,6 +85,39 @@ pub async fn download(
         set(header::CONTENT_RANGE, format!("bytes {}-{}/{size}", range.start, range.end - 1));
     }
     Ok(response)
+}
+
+/// The body of the answer: it ends early, which every client sees by the announced length, when the caller loses its right
+/// or the process stops.
+async fn sent(
+    state: &AppState,
+    caller: &Caller,
+    execution: &Execution,
+    artifact: &Artifact,
+    range: Range<u64>,
+    whole: bool,
+) -> Result<Response, ApiError> {
+    let place = state.downloads.clone().try_acquire_owned().map_err(|_| {
+        let text = "this process sends as many downloads as it may at once: try again when some have ended";
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "too_many_downloads", text).retry_after(5)
+    })?;
+    let bytes = open(state, artifact, range.clone()).await?;
+    // Told before the first byte: who has seen a part of a backup has seen it.
+    let details = json!({ "path": artifact.path, "from": range.start, "to": range.end });
+    let event = Event::new("artifact.download", execution.id, &execution.job_name).with(details);
+    state.ask(async |conn| audit::record(conn, &caller.actor(), &[event]).await).await?;
+    tracing::info!(execution = %execution.id, path = artifact.path, caller = caller.name(), "an object is downloaded");
+    let bytes = if whole { checked(bytes, artifact) } else { bytes };
+    let (state, caller) = (state.clone(), caller.clone());
+    let over = async move {
+        // Held as long as the body lives.
+        let _place = place;
+        tokio::select! {
+            () = caller.loses_its_right(&state.memory) => {}
+            () = state.stop.closing.cancelled() => {}
+        }
+    };
+    Ok(Body::from_stream(bytes.take_until(Box::pin(over))).into_response())
 }
 
 fn not_found() -> ApiError {
@@ -124,7 +144,10 @@ async fn open(state: &AppState, artifact: &Artifact, range: Range<u64>) -> Resul
         ApiError::internal()
     })?;
     let unread = |error: StoreError| unread(&error, &destination.slug);
-    let shelf = Shelf::open(access, &state.local_paths).map_err(unread)?;
+    let folders = state.local_paths.clone();
+    // Opening a folder looks at it, and a mount whose server is gone never answers.
+    let opened = tokio::task::spawn_blocking(move || Shelf::open(access, &folders)).await;
+    let shelf = opened.map_err(|_| ApiError::internal())?.map_err(unread)?;
     shelf.read(&artifact.path, range).await.map_err(unread)
 }
 

@@ -220,7 +220,8 @@ pub fn key_reused() -> ApiError {
     )
 }
 
-fn queue_full(what: &str) -> ApiError {
+/// 429 of a queue that takes no more.
+pub fn queue_full(what: &str) -> ApiError {
     ApiError::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", format!("{what}: try again when some have ended"))
         .retry_after(30)
 }

@@ -12,7 +12,7 @@ use common::{
         Execution, Status,
         restore::{self, Order, Ordered, RestoreRequest},
     },
-    id::{Reference, SourceId},
+    id::Reference,
     queue::Notice,
     source::{self, Engine, Source},
     telemetry::TraceContext,
@@ -22,7 +22,7 @@ use tokio::time::{Duration, Instant};
 
 use super::{
     Check,
-    executions::{Accepted, How, enqueue_span, find, idempotency, key_reused, not_found, told},
+    executions::{Accepted, How, enqueue_span, find, idempotency, key_reused, not_found, queue_full, told},
 };
 use crate::{
     auth::Caller,
@@ -62,9 +62,15 @@ impl RestoreBody {
         if self.wait.is_some_and(|wait| wait > 60) {
             check.refuse("wait", "must be at most 60 seconds");
         }
+        if self.into.as_deref().is_some_and(|name| SYSTEM.contains(&name.to_lowercase().as_str())) {
+            check.refuse("into", "is a database of the server's own: choose another name");
+        }
         check.done()
     }
 }
+
+/// What a server keeps for itself, and what it makes new databases from.
+const SYSTEM: [&str; 6] = ["template0", "template1", "mysql", "sys", "information_schema", "performance_schema"];
 
 fn invalid(field: &str, message: impl Into<String>) -> ApiError {
     ApiError::invalid(vec![common::connection::FieldProblem::new(field, message)])
@@ -87,7 +93,7 @@ pub async fn create(
     body.check()?;
     let backup = find(&state, &caller, &id).await?;
     let into_database = database_of(&state, &backup, &body).await?;
-    let source = target(&state, &caller, &backup, body.source_id.clone()).await?;
+    let source = target(&state, &backup, body.source_id.clone()).await?;
     if body.keep_owners && source.engine != Engine::Postgres {
         return Err(invalid("keepOwners", "is for PostgreSQL alone"));
     }
@@ -99,6 +105,7 @@ pub async fn create(
         overwrite: body.overwrite,
         keep_owners: body.keep_owners,
     };
+    allowed(&state, &caller, &order).await?;
     let wait = body.wait.filter(|wait| *wait > 0).map(|wait| Instant::now() + Duration::from_secs(wait));
     let once = [b"restore ", id.as_bytes(), b" ", &raw[..]].concat();
     place(&state, &caller, order, &headers, &once, wait).await
@@ -114,7 +121,7 @@ pub async fn again(
 ) -> Result<Response, ApiError> {
     caller.demand(common::permission::Permission::StorageRestore)?;
     let order = state.ask(async |conn| restore::find(conn, old.id).await).await?.ok_or_else(not_found)?;
-    allowed(state, caller, order.backup_id, order.source_id).await?;
+    allowed(state, caller, &order).await?;
     let once = [b"restore again ", old.id.to_string().as_bytes(), b" ", raw].concat();
     place(state, caller, order, headers, &once, None).await
 }
@@ -137,6 +144,7 @@ async fn place(
         Ordered::Replayed(id) => Ok(Accepted { id, how: How::Replayed }),
         Ordered::KeyReused => Err(key_reused()),
         Ordered::Gone => Err(not_found()),
+        Ordered::QueueFull(cap) => Err(queue_full(&format!("{cap} restores of this job wait already"))),
     });
     let accepted = told(&mut span, accepted)?;
     drop(span);
@@ -185,12 +193,7 @@ pub async fn databases(state: &AppState, backup: &Execution) -> Result<Vec<Strin
 }
 
 /// The source whose server it goes to.
-async fn target(
-    state: &AppState,
-    caller: &Caller,
-    backup: &Execution,
-    named: Option<String>,
-) -> Result<Source, ApiError> {
+async fn target(state: &AppState, backup: &Execution, named: Option<String>) -> Result<Source, ApiError> {
     let own = named.is_none();
     let reference = match named {
         Some(name) => Some(Reference::new(name)),
@@ -203,31 +206,25 @@ async fn target(
         Some(reference) => state.ask(async |conn| source::find(conn, reference).await).await?,
         None => None,
     };
-    let source = found.ok_or_else(|| match own {
+    found.ok_or_else(|| match own {
         true => invalid("sourceId", "is required: the source of the backup was deleted"),
         false => invalid("sourceId", "there is no such source"),
-    })?;
-    allowed(state, caller, backup.id, source.id).await?;
-    Ok(source)
+    })
 }
 
-/// A key that is scoped to jobs writes to their own sources alone.
-async fn allowed(
-    state: &AppState,
-    caller: &Caller,
-    backup: common::id::ExecutionId,
-    target: SourceId,
-) -> Result<(), ApiError> {
+/// A key that is scoped to jobs writes to their own sources alone, and replaces nothing there but what was backed up.
+async fn allowed(state: &AppState, caller: &Caller, order: &Order) -> Result<(), ApiError> {
     if caller.only().is_none() {
         return Ok(());
     }
-    let own = state.ask(async |conn| restore::source_of(conn, backup).await).await?;
-    match own == Some(target) {
-        true => Ok(()),
-        false => Err(ApiError::new(
-            StatusCode::FORBIDDEN,
-            "forbidden",
-            "this key is scoped to jobs: it restores into their own sources alone",
-        )),
+    let refuse =
+        |why| Err(ApiError::new(StatusCode::FORBIDDEN, "forbidden", format!("this key is scoped to jobs: {why}")));
+    let own = state.ask(async |conn| restore::source_of(conn, order.backup_id).await).await?;
+    if own != Some(order.source_id) {
+        return refuse("it restores into their own sources alone");
     }
+    if order.overwrite && order.into.is_some() && order.into != order.database {
+        return refuse("it replaces what is in the database that was backed up, and in no other");
+    }
+    Ok(())
 }

@@ -1,15 +1,23 @@
 //! Restores: what was backed up comes back as it was, or nothing does.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
-use crate::harness::{
-    Cluster, SOON, audit, files, postgres_url,
-    s3::S3Server,
-    source::{MariadbSource, PostgresSource, mariadb, psql},
-    sql, unique, until,
+use crate::{
+    harness::{
+        Cluster, SOON, audit, files,
+        otlp::Receiver,
+        postgres_url,
+        s3::S3Server,
+        source::{MariadbSource, PostgresSource, mariadb, psql},
+        sql, unique, until,
+    },
+    trace::{one, traced},
 };
 
 /// Asks for a restore; gives the execution's id.
@@ -260,14 +268,16 @@ async fn held(database: &str) -> PgConnection {
     conn
 }
 
-async fn in_the_midst(cluster: &Cluster, database: &str) {
+/// Waits until a restore of a database waits for the lock, other than those of `before`; gives who does.
+async fn in_the_midst(cluster: &Cluster, database: &str, before: &[i32]) -> Vec<i32> {
     until("the restore waits for the lock", SOON, || async {
         let query =
-            format!("select count(*) from pg_stat_activity where datname = '{database}' and wait_event_type = 'Lock'");
-        let waiting: i64 = sqlx::query_scalar(AssertSqlSafe(query)).fetch_one(&cluster.pool).await.expect("answers");
-        (waiting > 0).then_some(())
+            format!("select pid from pg_stat_activity where datname = '{database}' and wait_event_type = 'Lock'");
+        let waiting: Vec<i32> =
+            sqlx::query_scalar(AssertSqlSafe(query)).fetch_all(&cluster.pool).await.expect("answers");
+        waiting.iter().any(|pid| !before.contains(pid)).then_some(waiting)
     })
-    .await;
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -281,13 +291,13 @@ async fn a_restore_whose_worker_is_killed_is_done_by_another_and_one_that_is_can
     let into = empty_database(&source).await;
     let lock = held(&into).await;
     let id = restore(&cluster, &backup, json!({ "into": into })).await;
-    in_the_midst(&cluster, &into).await;
+    let first = in_the_midst(&cluster, &into, &[]).await;
     until("its stage is told", SOON, || async { (cluster.execution(&id).await["stage"] == "Restoring").then_some(()) })
         .await;
     let worker = cluster.workers.iter().position(|worker| !worker.children().is_empty()).expect("one restores");
     cluster.workers[worker].kill().await;
     until("another has it", SOON, || async { (cluster.execution(&id).await["attempt"] == 2).then_some(()) }).await;
-    in_the_midst(&cluster, &into).await;
+    in_the_midst(&cluster, &into, &first).await;
     lock.close().await.expect("lets go");
     let ended = cluster.ended(&id, SOON).await;
     assert_eq!((&ended["status"], &ended["attempt"]), (&json!("Success"), &json!(2)), "{ended:#}");
@@ -296,13 +306,64 @@ async fn a_restore_whose_worker_is_killed_is_done_by_another_and_one_that_is_can
     let into = empty_database(&source).await;
     let lock = held(&into).await;
     let id = restore(&cluster, &backup, json!({ "into": into })).await;
-    in_the_midst(&cluster, &into).await;
+    in_the_midst(&cluster, &into, &[]).await;
     cluster.ok("POST", &format!("/api/executions/{id}/cancel"), None).await;
     let ended = cluster.ended(&id, SOON).await;
     assert_eq!((&ended["status"], &ended["outcome"]), (&json!("Failed"), &json!("Cancelled")), "{ended:#}");
+    let told = format!("cancelled on request\nNothing of it was committed to '{into}'.");
+    assert_eq!(ended["error"], told, "{ended:#}");
     lock.close().await.expect("lets go");
     assert_eq!(tables(&into), "0");
     assert_eq!(audit::claims_over_the_limit_of_a_source(&cluster).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_damaged_while_it_is_restored_is_not_committed() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(60_000).await;
+    let (job, root) = job(&cluster, "postgres", source.config(), json!({ "compression": "none" })).await;
+    let backup = cluster.backup(&job).await;
+    let into = empty_database(&source).await;
+    let lock = held(&into).await;
+    let id = restore(&cluster, &backup, json!({ "into": into })).await;
+    in_the_midst(&cluster, &into, &[]).await;
+    // It was found whole; what is read for the second time is not. More than what is under way is still unread.
+    let path = root.join(backup["path"].as_str().expect("a path"));
+    let file = std::fs::File::options().read(true).write(true).open(&path).expect("opens");
+    let (end, mut byte) = (file.metadata().expect("a file").len() - 1_000, [0]);
+    assert!(end > 5 << 20, "too small");
+    file.read_exact_at(&mut byte, end).expect("reads");
+    file.write_all_at(&[byte[0] ^ 1], end).expect("writes");
+    lock.close().await.expect("lets go");
+    let ended = cluster.ended(&id, SOON).await;
+    assert_eq!((&ended["status"], &ended["errorCode"]), (&json!("Failed"), &json!("backup_damaged")), "{ended:#}");
+    let error = ended["error"].as_str().expect("an error");
+    assert!(
+        error.contains("changed while it was restored") && error.contains("Nothing of it was committed"),
+        "{error}"
+    );
+    assert_eq!(tables(&into), "0");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_of_mariadb_under_another_name_leaves_the_database_of_the_dump_alone() {
+    let cluster = Cluster::start().await;
+    let source = MariadbSource::with_rows(100);
+    // Its routine, trigger and event were made under another collation than the database has now.
+    mariadb(&source.database, &format!("alter database {} character set latin1 collate latin1_bin", source.database));
+    let (job, root) = job(&cluster, "mariadb", source.config(), json!({ "compression": "none" })).await;
+    let backup = cluster.backup(&job).await;
+    let dump = std::fs::read_to_string(root.join(backup["path"].as_str().expect("a path"))).expect("text");
+    assert!(
+        dump.contains(&format!("\nALTER DATABASE `{}` CHARACTER SET ", source.database)),
+        "there is nothing to see"
+    );
+    let into = unique("restored");
+    mariadb("mysql", &format!("grant all on {into}.* to {u}@'%'; grant super on *.* to {u}@'%'", u = source.user));
+    mariadb("mysql", &format!("drop database {}", source.database));
+    // On a server that has no such database any more every statement that names it would fail.
+    restored(&cluster, &backup, json!({ "into": into })).await;
+    assert_eq!(mariadb(&into, "select count(*) from item; call answer()"), "100\n42\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -312,7 +373,7 @@ async fn restores_into_a_source_are_limited_apart_from_its_backups_and_the_limit
     let source = PostgresSource::with_rows(1_000).await;
     let held_source = cluster.source("postgres", source.config()).await;
     let path = format!("/api/sources/{held_source}");
-    cluster.ok("PUT", &path, Some(json!({ "maxConcurrentRestores": 1 }))).await;
+    cluster.ok("PUT", &path, Some(json!({ "maxConcurrentRestores": 1, "maxConcurrentRuns": 1 }))).await;
     let (destination, _) = cluster.local_destination().await;
     let (mut backups, mut locks, mut restores) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..2 {
@@ -326,7 +387,7 @@ async fn restores_into_a_source_are_limited_apart_from_its_backups_and_the_limit
         restores.push((restore(&cluster, backup, json!({ "into": into })).await, into));
     }
     let [(first, into), (second, other)] = &restores[..] else { panic!("two restores") };
-    in_the_midst(&cluster, into).await;
+    in_the_midst(&cluster, into, &[]).await;
     let waits = until("the second says what it waits for", SOON, || async {
         let waiting = cluster.execution(second).await;
         (waiting["waitingFor"]["reason"] == "source").then_some(waiting)
@@ -337,7 +398,7 @@ async fn restores_into_a_source_are_limited_apart_from_its_backups_and_the_limit
     cluster.backup(backups[0]["jobId"].as_str().expect("an id")).await;
     assert_eq!(cluster.execution(second).await["status"], "Pending");
     cluster.ok("PUT", &path, Some(json!({ "maxConcurrentRestores": 2 }))).await;
-    in_the_midst(&cluster, other).await;
+    in_the_midst(&cluster, other, &[]).await;
     for lock in locks {
         lock.close().await.expect("lets go");
     }
@@ -359,6 +420,8 @@ async fn what_cannot_be_restored_is_refused_with_the_field_and_a_repeated_reques
         (json!({ "database": "nobody" }), 422, "database"),
         (json!({ "into": "" }), 422, "into"),
         (json!({ "into": "x".repeat(64) }), 422, "into"),
+        (json!({ "into": "Template1" }), 422, "into"),
+        (json!({ "into": "mysql" }), 422, "into"),
         (json!({ "sourceId": "nowhere" }), 422, "sourceId"),
         (json!({ "wait": 61 }), 422, "wait"),
         (json!({ "force": true }), 400, "force"),
@@ -389,6 +452,9 @@ async fn what_cannot_be_restored_is_refused_with_the_field_and_a_repeated_reques
     let body = json!({ "sourceId": elsewhere, "into": into, "overwrite": true });
     let (code, answer) = cluster.request_as(&scoped, "POST", &path, Some(body)).await;
     assert_eq!((code, &answer["code"]), (403, &json!("forbidden")), "{answer}");
+    let body = json!({ "into": into, "overwrite": true });
+    let (code, answer) = cluster.request_as(&scoped, "POST", &path, Some(body)).await;
+    assert_eq!((code, &answer["code"]), (403, &json!("forbidden")), "{answer}");
     let stranger = cluster.scoped_key(&permissions, Some(vec![common::id::JobId::new()])).await;
     assert_eq!(cluster.request_as(&stranger, "POST", &path, None).await.0, 404);
 
@@ -399,11 +465,12 @@ async fn what_cannot_be_restored_is_refused_with_the_field_and_a_repeated_reques
         let (status, replayed) = (answer.status().as_u16(), answer.headers().contains_key("idempotency-replayed"));
         (status, replayed, answer.json::<Value>().await.expect("JSON")["executionId"].clone())
     };
-    let body = json!({ "into": into, "overwrite": true });
+    let into = empty_database(&source).await;
+    let body = json!({ "into": into });
     let (one, two) = tokio::join!(send(0, &body), send(1, &body));
     assert_eq!((one.0, two.0, &one.2), (200, 200, &two.2));
     assert!(one.1 != two.1, "one of them is the answer of the other: {one:?} {two:?}");
-    assert_eq!(send(0, &json!({ "into": into })).await.0, 422);
+    assert_eq!(send(0, &json!({ "overwrite": true })).await.0, 422);
 
     // Once more: what it was about.
     let again = one.2.as_str().expect("an id");
@@ -415,5 +482,66 @@ async fn what_cannot_be_restored_is_refused_with_the_field_and_a_repeated_reques
     let (code, answer) = cluster.request_as(&scoped, "POST", &retry, None).await;
     assert_eq!(code, 200, "{answer}");
     let ended = cluster.ended(answer["executionId"].as_str().expect("an id"), SOON).await;
-    assert_eq!((&ended["status"], &ended["restore"]["into"]), (&json!("Success"), &json!(into)), "{ended:#}");
+    assert_eq!(
+        (&ended["errorCode"], &ended["restore"]["into"]),
+        (&json!("target_not_empty"), &json!(into)),
+        "{ended:#}"
+    );
+
+    // Each job has room for so many that wait, its backups apart.
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxPendingPerJob": 1, "paused": true }))).await;
+    restore(&cluster, &backup, json!({})).await;
+    let (code, answer) = cluster.request("POST", &path, None).await;
+    assert_eq!((code, &answer["code"]), (429, &json!("queue_full")), "{answer}");
+    cluster.trigger(&job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_is_one_trace_and_is_counted_apart_from_backups() {
+    let receiver = Receiver::start().await;
+    let cluster = traced(&receiver).env("DBACKUP_METRICS_LISTEN", "127.0.0.1:0").start().await;
+    let source = PostgresSource::with_rows(1_000).await;
+    let (job, _) = job(&cluster, "postgres", source.config(), json!({})).await;
+    let backup = cluster.backup(&job).await;
+    let into = empty_database(&source).await;
+    let restore = restored(&cluster, &backup, json!({ "into": into })).await;
+    let trace = restore["traceId"].as_str().expect("a trace");
+    assert_ne!(restore["traceId"], backup["traceId"]);
+    let names = [("enqueue", 1), ("claim", 1), ("inspect", 1), ("verify", 1), ("restore", 1), ("attempt", 1)];
+    let spans = receiver.holds(trace, &names, SOON).await;
+    let (claim, span) = (one(&spans, "claim"), one(&spans, "restore"));
+    assert_eq!(span.parent(), claim.id());
+    let size = restore["size"].to_string();
+    for (key, value) in [
+        ("db.system.name", "postgresql"),
+        ("db.namespace", &*into),
+        ("dbackup.bytes", &*size),
+        ("process.executable.name", "pg_restore"),
+        ("process.exit.code", "0"),
+    ] {
+        assert_eq!(span.get(key).as_deref(), Some(value), "{key}");
+    }
+    let done = [("engine", "postgres"), ("outcome", "success")];
+    until("the worker has counted it", SOON, || async {
+        (cluster.told_by_workers("dbackup_restore_duration_seconds_count", &done).await == 1.0).then_some(())
+    })
+    .await;
+    assert_eq!(cluster.told_by_workers("dbackup_run_duration_seconds_count", &done).await, 1.0, "the backup");
+    let restored = cluster.told_by_workers("dbackup_restored_bytes_total", &[("engine", "postgres")]).await;
+    assert_eq!(Some(restored), restore["size"].as_f64());
+
+    // What the tool said of a failure is an event of its span.
+    let owner = unique("owner");
+    psql(&source.database, &format!("create role {owner}; grant select on item to {owner}"));
+    let backup = cluster.backup(&job).await;
+    psql(&source.database, &format!("drop owned by {owner}; drop role {owner}"));
+    let into = empty_database(&source).await;
+    let id = self::restore(&cluster, &backup, json!({ "into": into, "keepOwners": true })).await;
+    let failed = cluster.ended(&id, SOON).await;
+    let spans =
+        receiver.holds(failed["traceId"].as_str().expect("a trace"), &[("restore", 1), ("attempt", 1)], SOON).await;
+    let span = one(&spans, "restore");
+    assert_eq!(span.of_event("process.exit", "process.exit.code").as_deref(), Some("1"));
+    let said = span.of_event("process.stderr", "dbackup.stderr.tail");
+    assert!(said.as_ref().is_some_and(|said| said.contains(&owner)) && span.error().is_some(), "{said:?}");
 }

@@ -1,5 +1,5 @@
 //! Claim: the right to run an execution, given under the gate. The SQL is one function of the database
-//! (`claim_executions_v4`), because the lock and the count must be two statements and one round trip.
+//! (`claim_executions_v5`), because the lock and the count must be two statements and one round trip.
 
 use std::time::Duration;
 
@@ -65,7 +65,7 @@ pub async fn claim(
 ) -> Result<Vec<Claim>, sqlx::Error> {
     let rows = sqlx::query!(
         r#"select execution_id as "execution_id!: ExecutionId", token as "token!: Token", slot as "slot!", attempt as "attempt!"
-             from claim_executions_v4($1, $2, $3, $4, $5, $6)"#,
+             from claim_executions_v5($1, $2, $3, $4, $5, $6)"#,
         worker.id as _,
         worker.name,
         &worker.pools,

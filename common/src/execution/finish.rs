@@ -117,7 +117,7 @@ pub async fn finish(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Resul
 /// What became of those whose claim still held: whether they wait again. Executions first, leases after them, each in
 /// one order: the lock order, also between a finish and a heartbeat of the same runs. An execution that runs without its
 /// lease would be a broken invariant; it is left alone. Executions are looked up by their ids alone: see `expire`. A run
-/// that somebody cancelled ends as Cancelled, whatever it failed of.
+/// that somebody cancelled ends as Cancelled, whatever it failed of; what its worker says of a cancel stays.
 async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Vec<(Token, bool)>, sqlx::Error> {
     let mut rows = Columns::default();
     for (claim, ending) in ends {
@@ -152,7 +152,7 @@ async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Ve
                                 else e.run_at end,
                   ended_at = case when not h.again then clock_timestamp() end,
                   stage = case when not h.again then h.stage end,
-                  error = case when h.cancelled then 'cancelled on request' else h.error end,
+                  error = case when h.cancelled and h.outcome is distinct from 'Cancelled' then 'cancelled on request' else h.error end,
                   error_code = case when h.cancelled then 'cancelled' else h.error_code end,
                   size_bytes = h.size_bytes, path = h.path, checksum = h.checksum, snapshot_at = h.snapshot_at
              from held h join leases l on l.token = h.token

@@ -336,8 +336,13 @@ pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Exe
 /// the plan of an array differs from that of one id: hence the marks.)
 pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
     let mut executions = rows_of(conn, ids).await?;
-    for execution in executions.iter_mut().filter(|execution| execution.kind == "Restore") {
-        execution.restore = restore::find(conn, execution.id).await?.map(Box::new);
+    let restores: Vec<_> = executions.iter().filter(|e| e.kind == "Restore").map(|e| e.id).collect();
+    if !restores.is_empty() {
+        for (id, order) in restore::find_all(conn, &restores).await? {
+            if let Some(execution) = executions.iter_mut().find(|execution| execution.id == id) {
+                execution.restore = Some(Box::new(order));
+            }
+        }
     }
     Ok(executions)
 }

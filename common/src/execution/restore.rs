@@ -8,6 +8,7 @@ use super::enqueue::{Idempotency, store_key};
 use crate::{
     audit::{self, Actor, Event},
     id::{ApiKeyId, ExecutionId, JobId, SourceId},
+    setting,
     telemetry::TraceContext,
 };
 
@@ -58,13 +59,21 @@ pub enum Ordered {
     KeyReused,
     /// No such backup any more, or no such source.
     Gone,
+    /// So many restores of its job wait already.
+    QueueFull(i64),
 }
 
-/// Queues a restore, in a transaction with its audit event. The row of the backup is locked meanwhile, so that two
-/// processes with one idempotency key make one restore.
+/// Queues a restore, in a transaction with its audit event. The rows of its job, where that is still there, and of the
+/// backup are locked meanwhile: an idempotency key is of the job, and two processes with one make one execution.
 pub async fn order(conn: &mut PgConnection, request: &RestoreRequest) -> Result<Ordered, sqlx::Error> {
     let mut tx = conn.begin().await?;
     let order = &request.order;
+    sqlx::query_scalar!(
+        "select j.id from executions e join jobs j on j.id = e.job_id where e.id = $1 for no key update of j",
+        order.backup_id as _
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
     let backup = sqlx::query!(
         r#"select job_id as "job_id: JobId", job_name from executions where id = $1 for no key update"#,
         order.backup_id as _
@@ -77,6 +86,16 @@ pub async fn order(conn: &mut PgConnection, request: &RestoreRequest) -> Result<
     {
         let same = body_hash == idempotency.body_hash;
         return Ok(if same { Ordered::Replayed(execution) } else { Ordered::KeyReused });
+    }
+    let cap = setting::read(&mut tx).await?.max_pending_per_job;
+    let waiting = sqlx::query_scalar!(
+        r#"select count(*) as "n!" from executions where status = 'Pending' and type = 'Restore' and job_id = $1"#,
+        backup.job_id as _
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    if waiting >= cap {
+        return Ok(Ordered::QueueFull(cap));
     }
     let id = ExecutionId::new();
     let made = sqlx::query!(
@@ -138,16 +157,33 @@ async fn stored(
 
 /// What a restore is about; `None` when the execution is none.
 pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Order>, sqlx::Error> {
-    sqlx::query_as!(
-        Order,
-        r#"select r.backup_id as "backup_id: ExecutionId", e.source_id as "source_id: SourceId", r.database_name as database,
-                  r.into_name as "into", r.overwrite, r.keep_owners
+    Ok(find_all(conn, &[id]).await?.pop().map(|(_, order)| order))
+}
+
+/// What restores are about.
+pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<(ExecutionId, Order)>, sqlx::Error> {
+    let rows = sqlx::query!(
+        r#"select r.execution_id as "execution_id!: ExecutionId", r.backup_id as "backup_id!: ExecutionId",
+                  e.source_id as "source_id!: SourceId", r.database_name, r.into_name, r.overwrite as "overwrite!",
+                  r.keep_owners as "keep_owners!"
              from restores r join executions e on e.id = r.execution_id
-            where r.execution_id = $1"#,
-        id as _
+            where r.execution_id = any ($1)"#,
+        ids as _
     )
-    .fetch_optional(conn)
-    .await
+    .fetch_all(conn)
+    .await?;
+    let order = rows.into_iter().map(|r| {
+        let order = Order {
+            backup_id: r.backup_id,
+            source_id: r.source_id,
+            database: r.database_name,
+            into: r.into_name,
+            overwrite: r.overwrite,
+            keep_owners: r.keep_owners,
+        };
+        (r.execution_id, order)
+    });
+    Ok(order.collect())
 }
 
 /// The source that an execution reads, or a restore writes to.

@@ -88,8 +88,8 @@ impl Room {
         }
         let rows = sqlx::query!(
             r#"select j.id as "job!: JobId",
-                      (select count(*) from executions e where e.status = 'Pending' and e.job_id = j.id) as "waiting!",
-                      (select count(*) from execution_leases l where l.job_id = j.id) as "running!"
+                      (select count(*) from executions e where e.status = 'Pending' and e.type = 'Backup' and e.job_id = j.id) as "waiting!",
+                      (select count(*) from execution_leases l where l.type = 'Backup' and l.job_id = j.id) as "running!"
                  from unnest($1::uuid[]) as j (id)"#,
             &unsure[..] as _
         )

@@ -133,6 +133,8 @@ pub struct Metrics {
     pub claimed: Counter,
     waits: Seconds<Of>,
     runs: Seconds<Ended>,
+    restores: Seconds<Ended>,
+    restored: Family<Of, Counter>,
     /// Runs that this process has now.
     pub running: Gauge,
     /// Runs that this process may have.
@@ -173,6 +175,8 @@ impl Metrics {
             claimed: Counter::default(),
             waits: Family::new_with_constructor(|| HistogramWithExemplars::new(WAIT_SECONDS.into_iter())),
             runs: Family::new_with_constructor(|| HistogramWithExemplars::new(RUN_SECONDS.into_iter())),
+            restores: Family::new_with_constructor(|| HistogramWithExemplars::new(RUN_SECONDS.into_iter())),
+            restored: Family::default(),
             running: Gauge::default(),
             concurrency: Gauge::default(),
             heartbeats: Counter::default(),
@@ -231,7 +235,17 @@ impl Metrics {
         self.waits.get_or_create(&Of { engine }).observe(wait.as_secs_f64(), trace, None);
     }
 
-    /// An attempt ended; `outcome` is a word of this program's own.
+    /// An attempt of a restore ended; `outcome` is a word of this program's own.
+    pub fn restore_ended(&self, engine: &'static str, outcome: &'static str, took: Duration, trace: Option<Trace>) {
+        self.restores.get_or_create(&Ended { engine, outcome }).observe(took.as_secs_f64(), trace, None);
+    }
+
+    /// Counts stored bytes of databases that were restored.
+    pub fn restored(&self, engine: &'static str) -> Counter {
+        self.restored.get_or_create_owned(&Of { engine })
+    }
+
+    /// An attempt of a backup ended; `outcome` is a word of this program's own.
     pub fn ended(&self, engine: &'static str, outcome: &'static str, took: Duration, trace: Option<Trace>) {
         self.runs.get_or_create(&Ended { engine, outcome }).observe(took.as_secs_f64(), trace, None);
     }
@@ -286,6 +300,10 @@ impl Metrics {
         registry.register("run_wait_seconds", waits, self.waits.clone());
         let runs = "Time of an attempt from its claim to its recorded end, by outcome";
         registry.register("run_duration_seconds", runs, self.runs.clone());
+        let restores = "Time of an attempt of a restore from its claim to its recorded end, by outcome";
+        registry.register("restore_duration_seconds", restores, self.restores.clone());
+        let restored = "Stored bytes of databases that were restored, by engine";
+        registry.register("restored_bytes", restored, self.restored.clone());
         registry.register("worker_runs", "Runs that this process has now", self.running.clone());
         registry.register("worker_concurrency", "Runs that this process may have at once", self.concurrency.clone());
         registry.register("heartbeats", "Heartbeats that were answered", self.heartbeats.clone());

@@ -84,13 +84,18 @@ impl Bucket {
         let parts = stream::iter(starts).map(move |start| {
             let (bucket, key) = (bucket.clone(), key.clone());
             let wanted = start..end.min(start + READ_BYTES);
-            async move {
+            let part = async move {
                 let part = bucket.client.get_range(&key, wanted.clone()).await;
                 let part = part.map_err(|error| bucket.unread(&error, &key))?;
                 match part.len() as u64 == wanted.end - wanted.start {
                     true => Ok(part),
                     false => Err(StoreError::give_up("object_damaged", format!("{key} is cut off"))),
                 }
+            };
+            async move {
+                // On its own: a reader that stands still for long must not make a request run out of its time.
+                let read = tokio::spawn(part).await;
+                read.unwrap_or_else(|e| Err(StoreError::retry("store_failed", format!("a read ended: {e}"))))
             }
         });
         parts.buffered(READS_AT_ONCE).into_stream().boxed()

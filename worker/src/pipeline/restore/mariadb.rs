@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use common::source::{Engine, SourceAccess};
 
-use super::target::Holds;
+use super::{target::Holds, unpack::Rename};
 use crate::{
     failure::RunError,
     lease::ProcessGroups,
@@ -104,6 +104,13 @@ impl Server {
         program.arg("--connect-timeout=10").arg("--").arg(database);
         Ok(program)
     }
+}
+
+/// Routines, triggers and events that were made while the database had another collation stand between two statements that
+/// change it, by name: of the database that was dumped, which may be somebody's on this very server.
+pub fn rename(from: &str, into: &str) -> Rename {
+    let statement = |name: &str| format!("\nALTER DATABASE `{}` CHARACTER SET ", name.replace('`', "``")).into_bytes();
+    Rename { from: statement(from), into: statement(into) }
 }
 
 /// Sorts what the client says, by MySQL's error numbers.

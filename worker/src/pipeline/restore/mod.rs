@@ -11,6 +11,7 @@
 mod mariadb;
 mod postgres;
 mod target;
+pub mod touched;
 mod unpack;
 
 use std::{sync::Arc, time::Instant};
@@ -20,6 +21,7 @@ use common::{
     artifact::Artifact,
     destination::Destination,
     execution::{Stage, claim::RestoreAssignment, finish::Restored},
+    metrics,
     store::{Shelf, StoreError},
     telemetry::span::SpanKind,
 };
@@ -40,6 +42,7 @@ use crate::{
     trace::noted,
 };
 use target::Target;
+use touched::Touched;
 
 /// Largest manifest that is read.
 const MOST_MANIFEST_BYTES: i64 = 16 << 20;
@@ -55,6 +58,8 @@ pub struct Restoration<'a> {
     pub assignment: &'a RestoreAssignment,
     /// Where to tell.
     pub log: &'a RunLog,
+    /// What was done to the target.
+    pub touched: &'a Touched,
 }
 
 /// An object and the database that it becomes.
@@ -65,9 +70,9 @@ struct Part {
     copy: usize,
 }
 
-/// Brings a backup back. An error tells what became of the target.
+/// Brings a backup back. What became of the target is told by [`Restoration::touched`].
 pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
-    let Restoration { shared, lease, assignment, log } = all;
+    let Restoration { shared, lease, assignment, log, .. } = all;
     lease.set_stage(Stage::Initializing);
     let manifest = manifest(all).await?;
     let mut parts = parts(assignment, &manifest)?;
@@ -98,20 +103,10 @@ pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
 
     lease.set_stage(Stage::Restoring);
     let mut pace = Pace { done: bytes, of: bytes * 2 };
-    for at in 0..parts.len() {
-        let restored = restore_one(all, &target, &manifest, &parts[at], &mut pace).await;
-        // What is there now makes another try fail on its own work.
-        restored.map_err(|error| if at > 0 { half_done(error, &parts[..at]) } else { error })?;
+    for part in &parts {
+        restore_one(all, &target, &manifest, part, &mut pace).await?;
     }
     Ok(Restored { size_bytes: i64::try_from(bytes).unwrap_or(i64::MAX), snapshot_at: manifest.snapshot_at })
-}
-
-fn half_done(error: RunError, done: &[Part]) -> RunError {
-    let names: Vec<_> = done.iter().map(|part| format!("'{}'", part.into)).collect();
-    RunError::give_up(
-        error.code,
-        format!("{}\nRestored before that, and there now: {}.", error.message, names.join(", ")),
-    )
 }
 
 /// How much was read, of what is read twice.
@@ -306,23 +301,33 @@ async fn restore_one(
         target.prepare(&part.into, &log).await?;
         log.info(format!("restoring '{}' into '{}'", part.object.database, part.into));
         let mut tool = target.start(&part.into, &log)?;
-        let stdin = tool.stdin();
-        let fed = feed(all, manifest, part, stdin, pace).await;
+        all.touched.note(&part.into, target.begun());
+        let mut stdin = tool.stdin();
+        let fed = feed(all, target, manifest, part, &mut stdin, pace).await;
         if fed.is_err() {
-            // It must not take the end of its input for the end of the backup.
+            // Before its input ends: it must not take that for the end of the backup.
             tool.kill();
         }
+        drop(stdin);
         let ended = tool.wait().await?;
         super::dump::tell(&ended, &mut span);
-        match fed {
-            // A tool that ended by itself says why.
-            Ok(Fed::Whole) | Ok(Fed::Refused) => target.ended(&part.into, ended),
-            Err(error) => Err(target.left(&part.into, error)),
+        let done = match (fed, ended.status.success()) {
+            (Err(error), _) => Err(error),
+            (Ok(Fed::Refused), true) => {
+                Err(RunError::give_up("restore_failed", format!("{} ended before the backup did", ended.name)))
+            }
+            (Ok(_), _) => target.ended(&part.into, ended),
+        };
+        // A connection that broke says nothing of what the server made of the end.
+        if !done.as_ref().is_err_and(|error| error.code == "source_unreachable") {
+            all.touched.over(done.is_ok());
         }
+        done
     };
     let done = done.await;
     noted(&mut span, done)?;
     span.set_bytes(part.object.stored_bytes, began.elapsed());
+    metrics::get().restored(manifest.engine.as_str()).inc_by(part.object.stored_bytes);
     log.info(format!("'{}' is restored: {} bytes", part.into, part.object.plain_bytes));
     Ok(())
 }
@@ -337,9 +342,10 @@ enum Fed {
 
 async fn feed(
     all: Restoration<'_>,
+    target: &Target<'_>,
     manifest: &Manifest,
     part: &Part,
-    stdin: Option<ChildStdin>,
+    stdin: &mut Option<ChildStdin>,
     pace: &mut Pace,
 ) -> Result<Fed, RunError> {
     let (artifact, destination) = copies(all, Some(&part.object.database))?[part.copy];
@@ -349,7 +355,8 @@ async fn feed(
     let (stored_out, stored_in) = mpsc::channel(QUEUE);
     let (plain_out, plain_in) = mpsc::channel(QUEUE);
     let compression = manifest.compression;
-    let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(compression, stored_in, plain_out));
+    let rename = target.rename(&part.object.database, &part.into);
+    let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(compression, rename, stored_in, plain_out));
     let reading = async {
         let (mut hash, mut bytes) = (Sha256::new(), 0);
         while let Some(chunk) = stream.try_next().await.map_err(at)? {
@@ -364,8 +371,7 @@ async fn feed(
         drop(stored_out);
         Ok::<_, RunError>(Measure { bytes, sha256: hex::encode(hash.finalize()) })
     };
-    let mut stdin = stdin;
-    let writing = async { Ok(write(plain_in, &mut stdin).await) };
+    let writing = async { Ok(write(plain_in, stdin).await) };
     let (stored, written) = tokio::try_join!(reading, writing)?;
     let unpacked = unpacking.await.map_err(|e| RunError::give_up("internal_error", format!("a thread ended: {e}")))?;
     let Some(last) = written else { return Ok(Fed::Refused) };
@@ -377,7 +383,8 @@ async fn feed(
     }
     let confirmed = all.shared.keeper.confirm(all.lease).await;
     confirmed.map_err(|_| RunError::retry("lease_lost", "the lease was lost before the restore was complete"))?;
-    let Some(mut stdin) = stdin else { return Ok(Fed::Refused) };
+    let Some(mut stdin) = stdin.take() else { return Ok(Fed::Refused) };
+    all.touched.note(&part.into, target.ending());
     match stdin.write_all(&last).await.and(stdin.shutdown().await) {
         Ok(()) => Ok(Fed::Whole),
         Err(_) => Ok(Fed::Refused),

@@ -163,11 +163,16 @@ impl Server {
 }
 
 /// Sorts what pg_restore says. Locale C, so the words are fixed.
-pub fn classify(stderr: &str, doing: String) -> RunError {
+pub fn classify(stderr: &str, doing: String, overwrite: bool) -> RunError {
     let hint = |code, hint: &str| RunError::give_up(code, format!("{doing}\n{hint}"));
     let says = |words: &str| stderr.contains(words);
     if says("role \"") && says("does not exist") {
         hint("role_missing", "A role of the backup is not on this server: make it, or restore without keepOwners.")
+    } else if says("already exists") && overwrite {
+        hint(
+            "target_in_use",
+            "Something that the backup would not replace has one of its names: drop that, or restore under another name (into).",
+        )
     } else if says("already exists") {
         hint("target_not_empty", "The target is not empty: restore under another name (into), or say overwrite.")
     } else if says("cannot drop") {

@@ -6,9 +6,9 @@ use common::{
     telemetry::Span,
 };
 
-use super::{mariadb, postgres};
+use super::{mariadb, postgres, touched::Now, unpack::Rename};
 use crate::{
-    failure::{Class, RunError},
+    failure::RunError,
     lease::Lease,
     pipeline::{
         dump::{
@@ -117,14 +117,14 @@ impl<'a> Target<'a> {
         if holds != Holds::Something || self.assignment.order.overwrite {
             return Ok(holds);
         }
-        let again = match self.assignment.claim.attempt {
-            1 => "",
-            _ => " (an attempt before this one was lost: what is there may be its work)",
+        let so = match self.assignment.claim.attempt {
+            1 => "is not empty, and nothing was changed",
+            _ => "is not empty; an attempt of this restore was lost before, and what is there may be its work",
         };
         Err(RunError::give_up(
             "target_not_empty",
             format!(
-                "database '{database}' of '{}' is not empty{again}, and nothing was changed: restore under another name (into), or say overwrite to replace what the backup contains",
+                "database '{database}' of '{}' {so}: restore under another name (into), or say overwrite to replace what the backup contains",
                 self.assignment.target.slug
             ),
         ))
@@ -162,26 +162,32 @@ impl<'a> Target<'a> {
         let said = if stderr.is_empty() { String::new() } else { format!(": {stderr}") };
         let doing = format!("{name} into '{database}' {}{said}", describe_exit(status));
         Err(match &self.server {
-            Server::Postgres(_) => self.left(database, postgres::classify(&stderr, doing)),
-            Server::Mariadb(_) => self.left(database, mariadb::classify(&stderr, doing)),
+            Server::Postgres(_) => postgres::classify(&stderr, doing, self.assignment.order.overwrite),
+            Server::Mariadb(_) => mariadb::classify(&stderr, doing),
         })
     }
 
-    /// What a failure left in the target: whether another try can help depends on it.
-    pub fn left(&self, database: &str, error: RunError) -> RunError {
+    /// What the target is like while it is restored.
+    pub fn begun(&self) -> Now {
         match &self.server {
-            Server::Postgres(_) => RunError {
-                message: format!("{}\nNothing of it was committed: '{database}' is as it was.", error.message),
-                ..error
-            },
-            Server::Mariadb(_) => RunError {
-                message: format!(
-                    "{}\nA part of the backup may be in '{database}' now: restore again with overwrite, or drop the database.",
-                    error.message
-                ),
-                class: Class::GiveUp,
-                ..error
-            },
+            Server::Postgres(_) => Now::Open,
+            Server::Mariadb(_) => Now::Piecemeal,
+        }
+    }
+
+    /// What it is like from when the end is sent.
+    pub fn ending(&self) -> Now {
+        match &self.server {
+            Server::Postgres(_) => Now::Sent,
+            Server::Mariadb(_) => Now::Piecemeal,
+        }
+    }
+
+    /// What in a dump must be changed for another name than the one it was dumped under.
+    pub fn rename(&self, from: &str, into: &str) -> Option<Rename> {
+        match &self.server {
+            Server::Mariadb(_) if from != into => Some(mariadb::rename(from, into)),
+            _ => None,
         }
     }
 }

@@ -32,9 +32,37 @@ impl Read for Inlet {
     }
 }
 
+/// Bytes that are replaced by others on their way.
+#[derive(Clone, Debug)]
+pub struct Rename {
+    /// What is looked for.
+    pub from: Vec<u8>,
+    /// What comes instead.
+    pub into: Vec<u8>,
+}
+
+impl Rename {
+    /// Replaces in `bytes` and gives what is sure; keeps back in `kept` what may be the beginning of one more.
+    fn pass(&self, kept: &mut Vec<u8>, bytes: &[u8]) -> Vec<u8> {
+        let mut all = std::mem::take(kept);
+        all.extend_from_slice(bytes);
+        let (mut out, mut at) = (Vec::with_capacity(all.len()), 0);
+        for found in memchr::memmem::find_iter(&all, &self.from) {
+            out.extend_from_slice(&all[at..found]);
+            out.extend_from_slice(&self.into);
+            at = found + self.from.len();
+        }
+        let sure = all.len().saturating_sub(self.from.len() - 1).max(at);
+        out.extend_from_slice(&all[at..sure]);
+        kept.extend_from_slice(&all[sure..]);
+        out
+    }
+}
+
 /// Unpacks everything that comes in until the other side closes, and measures what goes out. Blocks.
 pub fn unpack(
     compression: Compression,
+    rename: Option<Rename>,
     input: mpsc::Receiver<Bytes>,
     output: mpsc::Sender<Bytes>,
 ) -> io::Result<Measure> {
@@ -44,18 +72,27 @@ pub fn unpack(
         Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(inlet)),
         Compression::None => Box::new(inlet),
     };
-    let (mut hash, mut bytes) = (Sha256::new(), 0);
+    let (mut hash, mut bytes, mut kept) = (Sha256::new(), 0, Vec::new());
+    // Closed: the tool has ended, which is told there.
+    let send =
+        |chunk: Vec<u8>| output.blocking_send(chunk.into()).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe));
     loop {
         let mut chunk = Vec::with_capacity(CHUNK);
         // In full chunks: the last one is kept back, and must be more than what is left of a frame.
         if (&mut reader).take(CHUNK as u64).read_to_end(&mut chunk)? == 0 {
+            if !kept.is_empty() {
+                send(kept)?;
+            }
             return Ok(Measure { bytes, sha256: hex::encode(hash.finalize()) });
         }
         hash.update(&chunk);
         bytes += chunk.len() as u64;
-        // Closed: the tool has ended, which is told there.
-        if output.blocking_send(chunk.into()).is_err() {
-            return Err(io::ErrorKind::BrokenPipe.into());
+        let chunk = match &rename {
+            Some(rename) => rename.pass(&mut kept, &chunk),
+            None => chunk,
+        };
+        if !chunk.is_empty() {
+            send(chunk)?;
         }
     }
 }
@@ -85,14 +122,29 @@ mod tests {
                 (measure, all)
             };
             let (_, stored) = through(&|i, o| compress::compress(compression, i, o), &plain);
-            let (measure, unpacked) = through(&|i, o| unpack(compression, i, o), &stored);
+            let (measure, unpacked) = through(&|i, o| unpack(compression, None, i, o), &stored);
             assert!(unpacked == plain, "{compression:?}");
             let digest = hex::encode(Sha256::digest(&plain));
             assert_eq!(measure.expect("unpacks"), Measure { bytes: plain.len() as u64, sha256: digest });
             if compression != Compression::None {
-                let (cut, _) = through(&|i, o| unpack(compression, i, o), &stored[..stored.len() - 9]);
+                let (cut, _) = through(&|i, o| unpack(compression, None, i, o), &stored[..stored.len() - 9]);
                 assert!(cut.is_err(), "{compression:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_name_is_replaced_wherever_the_chunks_are_cut_and_nothing_else_is() {
+        let rename = Rename { from: b"`shop` ".to_vec(), into: b"`shop_check` ".to_vec() };
+        let text = b"a `shop` b `shop`c `sho `shop` `shop` d `shop";
+        for cut in 1..text.len() {
+            let (mut kept, mut out) = (Vec::new(), Vec::new());
+            for chunk in text.chunks(cut) {
+                out.extend(rename.pass(&mut kept, chunk));
+            }
+            out.extend(kept);
+            let text = String::from_utf8_lossy(&out);
+            assert_eq!(text, "a `shop_check` b `shop`c `sho `shop_check` `shop_check` d `shop", "cut at {cut}");
         }
     }
 }
