@@ -388,6 +388,7 @@ pub async fn list(
         only: caller.only(),
         status: query.status,
         outcome: query.outcome,
+        not_outcome: None,
         from: query.from,
         to: query.to,
         limit: Some(limit(query.limit)?.unwrap_or(DEFAULT_LIMIT)),

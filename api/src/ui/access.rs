@@ -227,6 +227,12 @@ impl SessionsPage {
     fn is_mine(&self, session: &Session) -> bool {
         self.mine == Some(session.id)
     }
+
+    /// One's own, or anybody's for whoever may write users; the one that shows the page ends by signing out.
+    fn may_end(&self, session: &Session) -> bool {
+        let mine = self.sessions.iter().find(|session| self.is_mine(session)).map(|session| session.user_id);
+        !self.is_mine(session) && (self.frame.may(Permission::UsersWrite) || mine == Some(session.user_id))
+    }
 }
 
 /// Who is signed in: oneself, or everybody for whoever may read users.

@@ -94,6 +94,7 @@ pub async fn list(
         only: caller.only(),
         status: STATUSES.into_iter().find(|status| status.as_str() == query.status),
         outcome: OUTCOMES.into_iter().find(|outcome| outcome.as_str() == query.outcome),
+        not_outcome: None,
         from: instant("from", &query.from)?,
         to: instant("to", &query.to)?,
         limit: Some(PAGE),

@@ -179,7 +179,7 @@ async fn destinations_input(state: &AppState, frame: &Frame, job: Option<&Job>) 
         .iter()
         .map(|destination| Choosable::new(destination.id, &destination.name, only || chosen.contains(&destination.id)));
     let input = Input::new(InputType::Many, "destinationIds", "Destinations").help("every backup goes to all of them");
-    Ok(input.placeholder("There is no destination yet.").options(options.collect()))
+    Ok(input.placeholder("There is no destination yet: add one first, under Destinations.").options(options.collect()))
 }
 
 fn when(job: Option<&Job>) -> Vec<Input> {

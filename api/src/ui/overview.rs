@@ -82,8 +82,9 @@ async fn runs(state: &AppState, caller: &Caller) -> Result<(Vec<Execution>, Vec<
     let ask = async |conn: &mut PgConnection| {
         let mut active = execution::list(conn, &of(Status::Running)).await?.rows;
         active.extend(execution::list(conn, &of(Status::Pending)).await?.rows);
-        let mut failed = execution::list(conn, &of(Status::Failed)).await?.rows;
-        failed.retain(|execution| execution.outcome != Some(Outcome::Cancelled));
+        // What somebody wanted to end is no failure.
+        let failed = Filter { not_outcome: Some(Outcome::Cancelled), ..of(Status::Failed) };
+        let failed = execution::list(conn, &failed).await?.rows;
         Ok((active, failed))
     };
     state.ask(ask).await

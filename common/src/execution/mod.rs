@@ -378,6 +378,8 @@ pub struct Filter {
     pub status: Option<Status>,
     /// Only with this outcome.
     pub outcome: Option<Outcome>,
+    /// Not with this outcome.
+    pub not_outcome: Option<Outcome>,
     /// Triggered at this time or later.
     pub from: Option<DateTime<Utc>>,
     /// Triggered before this time.
@@ -403,6 +405,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
               and ($2::uuid[] is null or e.job_id = any ($2))
               and ($3::text is null or e.status = $3)
               and ($4::text is null or e.outcome = $4)
+              and ($9::text is null or e.outcome is distinct from $9)
               and ($5::timestamptz is null or e.queued_at >= $5)
               and ($6::timestamptz is null or e.queued_at < $6)
               and ($7::bigint is null or e.seq < $7)
@@ -416,6 +419,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
         filter.to,
         filter.cursor,
         fetch_limit(filter.limit),
+        filter.not_outcome.map(Outcome::as_str),
     )
     .fetch_all(conn)
     .await?;

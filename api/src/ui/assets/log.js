@@ -26,6 +26,17 @@ function item(line) {
   return entry;
 }
 
+// Of a run that goes on: what is behind it, where it is, what is to come.
+function showStage(page, stage) {
+  const steps = [...page.querySelectorAll("[data-stage]")];
+  const at = steps.findIndex((step) => step.dataset.stage === stage);
+  steps.forEach((step, n) => {
+    step.className = n < at ? "done" : n === at ? "now" : "to-come";
+    if (n === at) step.setAttribute("aria-current", "step");
+    else step.removeAttribute("aria-current");
+  });
+}
+
 export function startLog() {
   const page = document.querySelector("[data-follow]");
   const list = document.getElementById("log");
@@ -51,7 +62,7 @@ export function startLog() {
     },
     status: (execution) => {
       move(shown(), execution);
-      for (const step of shown().querySelectorAll("[data-stage]")) step.classList.toggle("now", step.dataset.stage === execution.stage && execution.status === "Running");
+      if (execution.status === "Running") showStage(shown(), execution.stage);
       if (execution.status !== shown().dataset.status) plan();
     },
     end: () => stop(),

@@ -25,6 +25,18 @@ async fn a_run_is_watched_live_and_cancelled_without_a_poll() {
     browser
         .until("its stage is told", "return document.querySelector('.stages .now')?.dataset.stage === 'Dumping'")
         .await;
+    let stages = "return [...document.querySelectorAll('.stages li')].map((s) => `${s.dataset.stage} ${s.className} ${s.ariaCurrent ?? ''}`.trim())";
+    assert_eq!(
+        browser.js(stages).await,
+        json!([
+            "Queued done",
+            "Initializing done",
+            "Dumping now step",
+            "Uploading to-come",
+            "Verifying to-come",
+            "Completed to-come"
+        ])
+    );
     browser.until("its log is there", "return document.querySelectorAll('#log li').length > 1").await;
     browser
         .until(

@@ -73,3 +73,17 @@ async fn a_person_is_shown_nothing_that_they_may_not_do() {
     browser.until_text("your user lacks the permission sources:read").await;
     browser.assert_only(403).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_its_reader_may_not_end_has_no_button_for_it() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let ends = "return document.querySelectorAll('[data-api^=\"DELETE /api/sessions/\"]').length";
+    let (reader, _other) = (signed_in(&cluster, &["users:read"]).await, signed_in(&cluster, &[]).await);
+    reader.go("/access/sessions").await;
+    assert_eq!(reader.js("return document.querySelectorAll('#sessions tbody tr').length").await, 2);
+    assert_eq!(reader.js(ends).await, 0);
+    let writer = signed_in(&cluster, &["users:read", "users:write"]).await;
+    writer.go("/access/sessions").await;
+    assert_eq!(writer.js(ends).await, 2, "those of both others");
+    reader.assert_clean().await;
+}

@@ -8,9 +8,10 @@ use hyper_util::{
     server::conn::auto::Builder,
 };
 use s3s::{
-    S3Result,
+    S3Request, S3Result,
     access::{S3Access, S3AccessContext},
     auth::SimpleAuth,
+    dto::{AbortMultipartUploadInput, CompleteMultipartUploadInput},
     host::MultiDomain,
     s3_error,
     service::S3ServiceBuilder,
@@ -26,6 +27,17 @@ pub const SECRET_KEY: &str = "s3-secret-of-the-tests";
 struct Policy {
     allowed: Option<&'static [&'static str]>,
     held: watch::Receiver<Option<&'static str>>,
+    root: PathBuf,
+}
+
+impl Policy {
+    /// An upload that was completed or aborted is unknown to S3; the server of these tests would deny it instead.
+    fn knows(&self, upload: &str) -> S3Result<()> {
+        match self.root.join(format!(".upload-{upload}.json")).exists() {
+            true => Ok(()),
+            false => Err(s3_error!(NoSuchUpload)),
+        }
+    }
 }
 
 #[async_trait::async_trait]
@@ -39,6 +51,14 @@ impl S3Access for Policy {
             Some(_) if allowed => Ok(()),
             _ => Err(s3_error!(AccessDenied)),
         }
+    }
+
+    async fn abort_multipart_upload(&self, request: &mut S3Request<AbortMultipartUploadInput>) -> S3Result<()> {
+        self.knows(&request.input.upload_id)
+    }
+
+    async fn complete_multipart_upload(&self, request: &mut S3Request<CompleteMultipartUploadInput>) -> S3Result<()> {
+        self.knows(&request.input.upload_id)
     }
 }
 
@@ -67,7 +87,7 @@ impl S3Server {
         let mut builder = S3ServiceBuilder::new(files);
         builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
         let (held, watched) = watch::channel(None);
-        builder.set_access(Policy { allowed, held: watched });
+        builder.set_access(Policy { allowed, held: watched, root: root.clone() });
         let listener = TcpListener::bind((address, 0)).await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         // `backups.s3.test` for virtual-host style; path style goes by address.
