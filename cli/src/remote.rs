@@ -11,7 +11,7 @@ use common::{
 };
 use reqwest::{Client, RequestBuilder, Response, StatusCode, header};
 use secrecy::{ExposeSecret, SecretString};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use url::Url;
 
 /// Seconds that the instance may keep a question for the state back.
@@ -27,6 +27,17 @@ pub struct RemoteArgs {
     /// The instance, such as https://backup.example.com. DBACKUP_API_KEY (or DBACKUP_API_KEY_FILE, a file) holds the key
     #[arg(long, env = "DBACKUP_URL")]
     url: Url,
+}
+
+/// Flags of every command that starts something and waits for its end.
+#[derive(clap::Args)]
+pub struct FollowArgs {
+    /// Print the run's log on standard error as it is written
+    #[arg(long)]
+    log: bool,
+    /// Print the execution's id and do not wait for its end
+    #[arg(long)]
+    no_wait: bool,
 }
 
 /// See the module.
@@ -98,8 +109,30 @@ impl Instance {
         }
     }
 
+    /// Starts an execution by a request whose lost answer may be asked for again, and follows it to its end, where that is
+    /// wanted. `noun` is what it is called.
+    pub async fn start(
+        &self,
+        path: &[&str],
+        body: &Map<String, Value>,
+        noun: &str,
+        follow: &FollowArgs,
+    ) -> Result<(), StartError> {
+        // One key for all tries: they make one execution.
+        let once = uuid::Uuid::now_v7().to_string();
+        let answer =
+            self.ask(|client, url| client.post(url).header("Idempotency-Key", &once).json(body), path, &[]).await?;
+        let id = answer["executionId"].as_str().unwrap_or_default();
+        if follow.no_wait {
+            println!("{id}");
+            return Ok(());
+        }
+        println!("Execution started: {id}");
+        self.follow(id, noun, follow.log).await
+    }
+
     /// Tells how far a run is, until its end; `noun` is what it is called when it fails.
-    pub async fn follow(&self, id: &str, noun: &str, log: bool) -> Result<(), StartError> {
+    async fn follow(&self, id: &str, noun: &str, log: bool) -> Result<(), StartError> {
         let wait = WAIT.to_string();
         let mut after = "0".to_owned();
         let mut told = String::new();

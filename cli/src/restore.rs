@@ -3,7 +3,7 @@
 use common::db::StartError;
 use serde_json::{Map, Value};
 
-use crate::remote::{Instance, RemoteArgs};
+use crate::remote::{FollowArgs, Instance, RemoteArgs};
 
 /// Flags of `dbackup restore`.
 #[derive(clap::Args)]
@@ -27,12 +27,8 @@ pub struct RestoreArgs {
     /// PostgreSQL: restore owners and grants too; their roles must exist
     #[arg(long)]
     keep_owners: bool,
-    /// Print the run's log on standard error as it is written
-    #[arg(long)]
-    log: bool,
-    /// Print the execution's id and do not wait for its end
-    #[arg(long)]
-    no_wait: bool,
+    #[command(flatten)]
+    follow: FollowArgs,
 }
 
 /// Restores, and waits: an error is a restore that failed, or an instance that refused or did not answer.
@@ -45,16 +41,5 @@ pub async fn run(args: RestoreArgs) -> Result<(), StartError> {
     for (name, value) in [("overwrite", args.overwrite), ("keepOwners", args.keep_owners)] {
         body.extend(value.then(|| (name.to_owned(), Value::from(true))));
     }
-    // An answer that is lost on the way may be asked for again: it makes no second restore.
-    let once = uuid::Uuid::now_v7().to_string();
-    let path = ["api", "executions", &args.execution, "restore"];
-    let answer =
-        instance.ask(|client, url| client.post(url).header("Idempotency-Key", &once).json(&body), &path, &[]).await?;
-    let id = answer["executionId"].as_str().unwrap_or_default();
-    if args.no_wait {
-        println!("{id}");
-        return Ok(());
-    }
-    println!("Restore started: {id}");
-    instance.follow(id, "Restore", args.log).await
+    instance.start(&["api", "executions", &args.execution, "restore"], &body, "Restore", &args.follow).await
 }

@@ -3,7 +3,7 @@
 use common::db::StartError;
 use serde_json::{Map, Value};
 
-use crate::remote::{Instance, RemoteArgs};
+use crate::remote::{FollowArgs, Instance, RemoteArgs};
 
 /// Flags of `dbackup trigger`.
 #[derive(clap::Args)]
@@ -18,12 +18,8 @@ pub struct TriggerArgs {
     /// Keep the backup: retention leaves it alone
     #[arg(long)]
     lock: bool,
-    /// Print the run's log on standard error as it is written
-    #[arg(long)]
-    log: bool,
-    /// Print the execution's id and do not wait for its end
-    #[arg(long)]
-    no_wait: bool,
+    #[command(flatten)]
+    follow: FollowArgs,
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -41,16 +37,5 @@ pub async fn run(args: TriggerArgs) -> Result<(), StartError> {
     if args.lock {
         body.insert("lock".to_owned(), true.into());
     }
-    // An answer that is lost on the way may be asked for again: it makes no second run.
-    let once = uuid::Uuid::now_v7().to_string();
-    let path = ["api", "jobs", &args.job, "run"];
-    let answer =
-        instance.ask(|client, url| client.post(url).header("Idempotency-Key", &once).json(&body), &path, &[]).await?;
-    let id = answer["executionId"].as_str().unwrap_or_default();
-    if args.no_wait {
-        println!("{id}");
-        return Ok(());
-    }
-    println!("Execution started: {id}");
-    instance.follow(id, "Backup", args.log).await
+    instance.start(&["api", "jobs", &args.job, "run"], &body, "Backup", &args.follow).await
 }

@@ -83,11 +83,20 @@ pub async fn system(State(state): State<AppState>, frame: Frame) -> Result<Respo
             Section::new(
                 "History",
                 vec![
-                    number("keepLogsDays", "Days to keep the log of a run", settings.keep_logs_days.into()),
+                    number("keepLogsDays", "Days to keep the log of a run", settings.keep_logs_days.into()).warning(
+                        "Keep logs for fewer days?",
+                        "The logs of runs that ended longer ago are deleted for good, within minutes.",
+                        "Delete what is older",
+                    ),
                     number(
                         "keepExecutionsDays",
                         "Days to keep a run without a backup",
                         settings.keep_executions_days.into(),
+                    )
+                    .warning(
+                        "Keep runs for fewer days?",
+                        "Runs without a backup that ended longer ago are deleted for good, within minutes.",
+                        "Delete what is older",
                     ),
                 ],
             ),

@@ -89,7 +89,7 @@ pub struct Input {
     warning: Option<Warning>,
 }
 
-/// What is asked before a switch that is on is sent: title, text and the word for yes.
+/// What is asked before a switch that is on, or a number that was made smaller, is sent: title, text and the word for yes.
 #[derive(Clone, Copy, Debug)]
 struct Warning {
     title: &'static str,
@@ -170,7 +170,7 @@ impl Input {
         Self { options, ..self }
     }
 
-    /// That asks before it is sent, when it is on.
+    /// That asks before it is sent, when it is on or was made smaller.
     pub fn warning(self, title: &'static str, text: &'static str, yes: &'static str) -> Self {
         Self { warning: Some(Warning { title, text, yes }), ..self }
     }

@@ -1,7 +1,7 @@
 //! Restores: what was backed up comes back as it was, or nothing does.
 
 use std::{
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -544,4 +544,81 @@ async fn a_restore_is_one_trace_and_is_counted_apart_from_backups() {
     assert_eq!(span.of_event("process.exit", "process.exit.code").as_deref(), Some("1"));
     let said = span.of_event("process.stderr", "dbackup.stderr.tail");
     assert!(said.as_ref().is_some_and(|said| said.contains(&owner)) && span.error().is_some(), "{said:?}");
+}
+
+/// A pg_restore as that of PostgreSQL 17 is to an older server: it sends a setting that such a one refuses.
+const NEWER: &str = r#"#!/bin/bash
+case " $* " in
+  *" --version "*) echo "pg_restore (PostgreSQL) 17.2"; exit ;;
+  *" --dbname="*) echo 'pg_restore: error: unrecognized configuration parameter "transaction_timeout"' >&2; exit 1 ;;
+esac
+set -o pipefail
+REAL/pg_restore "$@" | sed '/^SET lock_timeout = 0;$/a SET transaction_timeout = 0;'
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn newer_tools_restore_into_an_older_server_all_of_it_or_nothing() {
+    let bin = std::env::temp_dir().join(unique("newer"));
+    std::fs::create_dir(&bin).expect("a folder");
+    let real = newest_tools();
+    for tool in ["pg_dump", "psql"] {
+        std::os::unix::fs::symlink(real.join(tool), bin.join(tool)).expect("links");
+    }
+    std::fs::write(bin.join("pg_restore"), NEWER.replace("REAL", &real.display().to_string())).expect("writes");
+    std::fs::set_permissions(bin.join("pg_restore"), std::fs::Permissions::from_mode(0o755)).expect("makes executable");
+    let mut cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", bin.display()).start().await;
+    let source = PostgresSource::with_rows(20_000).await;
+    psql(
+        &source.database,
+        &format!("create view seen as select id from item; alter view seen owner to {}", source.role),
+    );
+    let (job, _) = job(&cluster, "postgres", source.config(), json!({})).await;
+    let backup = cluster.backup(&job).await;
+    let into = empty_database(&source).await;
+    let restore = restored(&cluster, &backup, json!({ "into": into })).await;
+    source.assert_same(&into).await;
+    assert!(restore["logs"].to_string().contains("by a script through psql"), "{restore:#}");
+
+    // A failure in the midst, of psql.
+    psql(
+        &source.database,
+        "delete from item where id > 10; create table other (id int); create view kept as select i.id from item i, other o",
+    );
+    refused(&cluster, &backup, json!({ "overwrite": true }), "target_in_use", "Nothing of it was committed").await;
+    assert_eq!(psql(&source.database, "select count(*) from item; select count(*) from seen"), "10\n10\n");
+    psql(&source.database, "drop view kept");
+    restored(&cluster, &backup, json!({ "overwrite": true })).await;
+    assert_eq!(psql(&source.database, "select count(*) from item").trim(), "20000");
+
+    // A worker that is killed, and a restore that is cancelled.
+    let into = empty_database(&source).await;
+    let lock = held(&into).await;
+    let id = self::restore(&cluster, &backup, json!({ "into": into })).await;
+    let first = in_the_midst(&cluster, &into, &[]).await;
+    let worker = cluster.workers.iter().position(|worker| !worker.children().is_empty()).expect("one restores");
+    cluster.workers[worker].kill().await;
+    in_the_midst(&cluster, &into, &first).await;
+    cluster.ok("POST", &format!("/api/executions/{id}/cancel"), None).await;
+    assert_eq!(cluster.ended(&id, SOON).await["outcome"], "Cancelled");
+    lock.close().await.expect("lets go");
+    assert_eq!(tables(&into), "0");
+    // Its own tool fails: the half of a script must not be committed.
+    std::fs::write(
+        bin.join("pg_restore"),
+        NEWER.replace(
+            "REAL/pg_restore \"$@\"",
+            &format!("{}/pg_restore \"$@\" | head -c 900000; exit 1; true", real.display()),
+        ),
+    )
+    .expect("writes");
+    refused(&cluster, &backup, json!({ "into": into }), "restore_failed", "exited with status 1").await;
+    assert_eq!(tables(&into), "0");
+    std::fs::remove_dir_all(bin).expect("removes");
+}
+
+/// The folder of the newest tools on this machine.
+fn newest_tools() -> PathBuf {
+    let majors = std::fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
+    let newest = majors.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok()).max();
+    PathBuf::from(format!("/usr/lib/postgresql/{}/bin", newest.expect("a major")))
 }

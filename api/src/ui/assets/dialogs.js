@@ -13,8 +13,11 @@ export function ask(title, text, yes) {
 }
 
 let leaving;
+const place = document.getElementById("notice");
 export function notify(text, kind = "good") {
-  const place = document.getElementById("notice");
+  // What is outside a modal dialog is neither seen well nor read aloud while it is open.
+  const open = [...document.querySelectorAll("dialog:modal")].at(-1) ?? document.body;
+  if (place.parentNode !== open) open.append(place);
   place.textContent = text;
   place.className = `shown ${kind}`;
   clearTimeout(leaving);

@@ -123,6 +123,11 @@ function missing(form) {
   return empty.map((input) => ({ field: input.name, message: "is required" }));
 }
 
+// A switch that is on, or a number that was made smaller.
+function destroys(input) {
+  return input.type === "checkbox" ? input.checked : Number(input.value) < Number(input.defaultValue);
+}
+
 export async function onSubmit(event, after) {
   event.preventDefault();
   const form = event.target;
@@ -134,8 +139,9 @@ export async function onSubmit(event, after) {
     showProblem(form, { message: "", fields });
     return;
   }
-  for (const { checked, dataset: { confirm, warning, yes } } of form.elements) {
-    if (checked && confirm && !(await ask(confirm, warning, yes))) return;
+  for (const input of form.elements) {
+    const { confirm, warning, yes } = input.dataset;
+    if (confirm && destroys(input) && !(await ask(confirm, warning, yes))) return;
   }
   const [method, path] = form.dataset.api.split(" ");
   const body = bodyOf(form);

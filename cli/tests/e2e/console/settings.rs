@@ -87,3 +87,23 @@ async fn a_session_that_its_reader_may_not_end_has_no_button_for_it() {
     assert_eq!(writer.js(ends).await, 2, "those of both others");
     reader.assert_clean().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_history_that_is_cut_shorter_is_asked_for_and_a_longer_one_is_not() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go("/settings/system").await;
+    let stored =
+        "select coalesce((select (value #>> '{}')::int from settings where name = 'keepLogsDays'), -1)::bigint";
+    browser.field("keepLogsDays", "400").await;
+    browser.press("Save").await;
+    browser.until_text("Saved. It holds from now on.").await;
+    assert_eq!(cluster.count(stored).await, 400);
+    browser.field("keepLogsDays", "7").await;
+    browser.press("Save").await;
+    browser.until_text("are deleted for good").await;
+    assert_eq!(cluster.count(stored).await, 400, "it was sent before the answer");
+    browser.press("Delete what is older").await;
+    crate::harness::until("it is stored", SOON, || async { (cluster.count(stored).await == 7).then_some(()) }).await;
+    browser.assert_clean().await;
+}

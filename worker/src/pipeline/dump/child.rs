@@ -83,9 +83,15 @@ impl Program {
         Ok(path)
     }
 
-    /// It will be fed: see [`Running::stdin`]. What it prints is not wanted.
+    /// It will be fed: see [`Running::stdin`].
     pub fn fed(&mut self) -> &mut Self {
-        self.command.stdin(Stdio::piped()).stdout(Stdio::null());
+        self.command.stdin(Stdio::piped());
+        self
+    }
+
+    /// What it prints is not wanted.
+    pub fn unheard(&mut self) -> &mut Self {
+        self.command.stdout(Stdio::null());
         self
     }
 
@@ -174,6 +180,13 @@ pub struct Output {
     pub stdout: String,
     /// Its standard error.
     pub stderr: String,
+}
+
+impl Output {
+    /// What it printed; or, when it failed, what it complained of.
+    pub fn printed(self) -> Result<String, String> {
+        if self.status.success() { Ok(self.stdout) } else { Err(self.stderr.trim().to_owned()) }
+    }
 }
 
 /// A dump or a restore that runs. Dropping it kills it.

@@ -52,12 +52,10 @@ pub async fn inspect(
     let mut program = Program::new(&client);
     connect(access, &mut program, &tool.version)?;
     program.arg("--batch").arg("--skip-column-names").arg("--raw").arg("--connect-timeout=10").arg("-e").arg(QUESTION);
-    let output = program.output(groups).await?;
-    if !output.status.success() {
-        return Err(classify(&output.stderr, format!("could not sign in: {}", output.stderr.trim())));
-    }
-    let unseen = unseen(&output.stdout);
-    Ok((read_answer(access, &output.stdout, tool.path, tool.version)?, unseen))
+    let printed = program.output(groups).await?.printed();
+    let answer = printed.map_err(|said| classify(&said, format!("could not sign in: {said}")))?;
+    let unseen = unseen(&answer);
+    Ok((read_answer(access, &answer, tool.path, tool.version)?, unseen))
 }
 
 /// What the tools leave out of a dump without a word, because the server does not show it to this user.

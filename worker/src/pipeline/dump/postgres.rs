@@ -84,11 +84,8 @@ async fn ask(access: &SourceAccess, psql: &Path, database: &str, groups: &Proces
     let mut program = Program::new(psql);
     connect(access, &mut program, database)?;
     program.arg("-XAtqw").arg("-F|").arg("-c").arg(QUESTION);
-    let output = program.output(groups).await?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    Err(classify(&output.stderr, format!("could not sign in to '{database}': {}", output.stderr.trim())))
+    let printed = program.output(groups).await?.printed();
+    printed.map_err(|said| classify(&said, format!("could not sign in to '{database}': {said}")))
 }
 
 /// The dump of one database. It waits no longer than `lock_wait` for tables that others hold.

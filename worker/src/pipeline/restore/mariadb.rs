@@ -44,14 +44,8 @@ impl Server {
         let mut program = Program::new(&self.tool.path);
         mariadb::connect(access, &mut program, &self.tool.version)?;
         program.arg("--batch").arg("--skip-column-names").arg("--raw").arg("--connect-timeout=10").arg("-e").arg(query);
-        let output = program.output(groups).await?;
-        match output.status.success() {
-            true => Ok(output.stdout),
-            false => {
-                let said = output.stderr.trim();
-                Err(mariadb::classify(&output.stderr, format!("could not ask the server: {said}")))
-            }
-        }
+        let printed = program.output(groups).await?.printed();
+        printed.map_err(|said| mariadb::classify(&said, format!("could not ask the server: {said}")))
     }
 
     /// What is in a database.

@@ -8,6 +8,7 @@
 //! PostgreSQL restores a database in one transaction: all of it or nothing. MariaDB and MySQL have no transaction for
 //! that, so what failed half-way stays there, and is told; nothing is tried again by itself then.
 
+mod feeding;
 mod mariadb;
 mod postgres;
 mod target;
@@ -16,7 +17,7 @@ mod unpack;
 
 use std::{sync::Arc, time::Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use common::{
     artifact::Artifact,
     destination::Destination,
@@ -27,13 +28,8 @@ use common::{
 };
 use futures::TryStreamExt;
 use sha2::{Digest, Sha256};
-use tokio::{io::AsyncWriteExt, process::ChildStdin, sync::mpsc};
 
-use super::{
-    QUEUE,
-    compress::Measure,
-    manifest::{FORMAT_VERSION, Manifest, ManifestObject},
-};
+use super::manifest::{FORMAT_VERSION, Manifest, ManifestObject};
 use crate::{
     failure::{At, Class, RunError},
     lease::Lease,
@@ -41,7 +37,8 @@ use crate::{
     service::Shared,
     trace::noted,
 };
-use target::Target;
+use feeding::Feeding;
+use target::{Target, Tools};
 use touched::Touched;
 
 /// Largest manifest that is read.
@@ -300,23 +297,12 @@ async fn restore_one(
         // Once more: somebody may have filled it while the backup was read.
         target.prepare(&part.into, &log).await?;
         log.info(format!("restoring '{}' into '{}'", part.object.database, part.into));
-        let mut tool = target.start(&part.into, &log)?;
+        let Tools { tool, reader } = target.start(&part.into, &log)?;
         all.touched.note(&part.into, target.begun());
-        let mut stdin = tool.stdin();
-        let fed = feed(all, target, manifest, part, &mut stdin, pace).await;
-        if fed.is_err() {
-            // Before its input ends: it must not take that for the end of the backup.
-            tool.kill();
-        }
-        drop(stdin);
-        let ended = tool.wait().await?;
-        super::dump::tell(&ended, &mut span);
-        let done = match (fed, ended.status.success()) {
-            (Err(error), _) => Err(error),
-            (Ok(Fed::Refused), true) => {
-                Err(RunError::give_up("restore_failed", format!("{} ended before the backup did", ended.name)))
-            }
-            (Ok(_), _) => target.ended(&part.into, ended),
+        let feeding = Feeding { all, target, manifest, part };
+        let done = match reader {
+            None => feeding.direct(tool, pace, &mut span).await,
+            Some(reader) => feeding.script(reader, tool, pace, &mut span).await,
         };
         // A connection that broke says nothing of what the server made of the end.
         if !done.as_ref().is_err_and(|error| error.code == "source_unreachable") {
@@ -330,75 +316,4 @@ async fn restore_one(
     metrics::get().restored(manifest.engine.as_str()).inc_by(part.object.stored_bytes);
     log.info(format!("'{}' is restored: {} bytes", part.into, part.object.plain_bytes));
     Ok(())
-}
-
-/// What became of feeding a tool.
-enum Fed {
-    /// It took everything.
-    Whole,
-    /// It stopped taking: it has ended.
-    Refused,
-}
-
-async fn feed(
-    all: Restoration<'_>,
-    target: &Target<'_>,
-    manifest: &Manifest,
-    part: &Part,
-    stdin: &mut Option<ChildStdin>,
-    pace: &mut Pace,
-) -> Result<Fed, RunError> {
-    let (artifact, destination) = copies(all, Some(&part.object.database))?[part.copy];
-    let at = |e: StoreError| e.at(&destination.slug);
-    let shelf = open(all.shared, destination)?;
-    let mut stream = shelf.read(&artifact.path, 0..part.object.stored_bytes).await.map_err(at)?;
-    let (stored_out, stored_in) = mpsc::channel(QUEUE);
-    let (plain_out, plain_in) = mpsc::channel(QUEUE);
-    let compression = manifest.compression;
-    let rename = target.rename(&part.object.database, &part.into);
-    let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(compression, rename, stored_in, plain_out));
-    let reading = async {
-        let (mut hash, mut bytes) = (Sha256::new(), 0);
-        while let Some(chunk) = stream.try_next().await.map_err(at)? {
-            hash.update(&chunk);
-            bytes += chunk.len() as u64;
-            pace.add(chunk.len(), all.lease);
-            // Closed when the tool has ended, or the bytes cannot be unpacked: told there.
-            if stored_out.send(chunk).await.is_err() {
-                break;
-            }
-        }
-        drop(stored_out);
-        Ok::<_, RunError>(Measure { bytes, sha256: hex::encode(hash.finalize()) })
-    };
-    let writing = async { Ok(write(plain_in, stdin).await) };
-    let (stored, written) = tokio::try_join!(reading, writing)?;
-    let unpacked = unpacking.await.map_err(|e| RunError::give_up("internal_error", format!("a thread ended: {e}")))?;
-    let Some(last) = written else { return Ok(Fed::Refused) };
-    let plain = unpacked
-        .map_err(|e| RunError::give_up("backup_damaged", format!("{} cannot be unpacked: {e}", artifact.path)))?;
-    let as_stored = stored.sha256 == part.object.stored_sha256;
-    if !as_stored || plain.sha256 != part.object.plain_sha256 {
-        return Err(RunError::give_up("backup_damaged", format!("{} changed while it was restored", artifact.path)));
-    }
-    let confirmed = all.shared.keeper.confirm(all.lease).await;
-    confirmed.map_err(|_| RunError::retry("lease_lost", "the lease was lost before the restore was complete"))?;
-    let Some(mut stdin) = stdin.take() else { return Ok(Fed::Refused) };
-    all.touched.note(&part.into, target.ending());
-    match stdin.write_all(&last).await.and(stdin.shutdown().await) {
-        Ok(()) => Ok(Fed::Whole),
-        Err(_) => Ok(Fed::Refused),
-    }
-}
-
-/// Writes all but the last chunk, and gives that; `None` when the tool takes no more.
-async fn write(mut chunks: mpsc::Receiver<Bytes>, stdin: &mut Option<ChildStdin>) -> Option<Bytes> {
-    let stdin = stdin.as_mut()?;
-    let mut kept: Option<Bytes> = None;
-    while let Some(chunk) = chunks.recv().await {
-        if let Some(before) = kept.replace(chunk) {
-            stdin.write_all(&before).await.ok()?;
-        }
-    }
-    Some(kept.unwrap_or_default())
 }

@@ -41,7 +41,12 @@ pub struct Server {
     pub version: String,
     /// pg_restore.
     pub tool: Tool,
+    /// Whether the tool would send what the server does not know: see [`Server::script`].
+    pub by_script: bool,
 }
+
+/// From this major on pg_restore sets `transaction_timeout`, which servers before it refuse.
+const NEEDS_TIMEOUT: u32 = 17;
 
 /// Signs in, and chooses the pg_restore: of the server's major or of the tool's that wrote the dump, whichever is newer,
 /// or the next newer one. An older one cannot read the dump.
@@ -69,7 +74,9 @@ pub async fn open(
     }
     let server = version.split(['.', ' ']).next().and_then(|major| major.parse().ok()).unwrap_or(0);
     let tool = choose(&tools, server, postgres::major_of(dumped_by).unwrap_or(0))?;
-    Ok(Server { psql, version, tool })
+    let by_script =
+        server < NEEDS_TIMEOUT && postgres::major_of(&tool.version).is_some_and(|tool| tool >= NEEDS_TIMEOUT);
+    Ok(Server { psql, version, tool, by_script })
 }
 
 fn choose(tools: &[Tool], server: u32, dumped_by: u32) -> Result<Tool, RunError> {
@@ -96,14 +103,8 @@ async fn ask(
     let mut program = Program::new(psql);
     postgres::connect(access, &mut program, database)?;
     program.arg("-XAtqw").arg("-F|").arg("-c").arg(query);
-    let output = program.output(groups).await?;
-    match output.status.success() {
-        true => Ok(output.stdout),
-        false => {
-            let said = output.stderr.trim();
-            Err(postgres::classify(&output.stderr, format!("could not ask '{database}': {said}")))
-        }
-    }
+    let printed = program.output(groups).await?.printed();
+    printed.map_err(|said| postgres::classify(&said, format!("could not ask '{database}': {said}")))
 }
 
 impl Server {
@@ -152,13 +153,35 @@ impl Server {
         postgres::connect(access, &mut program, database)?;
         // An empty name: that of the environment counts, see `connect`.
         program.arg("--dbname=").arg("--no-password").arg("--single-transaction").arg("--exit-on-error");
-        if order.overwrite {
-            program.arg("--clean").arg("--if-exists");
-        }
-        if !order.keep_owners {
-            program.arg("--no-owner").arg("--no-privileges");
-        }
+        choices(&mut program, order);
         Ok(program)
+    }
+
+    /// The same as a script on its standard output.
+    pub fn script(&self, access: &SourceAccess, database: &str, order: &Order) -> Result<Program, RunError> {
+        let mut program = Program::new(&self.tool.path);
+        postgres::connect(access, &mut program, database)?;
+        program.arg("--file=-");
+        choices(&mut program, order);
+        Ok(program)
+    }
+
+    /// Runs a script: all of it or nothing. The psql beside the tool, which knows what that one writes.
+    pub fn run(&self, access: &SourceAccess, database: &str) -> Result<Program, RunError> {
+        let beside = self.tool.path.with_file_name("psql");
+        let mut program = Program::new(if beside.is_file() { &beside } else { &self.psql });
+        postgres::connect(access, &mut program, database)?;
+        program.arg("-Xqw").arg("--single-transaction").arg("--set=ON_ERROR_STOP=1").arg("--file=-");
+        Ok(program)
+    }
+}
+
+fn choices(program: &mut Program, order: &Order) {
+    if order.overwrite {
+        program.arg("--clean").arg("--if-exists");
+    }
+    if !order.keep_owners {
+        program.arg("--no-owner").arg("--no-privileges");
     }
 }
 

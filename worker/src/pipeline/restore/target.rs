@@ -12,7 +12,7 @@ use crate::{
     lease::Lease,
     pipeline::{
         dump::{
-            child::{Ended, Running},
+            child::{Ended, Program, Running},
             describe_exit, describe_source,
         },
         manifest::Manifest,
@@ -35,6 +35,14 @@ pub enum Server {
     Postgres(postgres::Server),
     /// MariaDB or MySQL.
     Mariadb(mariadb::Server),
+}
+
+/// What restores a database.
+pub struct Tools {
+    /// Speaks to the server.
+    pub tool: Running,
+    /// Where that is psql: pg_restore, which is fed, and writes the script that psql runs.
+    pub reader: Option<Running>,
 }
 
 /// What a database holds.
@@ -144,13 +152,25 @@ impl<'a> Target<'a> {
     }
 
     /// Starts the tool; it restores what it is fed.
-    pub fn start(&self, database: &str, log: &RunLog) -> Result<Running, RunError> {
-        let mut program = match &self.server {
-            Server::Postgres(server) => server.restore(&self.access, database, &self.assignment.order)?,
-            Server::Mariadb(server) => server.restore(&self.access, database)?,
+    pub fn start(&self, database: &str, log: &RunLog) -> Result<Tools, RunError> {
+        let (order, lease) = (&self.assignment.order, self.lease);
+        let quiet = |mut program: Program| {
+            program.fed().unheard();
+            program.start(lease, log)
         };
-        program.fed();
-        program.start(self.lease, log)
+        let mut reader = None;
+        let tool = match &self.server {
+            Server::Postgres(server) if server.by_script => {
+                log.info("by a script through psql: this pg_restore sends what a server before 17 does not know");
+                let mut script = server.script(&self.access, database, order)?;
+                script.fed();
+                reader = Some(script.start(lease, log)?);
+                quiet(server.run(&self.access, database)?)
+            }
+            Server::Postgres(server) => quiet(server.restore(&self.access, database, order)?),
+            Server::Mariadb(server) => quiet(server.restore(&self.access, database)?),
+        };
+        Ok(Tools { tool: tool?, reader })
     }
 
     /// Judges how the tool ended.
