@@ -115,28 +115,6 @@ async fn every_page_sends_a_stranger_to_the_sign_in_and_refuses_a_reader_without
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_overview_shows_the_last_failure_however_much_was_cancelled_since() {
-    let cluster = Cluster::build().workers(0).start().await;
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
-    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
-    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
-    let failed = cluster.trigger(&job).await;
-    let fail = format!(
-        "with failed as (update executions set status = 'Failed', ended_at = now(), error = 'the disk broke' where id = '{failed}' returning 1)
-         select count(*) from failed"
-    );
-    assert_eq!(cluster.count(&fail).await, 1);
-    for _ in 0..9 {
-        let id = cluster.trigger(&job).await;
-        cluster.ok("POST", &format!("/api/executions/{id}/cancel"), None).await;
-    }
-    let page = cluster.http.get(cluster.url(0)).bearer_auth(&cluster.admin_key).send().await.expect("answers");
-    let page = page.text().await.expect("a page");
-    assert!(page.contains(&failed) && page.contains("the disk broke"), "{page}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn looking_at_pages_uses_up_nothing_that_the_scripts_of_the_same_address_may_read() {
     let cluster = Cluster::build().workers(0).rate_limits(json!({ "read": { "limit": 3 } })).start().await;
     let get = async |path: &str| {

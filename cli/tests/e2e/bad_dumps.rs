@@ -31,7 +31,8 @@ fn tools(folder: &Path, pg_dump: &str) -> PathBuf {
     bin
 }
 
-fn write_script(path: &Path, text: &str) {
+/// A program.
+pub fn write_script(path: &Path, text: &str) {
     std::fs::write(path, text).expect("writes");
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("makes it executable");
 }

@@ -1,11 +1,11 @@
-//! Every list of the API is paged by cursor, and what is inserted between two pages shifts nothing.
+//! Every list of the API is paged by cursor, and what is inserted between two pages shifts nothing; the overview is of such lists.
 
 use std::collections::BTreeSet;
 
 use api::auth::Access;
 use serde_json::json;
 
-use crate::harness::{Cluster, id, unique};
+use crate::harness::{Cluster, id, source::PostgresSource, unique};
 
 const PASSWORD: &str = "correct horse battery";
 
@@ -62,4 +62,26 @@ async fn every_list_is_paged_and_an_insert_between_two_pages_shifts_nothing() {
             assert_eq!(status, 400, "{list}?{bad}: {answer}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_overview_shows_the_last_failure_however_much_was_cancelled_since() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    let failed = cluster.trigger(&job).await;
+    let fail = format!(
+        "with failed as (update executions set status = 'Failed', ended_at = now(), error = 'the disk broke' where id = '{failed}' returning 1)
+         select count(*) from failed"
+    );
+    assert_eq!(cluster.count(&fail).await, 1);
+    for _ in 0..9 {
+        let id = cluster.trigger(&job).await;
+        cluster.ok("POST", &format!("/api/executions/{id}/cancel"), None).await;
+    }
+    let page = cluster.http.get(cluster.url(0)).bearer_auth(&cluster.admin_key).send().await.expect("answers");
+    let page = page.text().await.expect("a page");
+    assert!(page.contains(&failed) && page.contains("the disk broke"), "{page}");
 }
