@@ -87,17 +87,10 @@ impl HttpArgs {
             listen,
             trusted_proxies: self.trusted_proxies.iter().map(|text| network(text)).collect::<Result<_, _>>()?,
             redis: config::redis_url()?.map(|url| RedisConfig { url, timeout }),
-            local_paths: absolute(local_paths)?,
+            local_paths: config::local_paths(local_paths)?,
             shutdown_delay: Duration::from_secs(self.shutdown_delay_seconds),
             timing,
         })
-    }
-}
-
-fn absolute(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, ConfigError> {
-    match paths.iter().find(|path| !path.is_absolute()) {
-        Some(path) => Err(ConfigError(format!("DBACKUP_LOCAL_PATHS: {} is not an absolute path", path.display()))),
-        None => Ok(paths),
     }
 }
 

@@ -76,6 +76,11 @@ impl ApiError {
         error
     }
 
+    /// 422 of one field.
+    pub fn invalid_field(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::invalid(vec![FieldProblem::new(field, message)])
+    }
+
     /// Names the run that is in the way.
     pub fn with_execution(mut self, id: impl ToString) -> Self {
         self.body.execution_id = Some(id.to_string());
@@ -151,7 +156,7 @@ impl From<DbError> for ApiError {
 fn of_constraint(name: &str) -> Option<ApiError> {
     let taken =
         |what: &str| Some(ApiError::conflict("slug_taken", format!("another {what} has this slug: choose another")));
-    let field = |field: &str, message: &str| Some(ApiError::invalid(vec![FieldProblem::new(field, message)]));
+    let field = |field: &str, message: &str| Some(ApiError::invalid_field(field, message));
     match name {
         "sources_slug_unique" => taken("source"),
         "destinations_slug_unique" => taken("destination"),

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{Read, Seek, SeekFrom, Write},
+    io::{Read, Write},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -112,25 +112,20 @@ async fn fetch(instance: &Instance, path: &[&str], wanted: &Wanted, target: &Pat
     let mut moved = Instant::now();
     while have < wanted.size {
         let before = have;
-        let broke = match ask(instance, path, wanted, have).await? {
-            Answer::Bytes(response) => keep(response, &mut file, &mut hash, &mut have).await.map_err(told)?,
-            Answer::Later(why, pause) => {
-                tokio::time::sleep(pause).await;
-                Some(why)
-            }
+        let (why, pause) = match ask(instance, path, wanted, have).await? {
+            Answer::Bytes(response) => (keep(response, &mut file, &mut hash, &mut have).await.map_err(told)?, AGAIN),
+            Answer::Later(why, pause) => (why, pause),
         };
+        if have >= wanted.size {
+            break;
+        }
         if have > before {
             moved = Instant::now();
         } else if moved.elapsed() > PATIENCE {
-            return Err(format!("{}; asked for {} s", broke.unwrap_or_default(), PATIENCE.as_secs()));
+            return Err(format!("{why}; asked for {} s", PATIENCE.as_secs()));
         }
-        if let Some(why) = broke {
-            eprintln!("{}: {why}; going on at byte {have}", wanted.name);
-        }
-        // The instance cuts off before its end what is not what was stored: the same again would come.
-        if have > before && have < wanted.size {
-            tokio::time::sleep(AGAIN.min(Duration::from_secs(1))).await;
-        }
+        eprintln!("{}: {why}; going on at byte {have}", wanted.name);
+        tokio::time::sleep(pause).await;
     }
     if have != wanted.size || hex::encode(hash.finalize()) != wanted.sha256 {
         fs::remove_file(&part).map_err(told)?;
@@ -141,7 +136,6 @@ async fn fetch(instance: &Instance, path: &[&str], wanted: &Wanted, target: &Pat
 }
 
 fn hash_file(file: &mut fs::File, hash: &mut Sha256) -> std::io::Result<u64> {
-    file.seek(SeekFrom::Start(0))?;
     let (mut buffer, mut have) = (vec![0; 256 << 10], 0);
     loop {
         match file.read(&mut buffer)? {
@@ -178,13 +172,13 @@ async fn ask(instance: &Instance, path: &[&str], wanted: &Wanted, from: u64) -> 
     }
 }
 
-/// Writes what comes; gives why it ended before its end.
+/// Writes what comes; gives why no more does.
 async fn keep(
     mut response: Response,
     file: &mut fs::File,
     hash: &mut Sha256,
     have: &mut u64,
-) -> std::io::Result<Option<String>> {
+) -> std::io::Result<String> {
     loop {
         match response.chunk().await {
             Ok(Some(chunk)) => {
@@ -192,8 +186,8 @@ async fn keep(
                 hash.update(&chunk);
                 *have += chunk.len() as u64;
             }
-            Ok(None) => return Ok(None),
-            Err(error) => return Ok(Some(format!("the download broke off: {}", Chain(&error.without_url())))),
+            Ok(None) => return Ok("the answer ended".to_owned()),
+            Err(error) => return Ok(format!("the download broke off: {}", Chain(&error.without_url()))),
         }
     }
 }

@@ -1,6 +1,9 @@
 //! What every program reads from its flags and environment: one line names what is wrong, exit status 2.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{
     Parser,
@@ -106,6 +109,14 @@ pub fn redis_url() -> Result<Option<SecretString>, ConfigError> {
     match url::Url::parse(url.expose_secret()) {
         Ok(parsed) if matches!(parsed.scheme(), "redis" | "rediss" | "unix" | "redis+unix") => Ok(Some(url)),
         _ => Err(ConfigError("REDIS_URL is not a URL that begins with redis:// or rediss://".into())),
+    }
+}
+
+/// The folders of `DBACKUP_LOCAL_PATHS`.
+pub fn local_paths(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, ConfigError> {
+    match paths.iter().find(|path| !path.is_absolute()) {
+        Some(path) => Err(ConfigError(format!("DBACKUP_LOCAL_PATHS: {} is not an absolute path", path.display()))),
+        None => Ok(paths),
     }
 }
 

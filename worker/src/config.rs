@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use common::config::{ConfigError, Timing, TimingArgs};
+use common::config::{self, ConfigError, Timing, TimingArgs};
 
 /// Flags of a worker; each is also an environment variable.
 #[derive(clap::Args, Clone, Debug)]
@@ -80,9 +80,7 @@ impl WorkerArgs {
         if self.pools.iter().any(|p| p.trim().is_empty()) {
             return fail("DBACKUP_POOLS holds an empty name".to_owned());
         }
-        if let Some(path) = self.local_paths.iter().find(|p| !p.is_absolute()) {
-            return fail(format!("DBACKUP_LOCAL_PATHS: {} is not an absolute path", path.display()));
-        }
+        let local_paths = config::local_paths(self.local_paths)?;
         if self.drain_seconds > 86_400 {
             return fail(format!("DBACKUP_DRAIN_SECONDS is {} but must be at most 86400", self.drain_seconds));
         }
@@ -120,7 +118,7 @@ impl WorkerArgs {
             name,
             concurrency: self.concurrency,
             pools: self.pools.iter().map(|p| p.trim().to_owned()).collect(),
-            local_paths: self.local_paths,
+            local_paths,
             drain: Duration::from_secs(self.drain_seconds),
             retry_pause: Duration::from_millis(self.retry_pause_ms),
             freeze: Duration::from_secs(self.freeze_seconds),

@@ -245,18 +245,15 @@ impl Lease {
         }
     }
 
-    /// Notes how far it is, 0 to 99; never goes back.
-    pub fn set_percent(&self, percent: i16) {
+    /// Counts bytes that were read, by which `done` of `of` are: the percentage is 0 to 99 and never goes back.
+    pub fn count(&self, bytes: usize, done: u64, of: u64) {
+        self.bytes.fetch_add(bytes as u64, std::sync::atomic::Ordering::Relaxed);
+        let percent = i16::try_from(done.saturating_mul(100) / of.max(1)).unwrap_or(99).min(99);
         let mut progress = lock(&self.progress);
-        if percent.clamp(0, 99) > progress.1 {
-            progress.1 = percent.clamp(0, 99);
+        if percent > progress.1 {
+            progress.1 = percent;
             self.changed.store(true, std::sync::atomic::Ordering::Relaxed);
         }
-    }
-
-    /// Counts bytes that were read.
-    pub fn add_bytes(&self, bytes: usize) {
-        self.bytes.fetch_add(bytes as u64, std::sync::atomic::Ordering::Relaxed);
     }
 
     fn bytes_per_second(&self, bytes: u64) -> Option<u64> {

@@ -216,7 +216,7 @@ pub async fn create(
     let whole = body.whole(&state, &caller, None).await?;
     check_grant(&caller, &whole)?;
     if !whole.enabled {
-        return Err(ApiError::invalid(vec![FieldProblem::new("enabled", "a new key is enabled: leave it out")]));
+        return Err(ApiError::invalid_field("enabled", "a new key is enabled: leave it out"));
     }
     let (key, secret) = state
         .change(&caller, async |conn| {
@@ -291,7 +291,7 @@ pub async fn rotate(
     let old = find(&state, &id).await?;
     check_grant(&caller, &KeyDraft::from(&old))?;
     if body.grace_seconds > MOST_GRACE {
-        return Err(ApiError::invalid(vec![FieldProblem::new("graceSeconds", "must be at most 2592000 (30 days)")]));
+        return Err(ApiError::invalid_field("graceSeconds", "must be at most 2592000 (30 days)"));
     }
     let rotated = state
         .change(&caller, async |conn| {

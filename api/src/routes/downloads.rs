@@ -68,7 +68,7 @@ pub async fn download(
     }
     let file = artifact.path.rsplit('/').next().unwrap_or_default().replace(['"', '\\'], "_");
     let kind = if artifact.database.is_none() { "application/json" } else { "application/octet-stream" };
-    let digest = BASE64_STANDARD.encode(hex(&artifact.sha256));
+    let digest = BASE64_STANDARD.encode(hex::decode(&artifact.sha256).unwrap_or_default());
     let mut set = |name: header::HeaderName, value: String| {
         if let Ok(value) = HeaderValue::from_str(&value) {
             response.headers_mut().insert(name, value);
@@ -124,11 +124,6 @@ fn not_found() -> ApiError {
     ApiError::not_found("Artifact", "artifact_not_found")
 }
 
-fn hex(text: &str) -> Vec<u8> {
-    let digit = |at: usize| text.get(at..at + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
-    (0..text.len()).step_by(2).filter_map(digit).collect()
-}
-
 /// The bytes as they lie in the destination.
 async fn open(state: &AppState, artifact: &Artifact, range: Range<u64>) -> Result<Bytestream, ApiError> {
     let reference = Reference::new(artifact.destination_id.to_string());
@@ -169,8 +164,7 @@ fn checked(bytes: Bytestream, artifact: &Artifact) -> Bytestream {
         loop {
             let Some(chunk) = bytes.next().await.transpose()? else {
                 let Some(last) = kept.take() else { return Ok(None) };
-                let found: String = hash.clone().finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-                if found != wanted {
+                if hex::encode(hash.finalize_reset()) != wanted {
                     tracing::error!(
                         path,
                         "a stored object is not what was stored: its SHA-256 differs; its download is cut off"

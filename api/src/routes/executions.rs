@@ -54,7 +54,7 @@ pub struct RunBody {
 }
 
 /// Longest wait that a client may ask for, in seconds.
-const MOST_WAIT: u64 = 60;
+pub const MOST_WAIT: u64 = 60;
 /// Longest age and longest start that a client may ask for: a year, in seconds.
 const YEAR: i32 = 31_536_000;
 
@@ -69,9 +69,7 @@ impl RunBody {
         if self.lock_days.is_some_and(|days| !(1..=36_500).contains(&days)) {
             check.refuse("lockDays", "must be between 1 and 36500");
         }
-        if self.wait.is_some_and(|wait| wait > MOST_WAIT) {
-            check.refuse("wait", "must be at most 60 seconds");
-        }
+        check.wait(self.wait);
         if self.max_age_seconds.is_some_and(|age| !(0..=YEAR).contains(&age)) {
             check.refuse("maxAgeSeconds", "must be between 0 and 31536000");
         }
@@ -108,8 +106,13 @@ impl RunBody {
 
     /// Until when the answer waits for the end.
     pub fn wait_until(&self) -> Option<Instant> {
-        self.wait.filter(|wait| *wait > 0).map(|wait| Instant::now() + Duration::from_secs(wait))
+        wait_until(self.wait)
     }
+}
+
+/// Until when an answer waits for the end.
+pub fn wait_until(wait: Option<u64>) -> Option<Instant> {
+    wait.filter(|wait| *wait > 0).map(|wait| Instant::now() + Duration::from_secs(wait))
 }
 
 static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -456,7 +459,7 @@ pub async fn retry(
         return Err(ApiError::conflict("not_ended", "the execution has not ended: wait for its end, or cancel it")
             .with_execution(old.id));
     }
-    if old.kind == "Restore" {
+    if old.is_restore() {
         return super::restores::again(&state, &caller, &old, &headers, &raw).await;
     }
     let body = RunBody { priority: Some(old.priority), labels: old.labels, ..RunBody::default() };

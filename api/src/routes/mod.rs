@@ -121,6 +121,13 @@ impl Check {
         }
     }
 
+    /// How long an answer may wait for the end of an execution.
+    fn wait(&mut self, seconds: Option<u64>) {
+        if seconds.is_some_and(|seconds| seconds > executions::MOST_WAIT) {
+            self.refuse("wait", "must be at most 60 seconds");
+        }
+    }
+
     fn done(self) -> Result<(), ApiError> {
         if self.0.is_empty() { Ok(()) } else { Err(ApiError::invalid(self.0)) }
     }

@@ -18,11 +18,11 @@ use common::{
     telemetry::TraceContext,
 };
 use serde::Deserialize;
-use tokio::time::{Duration, Instant};
+use tokio::time::Instant;
 
 use super::{
     Check,
-    executions::{Accepted, How, enqueue_span, find, idempotency, key_reused, not_found, queue_full, told},
+    executions::{Accepted, How, enqueue_span, find, idempotency, key_reused, not_found, queue_full, told, wait_until},
 };
 use crate::{
     auth::Caller,
@@ -59,9 +59,7 @@ impl RestoreBody {
         if self.into.as_deref().is_some_and(|name| !sane(name)) {
             check.refuse("into", "must be the name of a database: 1 to 63 bytes without control characters");
         }
-        if self.wait.is_some_and(|wait| wait > 60) {
-            check.refuse("wait", "must be at most 60 seconds");
-        }
+        check.wait(self.wait);
         if self.into.as_deref().is_some_and(|name| SYSTEM.contains(&name.to_lowercase().as_str())) {
             check.refuse("into", "is a database of the server's own: choose another name");
         }
@@ -71,10 +69,6 @@ impl RestoreBody {
 
 /// What a server keeps for itself, and what it makes new databases from.
 const SYSTEM: [&str; 6] = ["template0", "template1", "mysql", "sys", "information_schema", "performance_schema"];
-
-fn invalid(field: &str, message: impl Into<String>) -> ApiError {
-    ApiError::invalid(vec![common::connection::FieldProblem::new(field, message)])
-}
 
 /// Restores a backup into a database. It is an execution of type Restore: poll it as any other.
 ///
@@ -95,7 +89,7 @@ pub async fn create(
     let into_database = database_of(&state, &backup, &body).await?;
     let source = target(&state, &backup, body.source_id.clone()).await?;
     if body.keep_owners && source.engine != Engine::Postgres {
-        return Err(invalid("keepOwners", "is for PostgreSQL alone"));
+        return Err(ApiError::invalid_field("keepOwners", "is for PostgreSQL alone"));
     }
     let order = Order {
         backup_id: backup.id,
@@ -106,7 +100,7 @@ pub async fn create(
         keep_owners: body.keep_owners,
     };
     allowed(&state, &caller, &order).await?;
-    let wait = body.wait.filter(|wait| *wait > 0).map(|wait| Instant::now() + Duration::from_secs(wait));
+    let wait = wait_until(body.wait);
     let once = [b"restore ", id.as_bytes(), b" ", &raw[..]].concat();
     place(&state, &caller, order, &headers, &once, wait).await
 }
@@ -161,13 +155,14 @@ async fn database_of(state: &AppState, backup: &Execution, body: &RestoreBody) -
     let all = databases(state, backup).await?;
     match (&body.database, &all[..]) {
         (Some(name), all) if !all.contains(name) => {
-            Err(invalid("database", format!("is not in this backup, which has {}", all.join(", "))))
+            Err(ApiError::invalid_field("database", format!("is not in this backup, which has {}", all.join(", "))))
         }
         (Some(name), _) => Ok(Some(name.clone())),
         (None, [only]) => Ok(Some(only.clone())),
-        (None, all) if body.into.is_some() => {
-            Err(invalid("database", format!("is required with 'into': the backup has {}", all.join(", "))))
-        }
+        (None, all) if body.into.is_some() => Err(ApiError::invalid_field(
+            "database",
+            format!("is required with 'into': the backup has {}", all.join(", ")),
+        )),
         (None, _) => Ok(None),
     }
 }
@@ -176,7 +171,7 @@ async fn database_of(state: &AppState, backup: &Execution, body: &RestoreBody) -
 pub async fn databases(state: &AppState, backup: &Execution) -> Result<Vec<String>, ApiError> {
     let nothing =
         |what| ApiError::conflict("nothing_to_restore", format!("{what}: name a backup that ended with Success"));
-    if backup.members.is_some() || backup.kind != "Backup" {
+    if backup.members.is_some() || backup.is_restore() {
         return Err(nothing("this execution is no backup"));
     }
     if backup.status != Status::Success {
@@ -194,22 +189,14 @@ pub async fn databases(state: &AppState, backup: &Execution) -> Result<Vec<Strin
 
 /// The source whose server it goes to.
 async fn target(state: &AppState, backup: &Execution, named: Option<String>) -> Result<Source, ApiError> {
-    let own = named.is_none();
-    let reference = match named {
-        Some(name) => Some(Reference::new(name)),
-        None => {
-            let own = state.ask(async |conn| restore::source_of(conn, backup.id).await).await?;
-            own.map(|id| Reference::new(id.to_string()))
-        }
+    let (found, why) = match named.map(Reference::new) {
+        Some(named) => (state.ask(async |conn| source::find(conn, &named).await).await?, "there is no such source"),
+        None => (
+            state.ask(async |conn| restore::own_source(conn, backup.id).await).await?,
+            "is required: the source of the backup was deleted",
+        ),
     };
-    let found = match &reference {
-        Some(reference) => state.ask(async |conn| source::find(conn, reference).await).await?,
-        None => None,
-    };
-    found.ok_or_else(|| match own {
-        true => invalid("sourceId", "is required: the source of the backup was deleted"),
-        false => invalid("sourceId", "there is no such source"),
-    })
+    found.ok_or_else(|| ApiError::invalid_field("sourceId", why))
 }
 
 /// A key that is scoped to jobs writes to their own sources alone, and replaces nothing there but what was backed up.

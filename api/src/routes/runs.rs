@@ -78,15 +78,14 @@ async fn jobs_of(state: &AppState, caller: &Caller, which: Which) -> Result<Vec<
         }
         _ => {
             let text = "give either 'jobs' (ids or slugs) or 'selector' (labels, at least one)";
-            return Err(ApiError::invalid(vec![FieldProblem::new("jobs", text)]));
+            return Err(ApiError::invalid_field("jobs", text));
         }
     };
     match jobs.len() {
-        0 => Err(ApiError::invalid(vec![FieldProblem::new("jobs", "no job is meant: nothing would run")])),
-        n if n > MAX_MEMBERS => Err(ApiError::invalid(vec![FieldProblem::new(
-            "jobs",
-            format!("{n} jobs are meant, but at most {MAX_MEMBERS} may be"),
-        )])),
+        0 => Err(ApiError::invalid_field("jobs", "no job is meant: nothing would run")),
+        n if n > MAX_MEMBERS => {
+            Err(ApiError::invalid_field("jobs", format!("{n} jobs are meant, but at most {MAX_MEMBERS} may be")))
+        }
         _ => Ok(jobs),
     }
 }

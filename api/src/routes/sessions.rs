@@ -8,7 +8,6 @@ use axum::{
 };
 use common::{
     audit::Event,
-    connection::FieldProblem,
     id::{SessionId, UserId},
     password,
     permission::Permission,
@@ -239,7 +238,7 @@ pub async fn change_password(
     check.done()?;
     let stored = state.ask(async |conn| user::credentials(conn, caller.name()).await).await?;
     if is_right(&state, stored, body.current).await != Some(id) {
-        return Err(ApiError::invalid(vec![FieldProblem::new("current", "is not your password")]));
+        return Err(ApiError::invalid_field("current", "is not your password"));
     }
     let password = hashed(&state, body.password).await?;
     let change = async |conn: &mut sqlx::PgConnection| {

@@ -154,7 +154,7 @@ impl OnePage {
     }
 
     fn is_restore(&self) -> bool {
-        self.it.kind == "Restore"
+        self.it.is_restore()
     }
 
     /// Whether it is a backup that its reader may restore.

@@ -3,7 +3,6 @@
 use axum::{Extension, extract::State, response::Response};
 use common::{
     execution::restore,
-    id::Reference,
     permission::Permission,
     source::{self, Engine},
 };
@@ -33,10 +32,7 @@ pub async fn make(
     let databases = databases(&state, &backup).await?;
     let lists = frame.may(Permission::SourcesRead) && caller.only().is_none();
     let ask = async |conn: &mut sqlx::PgConnection| {
-        let own = match restore::source_of(conn, backup.id).await? {
-            Some(id) => source::find(conn, &Reference::new(id.to_string())).await?,
-            None => None,
-        };
+        let own = restore::own_source(conn, backup.id).await?;
         let all = if lists { source::list(conn, &source::Filter::default()).await?.rows } else { Vec::new() };
         Ok((own, all))
     };

@@ -1,7 +1,10 @@
 //! Claim: the right to run an execution, given under the gate. The SQL is one function of the database
 //! (`claim_executions_v5`), because the lock and the count must be two statements and one round trip.
 
-use std::time::Duration;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, types::Json};
@@ -222,10 +225,13 @@ async fn restore(
         return Ok(Assigned::Gone(briefing));
     };
     let job = job::find(conn, &Reference::new(job.to_string())).await?;
-    let mut copies = Vec::new();
+    let (mut copies, mut destinations) = (Vec::new(), HashMap::new());
     for artifact in artifact::of_executions(conn, &[order.backup_id]).await? {
-        let destination = destination::find(conn, &Reference::new(artifact.destination_id.to_string())).await?;
-        copies.push((artifact, destination));
+        let id = artifact.destination_id;
+        if let Entry::Vacant(unknown) = destinations.entry(id) {
+            unknown.insert(destination::find(conn, &Reference::new(id.to_string())).await?);
+        }
+        copies.push((artifact, destinations[&id].clone()));
     }
     let timeout_seconds = job.map_or(restore::DEFAULT_TIMEOUT_SECONDS, |job| job.timeout_seconds);
     Ok(Assigned::Restore(Box::new(RestoreAssignment { claim, briefing, order, target, copies, timeout_seconds })))

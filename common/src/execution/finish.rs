@@ -210,12 +210,12 @@ struct Columns<'a> {
 
 impl<'a> Columns<'a> {
     fn push(&mut self, claim: &Claim, ending: &'a Ending) {
-        let (word, published, failure, pause) = match ending {
-            Ending::Success(published) => ("success", Some(published), None, None),
-            Ending::Restored(_) => ("success", None, None, None),
-            Ending::Failed(failure) => ("failed", None, Some(failure), None),
-            Ending::Retry(failure, pause) => ("retry", None, Some(failure), Some(pause)),
-            Ending::Released => ("released", None, None, None),
+        let (word, published, restored, failure, pause) = match ending {
+            Ending::Success(published) => ("success", Some(published), None, None, None),
+            Ending::Restored(restored) => ("success", None, Some(restored), None, None),
+            Ending::Failed(failure) => ("failed", None, None, Some(failure), None),
+            Ending::Retry(failure, pause) => ("retry", None, None, Some(failure), Some(pause)),
+            Ending::Released => ("released", None, None, None, None),
         };
         self.id.push(claim.execution);
         self.token.push(claim.token);
@@ -223,10 +223,6 @@ impl<'a> Columns<'a> {
         self.error.push(failure.map(|f| f.error.replace('\0', "\u{fffd}")));
         self.error_code.push(failure.map(|f| f.code));
         self.outcome.push(failure.and_then(|f| f.outcome).map(Outcome::as_str));
-        let restored = match ending {
-            Ending::Restored(restored) => Some(restored),
-            _ => None,
-        };
         let completed = (word == "success").then_some(Stage::Completed);
         self.stage.push(completed.or(failure.map(|f| f.stage)).map(Stage::as_str));
         self.pause_ms.push(pause.map(|p| i64::try_from(p.as_millis()).unwrap_or(i64::MAX)));

@@ -273,6 +273,13 @@ impl Row {
     }
 }
 
+impl Execution {
+    /// Whether it brings a backup back, and is none itself.
+    pub fn is_restore(&self) -> bool {
+        self.kind == "Restore"
+    }
+}
+
 impl From<Row> for Execution {
     fn from(row: Row) -> Self {
         let waiting = row.waiting();
@@ -336,7 +343,7 @@ pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Exe
 /// the plan of an array differs from that of one id: hence the marks.)
 pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
     let mut executions = rows_of(conn, ids).await?;
-    let restores: Vec<_> = executions.iter().filter(|e| e.kind == "Restore").map(|e| e.id).collect();
+    let restores: Vec<_> = executions.iter().filter(|e| e.is_restore()).map(|e| e.id).collect();
     if !restores.is_empty() {
         for (id, order) in restore::find_all(conn, &restores).await? {
             if let Some(execution) = executions.iter_mut().find(|execution| execution.id == id) {

@@ -7,8 +7,9 @@ use sqlx::{Connection, PgConnection};
 use super::enqueue::{Idempotency, store_key};
 use crate::{
     audit::{self, Actor, Event},
-    id::{ApiKeyId, ExecutionId, JobId, SourceId},
+    id::{ApiKeyId, ExecutionId, JobId, Reference, SourceId},
     setting,
+    source::{self, Source},
     telemetry::TraceContext,
 };
 
@@ -191,4 +192,12 @@ pub async fn source_of(conn: &mut PgConnection, id: ExecutionId) -> Result<Optio
     sqlx::query_scalar!(r#"select source_id as "source_id: SourceId" from executions where id = $1"#, id as _)
         .fetch_optional(conn)
         .await
+}
+
+/// That source, unless it was deleted.
+pub async fn own_source(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Source>, sqlx::Error> {
+    match source_of(conn, id).await? {
+        Some(id) => source::find(conn, &Reference::new(id.to_string())).await,
+        None => Ok(None),
+    }
 }

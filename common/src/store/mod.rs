@@ -69,14 +69,6 @@ impl Shelf {
         })
     }
 
-    /// What it is, as clients write it.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Shelf::Local(_) => "local",
-            Shelf::S3(_) => "s3",
-        }
-    }
-
     /// Reads a part of an object. What is wrong with the object shows itself here or in the stream.
     pub async fn read(&self, path: &str, range: Range<u64>) -> Result<Bytestream, StoreError> {
         match self {

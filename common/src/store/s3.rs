@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use object_store::{
     BackoffConfig, ClientOptions, Error, ObjectStoreExt, RetryConfig,
     aws::{AmazonS3, AmazonS3Builder},
@@ -98,7 +98,7 @@ impl Bucket {
                 read.unwrap_or_else(|e| Err(StoreError::retry("store_failed", format!("a read ended: {e}"))))
             }
         });
-        parts.buffered(READS_AT_ONCE).into_stream().boxed()
+        parts.buffered(READS_AT_ONCE).boxed()
     }
 
     fn unread(&self, error: &Error, key: &Path) -> StoreError {

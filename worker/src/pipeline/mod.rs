@@ -18,10 +18,12 @@ use bytes::{Bytes, BytesMut};
 use common::{
     artifact::{NewArtifact, Plain},
     db::ANSWER_TIMEOUT,
-    destination::Destination,
+    destination::{Destination, DestinationAccess},
     execution::{Stage, claim::Assignment, finish::Published, log::Level},
     id::DestinationId,
-    metrics, staged_object,
+    metrics,
+    source::{Source, SourceAccess},
+    staged_object,
     telemetry::{Span, span::SpanKind},
 };
 use futures::{
@@ -148,10 +150,7 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
     let Attempt { shared, lease, assignment, log, .. } = attempt;
     lease.set_stage(Stage::Initializing);
     let targets = open_targets(shared, assignment).await?;
-    let access = assignment
-        .source
-        .access(&shared.key)
-        .map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", assignment.source.slug)))?;
+    let access = source_access(shared, &assignment.source)?;
     let dump = Dump::new(&shared.config, access);
     let mut span = lease.span(SpanKind::Client, "inspect");
     dump.describe(&mut span, None);
@@ -192,11 +191,21 @@ async fn open_target(shared: &Shared, destination: &Destination) -> Result<Targe
     Ok(Target { id: destination.id, name: destination.slug.clone(), store: Arc::new(store) })
 }
 
+/// A source with its secrets.
+fn source_access(shared: &Shared, source: &Source) -> Result<SourceAccess, RunError> {
+    let unreadable = |e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", source.slug));
+    source.access(&shared.key).map_err(unreadable)
+}
+
+/// A destination with its secrets.
+fn destination_access(shared: &Shared, destination: &Destination) -> Result<DestinationAccess, RunError> {
+    let unreadable = |e| RunError::give_up("secret_unreadable", format!("destination '{}': {e}", destination.slug));
+    destination.access(&shared.key).map_err(unreadable)
+}
+
 /// Opens a destination without asking it anything.
 pub fn open_store(shared: &Shared, destination: &Destination) -> Result<Store, RunError> {
-    let access = destination
-        .access(&shared.key)
-        .map_err(|e| RunError::give_up("secret_unreadable", format!("destination '{}': {e}", destination.slug)))?;
+    let access = destination_access(shared, destination)?;
     Store::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
 }
 
@@ -283,10 +292,9 @@ async fn read_dump(
             n => {
                 read += n as u64;
                 dumped.inc_by(n as u64);
-                lease.add_bytes(n);
+                lease.count(n, read, estimate);
             }
         }
-        lease.set_percent(i16::try_from(read.saturating_mul(100) / estimate.max(1)).unwrap_or(99));
         // A closed channel means that a destination failed, which is told where it failed.
         if output.send(chunk.freeze()).await.is_err() {
             return Ok(());

@@ -134,28 +134,30 @@ pub fn connect(access: &SourceAccess, program: &mut Program, database: &str) -> 
 }
 
 fn choose(tools: &[Tool], server_major: u32) -> Result<(Tool, Option<String>), RunError> {
-    let with_major = tools.iter().filter_map(|tool| Some((major_of(&tool.version)?, tool)));
-    let mut candidates: Vec<(u32, &Tool)> = with_major.collect();
-    // Stable: of two with the same major the one whose folder comes first.
-    candidates.sort_by_key(|(major, _)| *major);
-    match candidates.iter().find(|(major, _)| *major >= server_major) {
-        Some((major, tool)) if *major == server_major => Ok(((*tool).clone(), None)),
-        Some((major, tool)) => Ok((
-            (*tool).clone(),
+    match nearest(tools, server_major) {
+        Ok((major, tool)) if major == server_major => Ok((tool.clone(), None)),
+        Ok((major, tool)) => Ok((
+            tool.clone(),
             Some(format!(
                 "the server is PostgreSQL {server_major}, but the nearest pg_dump here is {major}: restore with pg_restore {major} or newer"
             )),
         )),
-        None => {
-            let newest = candidates.last().map_or(0, |(major, _)| *major);
-            Err(RunError::give_up(
-                "client_too_old",
-                format!(
-                    "the server is PostgreSQL {server_major}, but the newest pg_dump on this worker is {newest}: install postgresql-client-{server_major}"
-                ),
-            ))
-        }
+        Err(newest) => Err(RunError::give_up(
+            "client_too_old",
+            format!(
+                "the server is PostgreSQL {server_major}, but the newest pg_dump on this worker is {newest}: install postgresql-client-{server_major}"
+            ),
+        )),
     }
+}
+
+/// The tool of a major, or of the next newer one, with its major; else the newest major that there is.
+pub fn nearest(tools: &[Tool], major: u32) -> Result<(u32, &Tool), u32> {
+    let mut known: Vec<(u32, &Tool)> = tools.iter().filter_map(|tool| Some((major_of(&tool.version)?, tool))).collect();
+    // Stable: of two with the same major the one whose folder comes first.
+    known.sort_by_key(|(major, _)| *major);
+    let newest = known.last().map_or(0, |(major, _)| *major);
+    known.into_iter().find(|(found, _)| *found >= major).ok_or(newest)
 }
 
 /// From `pg_dump (PostgreSQL) 15.18 (Debian …)`.

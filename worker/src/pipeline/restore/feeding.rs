@@ -10,12 +10,11 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{Pace, Part, Restoration, copies, open, target::Target, touched::Now, unpack};
+use super::{Part, Reading, Restoration, open, target::Target, touched::Now, unpack};
 use crate::{
     failure::{At, RunError},
     pipeline::{
         QUEUE,
-        compress::Measure,
         dump::{self, child::Running},
         manifest::Manifest,
     },
@@ -30,7 +29,7 @@ pub struct Feeding<'a> {
     /// Of the backup.
     pub manifest: &'a Manifest,
     /// The database.
-    pub part: &'a Part,
+    pub part: &'a Part<'a>,
 }
 
 /// What became of feeding a tool.
@@ -43,9 +42,9 @@ enum Fed {
 
 impl Feeding<'_> {
     /// Into a tool that speaks to the server itself.
-    pub async fn direct(&self, mut tool: Running, pace: &mut Pace, span: &mut Span) -> Result<(), RunError> {
+    pub async fn direct(&self, mut tool: Running, reading: &mut Reading, span: &mut Span) -> Result<(), RunError> {
         let mut stdin = tool.stdin();
-        let fed = self.feed(&mut stdin, self.target.ending(), pace).await;
+        let fed = self.feed(&mut stdin, self.target.ending(), reading).await;
         if fed.is_err() {
             // Before its input ends: it must not take that for the end of the backup.
             tool.kill();
@@ -55,7 +54,7 @@ impl Feeding<'_> {
         dump::tell(&ended, span);
         match (fed?, ended.status.success()) {
             (Fed::Refused, true) => Err(early(&ended.name)),
-            _ => self.target.ended(&self.part.into, ended),
+            _ => self.target.ended(self.part.into, ended),
         }
     }
 
@@ -65,13 +64,13 @@ impl Feeding<'_> {
         &self,
         mut reader: Running,
         mut psql: Running,
-        pace: &mut Pace,
+        reading: &mut Reading,
         span: &mut Span,
     ) -> Result<(), RunError> {
         let (mut stdin, mut commands) = (reader.stdin(), psql.stdin());
         let script = reader.stdout();
         let feeding = async {
-            let fed = self.feed(&mut stdin, Now::Open, pace).await;
+            let fed = self.feed(&mut stdin, Now::Open, reading).await;
             if fed.is_err() {
                 reader.kill();
             }
@@ -86,56 +85,54 @@ impl Feeding<'_> {
         if !confirmed && relayed {
             psql.kill();
         } else if confirmed {
-            self.all.touched.note(&self.part.into, Now::Sent);
+            self.all.touched.note(self.part.into, Now::Sent);
         }
         drop(commands);
         let ended = psql.wait().await?;
         dump::tell(if read.status.success() { &ended } else { &read }, span);
         match fed? {
-            _ if !relayed && !ended.status.success() => self.target.ended(&self.part.into, ended),
-            _ if !read.status.success() => self.target.ended(&self.part.into, read),
+            _ if !relayed && !ended.status.success() => self.target.ended(self.part.into, ended),
+            _ if !read.status.success() => self.target.ended(self.part.into, read),
             Fed::Refused => Err(early(&read.name)),
             Fed::Whole if !relayed => Err(early(&ended.name)),
             Fed::Whole if !confirmed => Err(lost()),
-            Fed::Whole => self.target.ended(&self.part.into, ended),
+            Fed::Whole => self.target.ended(self.part.into, ended),
         }
     }
 
     /// Feeds everything; the last of it when it is known to be right, of which `ending` is noted.
-    async fn feed(&self, stdin: &mut Option<ChildStdin>, ending: Now, pace: &mut Pace) -> Result<Fed, RunError> {
+    async fn feed(&self, stdin: &mut Option<ChildStdin>, ending: Now, reading: &mut Reading) -> Result<Fed, RunError> {
         let Feeding { all, target, manifest, part } = self;
-        let (artifact, destination) = copies(*all, Some(&part.object.database))?[part.copy];
+        let (artifact, destination) = part.copy;
         let at = |e: StoreError| e.at(&destination.slug);
         let shelf = open(all.shared, destination)?;
         let mut stream = shelf.read(&artifact.path, 0..part.object.stored_bytes).await.map_err(at)?;
         let (stored_out, stored_in) = mpsc::channel(QUEUE);
         let (plain_out, plain_in) = mpsc::channel(QUEUE);
         let compression = manifest.compression;
-        let rename = target.rename(&part.object.database, &part.into);
+        let rename = target.rename(&part.object.database, part.into);
         let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(compression, rename, stored_in, plain_out));
-        let reading = async {
-            let (mut hash, mut bytes) = (Sha256::new(), 0);
+        let stored = async {
+            let mut hash = Sha256::new();
             while let Some(chunk) = stream.try_next().await.map_err(at)? {
                 hash.update(&chunk);
-                bytes += chunk.len() as u64;
-                pace.add(chunk.len(), all.lease);
+                reading.add(chunk.len(), all.lease);
                 // Closed when the tool has ended, or the bytes cannot be unpacked: told there.
                 if stored_out.send(chunk).await.is_err() {
                     break;
                 }
             }
             drop(stored_out);
-            Ok::<_, RunError>(Measure { bytes, sha256: hex::encode(hash.finalize()) })
+            Ok::<_, RunError>(hex::encode(hash.finalize()))
         };
         let writing = async { Ok(write(plain_in, stdin).await) };
-        let (stored, written) = tokio::try_join!(reading, writing)?;
+        let (stored, written) = tokio::try_join!(stored, writing)?;
         let unpacked =
             unpacking.await.map_err(|e| RunError::give_up("internal_error", format!("a thread ended: {e}")))?;
         let Some(last) = written else { return Ok(Fed::Refused) };
         let plain = unpacked
             .map_err(|e| RunError::give_up("backup_damaged", format!("{} cannot be unpacked: {e}", artifact.path)))?;
-        let as_stored = stored.sha256 == part.object.stored_sha256;
-        if !as_stored || plain.sha256 != part.object.plain_sha256 {
+        if stored != part.object.stored_sha256 || plain.sha256 != part.object.plain_sha256 {
             return Err(RunError::give_up(
                 "backup_damaged",
                 format!("{} changed while it was restored", artifact.path),
@@ -144,7 +141,7 @@ impl Feeding<'_> {
         let confirmed = all.shared.keeper.confirm(all.lease).await;
         confirmed.map_err(|_| lost())?;
         let Some(mut stdin) = stdin.take() else { return Ok(Fed::Refused) };
-        all.touched.note(&part.into, ending);
+        all.touched.note(part.into, ending);
         match stdin.write_all(&last).await.and(stdin.shutdown().await) {
             Ok(()) => Ok(Fed::Whole),
             Err(_) => Ok(Fed::Refused),

@@ -29,7 +29,10 @@ use common::{
 use futures::TryStreamExt;
 use sha2::{Digest, Sha256};
 
-use super::manifest::{FORMAT_VERSION, Manifest, ManifestObject};
+use super::{
+    destination_access,
+    manifest::{FORMAT_VERSION, Manifest, ManifestObject},
+};
 use crate::{
     failure::{At, Class, RunError},
     lease::Lease,
@@ -59,25 +62,28 @@ pub struct Restoration<'a> {
     pub touched: &'a Touched,
 }
 
-/// An object and the database that it becomes.
-struct Part {
-    object: ManifestObject,
-    into: String,
-    /// The copy that was found to be whole.
-    copy: usize,
+/// An object that was found whole, and the database that it becomes.
+struct Part<'a> {
+    object: &'a ManifestObject,
+    into: &'a str,
+    /// The copy that is whole.
+    copy: Copy<'a>,
 }
+
+/// An object, and the destination where it lies.
+type Copy<'a> = (&'a Artifact, &'a Destination);
 
 /// Brings a backup back. What became of the target is told by [`Restoration::touched`].
 pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
     let Restoration { shared, lease, assignment, log, .. } = all;
     lease.set_stage(Stage::Initializing);
     let manifest = manifest(all).await?;
-    let mut parts = parts(assignment, &manifest)?;
+    let objects = objects(assignment, &manifest)?;
     let mut span = lease.span(SpanKind::Client, "inspect");
     let opened = async {
         let target = Target::open(shared, lease, assignment, &manifest).await?;
-        for part in &parts {
-            target.check(&part.into).await?;
+        for object in &objects {
+            target.check(into(assignment, object)).await?;
         }
         Ok(target)
     };
@@ -94,34 +100,34 @@ pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
 
     lease.set_stage(Stage::Verifying);
     let mut span = lease.span(SpanKind::Internal, "verify");
-    let verified = verify(all, &mut parts).await;
-    let bytes = noted(&mut span, verified)?;
+    let verified = verify(all, &objects).await;
+    let parts = noted(&mut span, verified)?;
     drop(span);
 
     lease.set_stage(Stage::Restoring);
-    let mut pace = Pace { done: bytes, of: bytes * 2 };
+    let bytes = bytes_of(&objects);
+    let mut reading = Reading { done: bytes, of: bytes * 2 };
     for part in &parts {
-        restore_one(all, &target, &manifest, part, &mut pace).await?;
+        restore_one(all, &target, &manifest, part, &mut reading).await?;
     }
     Ok(Restored { size_bytes: i64::try_from(bytes).unwrap_or(i64::MAX), snapshot_at: manifest.snapshot_at })
 }
 
 /// How much was read, of what is read twice.
-struct Pace {
+struct Reading {
     done: u64,
     of: u64,
 }
 
-impl Pace {
+impl Reading {
     fn add(&mut self, bytes: usize, lease: &Lease) {
         self.done += bytes as u64;
-        lease.add_bytes(bytes);
-        lease.set_percent(i16::try_from(self.done.saturating_mul(100) / self.of.max(1)).unwrap_or(99));
+        lease.count(bytes, self.done, self.of);
     }
 }
 
 /// The copies of one object, or of the manifest, that still have a destination.
-fn copies<'a>(all: Restoration<'a>, database: Option<&str>) -> Result<Vec<(&'a Artifact, &'a Destination)>, RunError> {
+fn copies<'a>(all: Restoration<'a>, database: Option<&str>) -> Result<Vec<Copy<'a>>, RunError> {
     let of_it: Vec<_> = all.assignment.copies.iter().filter(|(a, _)| a.database.as_deref() == database).collect();
     if of_it.is_empty() {
         return Err(RunError::give_up(
@@ -140,9 +146,7 @@ fn copies<'a>(all: Restoration<'a>, database: Option<&str>) -> Result<Vec<(&'a A
 }
 
 fn open(shared: &Shared, destination: &Destination) -> Result<Shelf, RunError> {
-    let access = destination
-        .access(&shared.key)
-        .map_err(|e| RunError::give_up("secret_unreadable", format!("destination '{}': {e}", destination.slug)))?;
+    let access = destination_access(shared, destination)?;
     Shelf::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
 }
 
@@ -220,43 +224,53 @@ async fn read_manifest(
     }
 }
 
-fn parts(assignment: &RestoreAssignment, manifest: &Manifest) -> Result<Vec<Part>, RunError> {
-    let order = &assignment.order;
-    let wanted = |object: &&ManifestObject| order.database.as_ref().is_none_or(|name| *name == object.database);
-    let part = |object: &ManifestObject| Part {
-        into: order.into.clone().unwrap_or_else(|| object.database.clone()),
-        object: object.clone(),
-        copy: 0,
-    };
-    let parts: Vec<_> = manifest.objects.iter().filter(wanted).map(part).collect();
-    match parts.is_empty() {
+/// The objects of the backup that are meant.
+fn objects<'a>(assignment: &RestoreAssignment, manifest: &'a Manifest) -> Result<Vec<&'a ManifestObject>, RunError> {
+    let database = assignment.order.database.as_ref();
+    let wanted = |object: &&ManifestObject| database.is_none_or(|name| *name == object.database);
+    let objects: Vec<_> = manifest.objects.iter().filter(wanted).collect();
+    match objects.is_empty() {
         true => Err(RunError::give_up("database_not_in_backup", "the backup has no such database")),
-        false => Ok(parts),
+        false => Ok(objects),
     }
 }
 
-/// Reads every object to its end; gives how many bytes that were.
-async fn verify(all: Restoration<'_>, parts: &mut [Part]) -> Result<u64, RunError> {
-    let total: u64 = parts.iter().map(|part| part.object.stored_bytes).sum();
-    let mut pace = Pace { done: 0, of: total * 2 };
-    for part in parts {
-        part.copy = whole_copy(all, &part.object, &mut pace).await?;
+/// The database that an object becomes.
+fn into<'a>(assignment: &'a RestoreAssignment, object: &'a ManifestObject) -> &'a str {
+    assignment.order.into.as_deref().unwrap_or(&object.database)
+}
+
+fn bytes_of(objects: &[&ManifestObject]) -> u64 {
+    objects.iter().map(|object| object.stored_bytes).sum()
+}
+
+/// Reads every object to its end.
+async fn verify<'a>(all: Restoration<'a>, objects: &[&'a ManifestObject]) -> Result<Vec<Part<'a>>, RunError> {
+    let mut reading = Reading { done: 0, of: bytes_of(objects) * 2 };
+    let mut parts = Vec::new();
+    for object in objects {
+        let copy = whole_copy(all, object, &mut reading).await?;
+        parts.push(Part { object, into: into(all.assignment, object), copy });
     }
-    Ok(total)
+    Ok(parts)
 }
 
 /// The first copy of an object that is as it was stored.
-async fn whole_copy(all: Restoration<'_>, object: &ManifestObject, pace: &mut Pace) -> Result<usize, RunError> {
+async fn whole_copy<'a>(
+    all: Restoration<'a>,
+    object: &ManifestObject,
+    reading: &mut Reading,
+) -> Result<Copy<'a>, RunError> {
     let mut tries = Tries::of(all.log, format!("'{}'", object.database));
-    for (at, (artifact, destination)) in copies(all, Some(&object.database))?.into_iter().enumerate() {
-        match read_whole(all, object, artifact, destination, pace).await {
+    for (artifact, destination) in copies(all, Some(&object.database))? {
+        match read_whole(all, object, artifact, destination, reading).await {
             Ok(()) => {
                 let text = format!(
                     "{}: {} bytes in '{}' are as they were stored",
                     tries.what, object.stored_bytes, destination.slug
                 );
                 all.log.info(text);
-                return Ok(at);
+                return Ok((artifact, destination));
             }
             Err(error) => tries.failed(destination, error),
         }
@@ -269,7 +283,7 @@ async fn read_whole(
     object: &ManifestObject,
     artifact: &Artifact,
     destination: &Destination,
-    pace: &mut Pace,
+    reading: &mut Reading,
 ) -> Result<(), RunError> {
     let at = |e: StoreError| e.at(&destination.slug);
     let shelf = open(all.shared, destination)?;
@@ -277,7 +291,7 @@ async fn read_whole(
     let mut hash = Sha256::new();
     while let Some(chunk) = stream.try_next().await.map_err(at)? {
         hash.update(&chunk);
-        pace.add(chunk.len(), all.lease);
+        reading.add(chunk.len(), all.lease);
     }
     let same = hex::encode(hash.finalize()) == artifact.sha256 && artifact.sha256 == object.stored_sha256;
     if same { Ok(()) } else { Err(damaged(artifact)) }
@@ -287,22 +301,22 @@ async fn restore_one(
     all: Restoration<'_>,
     target: &Target<'_>,
     manifest: &Manifest,
-    part: &Part,
-    pace: &mut Pace,
+    part: &Part<'_>,
+    reading: &mut Reading,
 ) -> Result<(), RunError> {
     let mut span = all.lease.span(SpanKind::Client, "restore");
-    target.describe(&mut span, Some(&part.into));
+    target.describe(&mut span, Some(part.into));
     let (log, began) = (all.log.within(&span), Instant::now());
     let done = async {
         // Once more: somebody may have filled it while the backup was read.
-        target.prepare(&part.into, &log).await?;
+        target.prepare(part.into, &log).await?;
         log.info(format!("restoring '{}' into '{}'", part.object.database, part.into));
-        let Tools { tool, reader } = target.start(&part.into, &log)?;
-        all.touched.note(&part.into, target.begun());
+        let Tools { tool, reader } = target.start(part.into, &log)?;
+        all.touched.note(part.into, target.begun());
         let feeding = Feeding { all, target, manifest, part };
         let done = match reader {
-            None => feeding.direct(tool, pace, &mut span).await,
-            Some(reader) => feeding.script(reader, tool, pace, &mut span).await,
+            None => feeding.direct(tool, reading, &mut span).await,
+            Some(reader) => feeding.script(reader, tool, reading, &mut span).await,
         };
         // A connection that broke says nothing of what the server made of the end.
         if !done.as_ref().is_err_and(|error| error.code == "source_unreachable") {

@@ -14,23 +14,23 @@ use crate::{
 /// Databases by which a server is asked about one that is not there.
 const MAINTENANCE: [&str; 2] = ["postgres", "template1"];
 
-/// What nobody but a user made: no system catalog, and nothing that an extension brought.
-const QUESTION: &str = "select current_setting('server_version'), exists (
-        select from pg_namespace n
-         where n.nspname <> 'public' and n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
-           and not exists (select from pg_depend d where d.classid = 'pg_namespace'::regclass and d.objid = n.oid and d.deptype = 'e')
+/// Whether somebody made something: no system catalog counts, and nothing that an extension brought.
+const QUESTION: &str = "with spaces as (
+        select oid, nspname from pg_namespace where nspname <> 'information_schema' and nspname !~ '^pg_'
+    ), things (class, thing) as (
+        select 'pg_namespace'::regclass, oid from spaces where nspname <> 'public'
         union all
-        select from pg_class c join pg_namespace n on n.oid = c.relnamespace
-         where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f', 'c') and n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
-           and not exists (select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+        select 'pg_class'::regclass, oid from pg_class
+         where relnamespace in (select oid from spaces) and relkind in ('r', 'p', 'v', 'm', 'S', 'f', 'c')
         union all
-        select from pg_proc p join pg_namespace n on n.oid = p.pronamespace
-         where n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
-           and not exists (select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
+        select 'pg_proc'::regclass, oid from pg_proc where pronamespace in (select oid from spaces)
         union all
-        select from pg_type t join pg_namespace n on n.oid = t.typnamespace
-         where (t.typtype in ('e', 'd', 'r', 'm') or t.typtype = 'b' and t.typcategory <> 'A') and n.nspname <> 'information_schema' and n.nspname !~ '^pg_'
-           and not exists (select from pg_depend d where d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e')
+        select 'pg_type'::regclass, oid from pg_type
+         where typnamespace in (select oid from spaces) and (typtype in ('e', 'd', 'r', 'm') or typtype = 'b' and typcategory <> 'A')
+    )
+    select exists (
+        select from things
+         where not exists (select from pg_depend d where d.classid = class and d.objid = thing and d.deptype = 'e')
         union all
         select from pg_largeobject_metadata)";
 
@@ -58,16 +58,8 @@ pub async fn open(
 ) -> Result<Server, RunError> {
     let absent = |tool| missing(tool, bins, "DBACKUP_POSTGRES_BIN", "postgresql-client");
     let psql = bins.iter().map(|bin| bin.join("psql")).find(|path| path.is_file()).ok_or_else(|| absent("psql"))?;
-    let mut asked = Err(RunError::give_up("source_config", "the source names no database"));
-    let own = access.config.databases.iter().map(String::as_str);
-    for database in MAINTENANCE.into_iter().chain(own) {
-        asked = ask(access, &psql, database, "select current_setting('server_version')", groups).await;
-        // One that the user may not enter says nothing of the others.
-        if asked.is_ok() {
-            break;
-        }
-    }
-    let version = asked?.trim().to_owned();
+    let version = ask_server(access, &psql, "select current_setting('server_version')", None, groups).await?;
+    let version = version.trim().to_owned();
     let tools = find_tools(bins, "pg_restore", groups).await;
     if tools.is_empty() {
         return Err(absent("pg_restore"));
@@ -81,16 +73,33 @@ pub async fn open(
 
 fn choose(tools: &[Tool], server: u32, dumped_by: u32) -> Result<Tool, RunError> {
     let needed = server.max(dumped_by);
-    let mut known: Vec<_> = tools.iter().filter_map(|tool| Some((postgres::major_of(&tool.version)?, tool))).collect();
-    known.sort_by_key(|(major, _)| *major);
-    let found = known.iter().find(|(major, _)| *major >= needed).map(|(_, tool)| (*tool).clone());
-    found.ok_or_else(|| {
-        let newest = known.last().map_or(0, |(major, _)| *major);
+    postgres::nearest(tools, needed).map(|(_, tool)| tool.clone()).map_err(|newest| {
         RunError::give_up(
             "client_too_old",
             format!("the backup was written by pg_dump {dumped_by} and the server is PostgreSQL {server}, but the newest pg_restore on this worker is {newest}: install postgresql-client-{needed}"),
         )
     })
+}
+
+/// Asks the server by the first of its databases that lets the user in; not by `but`.
+async fn ask_server(
+    access: &SourceAccess,
+    psql: &Path,
+    query: &str,
+    but: Option<&str>,
+    groups: &ProcessGroups,
+) -> Result<String, RunError> {
+    let own = access.config.databases.iter().map(String::as_str);
+    let mut asked = Err(RunError::give_up("source_config", "the source names no database"));
+    for entrance in MAINTENANCE.into_iter().chain(own).filter(|entrance| Some(*entrance) != but) {
+        asked = ask(access, psql, entrance, query, groups).await;
+        // One that the user may not enter, or that is not there, says nothing of the others.
+        let shut = |error: &RunError| matches!(error.code, "source_auth" | "source_denied" | "database_missing");
+        if !asked.as_ref().is_err_and(shut) {
+            break;
+        }
+    }
+    asked
 }
 
 async fn ask(
@@ -102,7 +111,7 @@ async fn ask(
 ) -> Result<String, RunError> {
     let mut program = Program::new(psql);
     postgres::connect(access, &mut program, database)?;
-    program.arg("-XAtqw").arg("-F|").arg("-c").arg(query);
+    program.arg("-XAtqw").arg("-c").arg(query);
     let printed = program.output(groups).await?.printed();
     printed.map_err(|said| postgres::classify(&said, format!("could not ask '{database}': {said}")))
 }
@@ -116,8 +125,8 @@ impl Server {
         groups: &ProcessGroups,
     ) -> Result<Holds, RunError> {
         match ask(access, &self.psql, database, QUESTION, groups).await {
-            Ok(answer) if answer.trim().ends_with("|f") => Ok(Holds::Nothing),
-            Ok(answer) if answer.trim().ends_with("|t") => Ok(Holds::Something),
+            Ok(answer) if answer.trim() == "f" => Ok(Holds::Nothing),
+            Ok(answer) if answer.trim() == "t" => Ok(Holds::Something),
             Ok(answer) => {
                 Err(RunError::retry("source_failed", format!("psql's answer was not understood: {}", answer.trim())))
             }
@@ -130,15 +139,7 @@ impl Server {
     pub async fn create(&self, access: &SourceAccess, database: &str, groups: &ProcessGroups) -> Result<(), RunError> {
         let name = database.replace('"', "\"\"");
         let query = format!("create database \"{name}\" template template0");
-        let mut made = Ok(String::new());
-        let own = access.config.databases.iter().map(String::as_str).filter(|own| *own != database);
-        for entrance in MAINTENANCE.into_iter().chain(own) {
-            made = ask(access, &self.psql, entrance, &query, groups).await;
-            // Another entrance may be open.
-            if !made.as_ref().is_err_and(|e| matches!(e.code, "source_auth" | "database_missing")) {
-                break;
-            }
-        }
+        let made = ask_server(access, &self.psql, &query, Some(database), groups).await;
         made.map(drop).map_err(|error| {
             RunError::give_up(
                 "database_missing",

@@ -16,6 +16,7 @@ use crate::{
             describe_exit, describe_source,
         },
         manifest::Manifest,
+        source_access,
     },
     run_log::RunLog,
     service::Shared,
@@ -76,9 +77,7 @@ impl<'a> Target<'a> {
                 ),
             ));
         }
-        let access = source
-            .access(&shared.key)
-            .map_err(|e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", source.slug)))?;
+        let access = source_access(shared, source)?;
         let config = &shared.config;
         let server = match source.engine {
             Engine::Postgres => Server::Postgres(
