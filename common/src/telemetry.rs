@@ -13,8 +13,12 @@ pub mod span;
 pub use context::TraceContext;
 pub use span::Span;
 
-use std::time::Duration;
+use std::{
+    io::{BufWriter, stderr},
+    time::Duration,
+};
 
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::config::ConfigError;
@@ -23,8 +27,12 @@ use crate::config::ConfigError;
 /// not keep it from stopping.
 pub const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Lines of the log that wait for whoever reads it, at most; more are dropped. What reads a log may stand still, on a disk
+/// that is full or a machine that is busy, and neither a request nor a heartbeat may wait for it.
+const WAITING_LINES: usize = 16_384;
+
 /// Flushes what is left when the process ends.
-pub struct Telemetry(());
+pub struct Telemetry(WorkerGuard);
 
 impl Telemetry {
     /// Starts logging and tracing. `RUST_LOG` filters the log (default `info`), `DBACKUP_LOG_FORMAT` is `text`
@@ -37,7 +45,10 @@ impl Telemetry {
             // PostgreSQL's notices ("already exists, skipping") are news to nobody.
             Err(_) => EnvFilter::new("info,sqlx::postgres::notice=warn"),
         };
-        let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        // One thread writes what has come together, at once.
+        let (writer, guard) =
+            NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).finish(BufWriter::new(stderr()));
+        let log = tracing_subscriber::fmt::layer().with_writer(writer);
         let log = match std::env::var("DBACKUP_LOG_FORMAT").as_deref() {
             // The list of spans would repeat the current one in every line.
             Ok("json") => log.json().with_span_list(false).with_filter(filter).boxed(),
@@ -53,11 +64,15 @@ impl Telemetry {
             .try_init()
             .map_err(|e| ConfigError(format!("logging could not start: {e}")))?;
         span::start(exporting);
-        Ok(Self(()))
+        Ok(Self(guard))
     }
 
-    /// Sends what is left, for at most [`STOP_PATIENCE`].
+    /// Sends what is left, for at most [`STOP_PATIENCE`], and writes the last lines of the log, for at most a second.
     pub async fn stop(self) {
-        let _ = tokio::task::spawn_blocking(span::stop).await;
+        let flush = move || {
+            span::stop();
+            drop(self.0);
+        };
+        let _ = tokio::task::spawn_blocking(flush).await;
     }
 }

@@ -1,7 +1,15 @@
 //! The API in trouble: a database that is away, clients that are slow.
 
-use std::time::{Duration, Instant};
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -13,6 +21,7 @@ use crate::harness::{
     otlp::Receiver,
     postgres::OwnPostgres,
     postgres_port,
+    process::binary,
     proxy::{Mode, Proxy},
     redis::Redis,
     source::PostgresSource,
@@ -305,4 +314,44 @@ async fn a_question_that_nobody_waits_for_any_more_is_given_up_by_the_database()
     })
     .await;
     assert!(asked.elapsed() < Duration::from_secs(8), "it went on for {:?}", asked.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_nobody_reads_holds_up_no_request_and_no_stop() {
+    let cluster = Cluster::build().workers(0).env("RUST_LOG", "debug").start().await;
+    let mut api = Command::new(binary("dbackup-api"))
+        .args(["--listen", "127.0.0.1:0"])
+        .env_clear()
+        .envs(cluster.env())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut log = BufReader::new(api.stderr.take().expect("piped"));
+    let address = loop {
+        let mut line = String::new();
+        assert!(log.read_line(&mut line).expect("reads") > 0, "it ended");
+        let line: Value = serde_json::from_str(&line).unwrap_or_default();
+        if line["fields"]["message"] == "the API listens" {
+            break line["fields"]["address"].as_str().expect("text").to_owned();
+        }
+    };
+    // From here on nobody reads: the pipe holds 64 KiB, and each request says more than 300 bytes.
+    for n in 0..1_000 {
+        let asked = cluster.http.get(format!("http://{address}/api/jobs")).bearer_auth(&cluster.admin_key).send();
+        let answer =
+            tokio::time::timeout(SOON, asked).await.unwrap_or_else(|_| panic!("request {n} waits for the log"));
+        assert_eq!(answer.expect("answers").status(), 200);
+    }
+    let pid = Pid::from_raw(i32::try_from(api.id()).expect("a small id"));
+    kill(pid, Signal::SIGTERM).expect("signals");
+    let status = until("it stops", SOON, || {
+        let status = api.try_wait().expect("a status");
+        async move { status }
+    })
+    .await;
+    assert_eq!(status.code(), Some(0));
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).expect("reads");
+    let told = rest.matches("answered").count();
+    assert!(told < 1_000, "the pipe was never full: {} bytes", rest.len());
 }
