@@ -56,6 +56,9 @@ pub struct Field {
     pub options: &'static [Choice],
     /// Few need it: a form may fold it away.
     pub advanced: bool,
+    /// It says where the thing is, to somebody who looks at a list of them.
+    #[serde(skip)]
+    pub place: bool,
 }
 
 impl Field {
@@ -70,6 +73,7 @@ impl Field {
             placeholder: "",
             options: &[],
             advanced: false,
+            place: false,
         }
     }
 
@@ -91,6 +95,11 @@ impl Field {
     /// With an example.
     pub const fn placeholder(self, placeholder: &'static str) -> Self {
         Self { placeholder, ..self }
+    }
+
+    /// That says where the thing is.
+    pub const fn place(self) -> Self {
+        Self { place: true, ..self }
     }
 
     /// Folded away.
@@ -132,7 +141,7 @@ pub fn of_engine(engine: Engine) -> Form {
         Engine::Mariadb => ("MariaDB", "3306", "a Unix socket on the workers, instead of a host"),
     };
     let fields = vec![
-        Field::text("host", "Host").placeholder("db.example.com").help("as the workers reach it"),
+        Field::text("host", "Host").placeholder("db.example.com").help("as the workers reach it").place(),
         Field::text("port", "Port").of(FieldType::Number).placeholder(port),
         Field::text("username", "User").required().placeholder("backup").help("must be able to read what is backed up"),
         Field::text("password", "Password").of(FieldType::Secret),
@@ -147,7 +156,7 @@ pub fn of_engine(engine: Engine) -> Form {
             .placeholder("-----BEGIN CERTIFICATE-----")
             .help("PEM of the authority that signed the server's certificate")
             .advanced(),
-        Field::text("socket", "Socket").help(socket).advanced(),
+        Field::text("socket", "Socket").help(socket).advanced().place(),
     ];
     Form { id: engine.as_str(), label, fields }
 }
@@ -161,19 +170,21 @@ pub fn of_kind(kind: Kind) -> Form {
                 Field::text("root", "Folder")
                     .required()
                     .placeholder("/var/backups/dbackup")
-                    .help("on every worker, under one of its DBACKUP_LOCAL_PATHS"),
+                    .help("on every worker, under one of its DBACKUP_LOCAL_PATHS")
+                    .place(),
             ],
         ),
         Kind::S3 => (
             "S3",
             vec![
-                Field::text("bucket", "Bucket").required().help("it must exist"),
+                Field::text("bucket", "Bucket").required().help("it must exist").place(),
                 Field::text("region", "Region").placeholder("us-east-1"),
                 Field::text("accessKeyId", "Access key").required(),
                 Field::text("secretAccessKey", "Secret access key").of(FieldType::Secret).required(),
                 Field::text("endpoint", "Endpoint")
                     .placeholder("https://s3.example.com")
-                    .help("URL of another service than AWS that speaks S3"),
+                    .help("URL of another service than AWS that speaks S3")
+                    .place(),
                 Field::text("prefix", "Prefix").placeholder("backups").help("put in front of every name").advanced(),
                 Field::text("pathStyle", "Path style")
                     .of(FieldType::Boolean)

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
 use crate::{
@@ -35,8 +34,6 @@ pub struct NewestRun {
     pub status: Status,
     /// What is finer than that.
     pub outcome: Option<Outcome>,
-    /// When it was triggered.
-    pub queued_at: DateTime<Utc>,
 }
 
 /// Beside these jobs, in one statement: two steps along the index of each job's runs. (The last backup lies as far back
@@ -45,9 +42,9 @@ pub async fn of_jobs(conn: &mut PgConnection, jobs: &[JobId]) -> Result<HashMap<
     let rows = sqlx::query!(
         r#"select j.id as "id!: JobId", s.id as "source_id!: SourceId", s.name as "source_name!", s.engine as "engine!: Engine",
                   n.id as "newest_id?: ExecutionId", n.status as "status?: Status", n.outcome as "outcome?: Outcome",
-                  n.queued_at as "queued_at?", b.size_bytes as "size_bytes?"
+                  b.size_bytes as "size_bytes?"
              from jobs j join sources s on s.id = j.source_id
-             left join lateral (select e.id, e.status, e.outcome, e.queued_at from executions e
+             left join lateral (select e.id, e.status, e.outcome from executions e
                                  where e.job_id = j.id and e.type = 'Backup' order by e.seq desc limit 1) n on true
              left join lateral (select e.size_bytes from executions e
                                  where e.job_id = j.id and e.type = 'Backup' and e.status = 'Success' order by e.seq desc limit 1) b on true
@@ -57,8 +54,8 @@ pub async fn of_jobs(conn: &mut PgConnection, jobs: &[JobId]) -> Result<HashMap<
     .fetch_all(conn)
     .await?;
     let summary = rows.into_iter().map(|row| {
-        let newest = row.newest_id.zip(row.status).zip(row.queued_at);
-        let newest = newest.map(|((id, status), queued_at)| NewestRun { id, status, outcome: row.outcome, queued_at });
+        let newest = row.newest_id.zip(row.status);
+        let newest = newest.map(|(id, status)| NewestRun { id, status, outcome: row.outcome });
         let (source_id, source_name) = (row.source_id, row.source_name);
         (row.id, JobSummary { source_id, source_name, engine: row.engine, newest, size_bytes: row.size_bytes })
     });

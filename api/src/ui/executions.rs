@@ -8,7 +8,7 @@ use chrono::{DateTime, Utc};
 use common::{
     artifact::{self, Artifact},
     destination,
-    execution::{self, Execution, Filter, Outcome, Stage, Status},
+    execution::{self, Execution, Filter, Outcome, Stage, Status, attempts::PastAttempt},
     id::{DestinationId, JobId, Reference},
     permission::Permission,
 };
@@ -20,8 +20,8 @@ use super::{
     form::Choosable,
     html, jobs,
     view::{
-        Markup, asset, bytes, bytes_or_dash, dash, duration, filtered, icon, status, status_mark, when, when_or_dash,
-        with_query,
+        Markup, asset, bytes, bytes_or_dash, dash, duration, filtered, icon, mark, status, status_mark, when,
+        when_or_dash, with_query,
     },
 };
 use crate::{
@@ -218,6 +218,15 @@ pub async fn show(
 /// Whether a stage is the one where the run is, or ended.
 fn is_now(state: &str) -> bool {
     matches!(state, "now" | "failed")
+}
+
+/// How an attempt ended.
+fn attempt_mark(past: &PastAttempt) -> Markup {
+    match past.outcome.as_str() {
+        "Success" => status_mark(&Status::Success, &None),
+        "Released" => mark("waiting", "retry", "Given back"),
+        word => status_mark(&Status::Failed, &OUTCOMES.into_iter().find(|outcome| outcome.as_str() == word)),
+    }
 }
 
 /// How long it takes or took.

@@ -99,6 +99,11 @@ pub fn status_mark(status: &Status, outcome: &Option<Outcome>) -> Markup {
         Some(outcome) => outcome.as_str(),
         None => status.as_str(),
     };
+    mark(class, sign, text)
+}
+
+/// A word with a sign, in a colour.
+pub fn mark(class: &str, sign: &str, text: &str) -> Markup {
     Markup(format!("<span class=\"status {class}\">{}{text}</span>", icon(sign)))
 }
 

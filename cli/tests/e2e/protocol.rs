@@ -3,16 +3,17 @@
 
 use std::time::Duration;
 
+use chrono::Utc;
 use common::{
     execution::{
-        Stage,
+        self, Stage,
         cancel::{self, Cancelled},
         claim::{self, Claim},
         enqueue::forget_old_keys,
-        finish::{Ending, Failure, Finished, finish},
+        finish::{Ending, Failure, Finished, Published, finish},
         lease::{self, Progress, Rescue},
     },
-    id::DestinationId,
+    id::{DestinationId, JobId},
     staged_object,
 };
 use serde_json::json;
@@ -133,6 +134,56 @@ async fn failures_count_against_the_attempts_and_rescues_and_releases_do_not() {
             .await,
         1
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_attempt_of_a_run_that_did_not_succeed_at_once_is_kept_with_its_end() {
+    let cluster = with_pending(2).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let success = |job| {
+        Ending::Success(Box::new(Published {
+            job,
+            size_bytes: 7,
+            path: "shop/x".to_owned(),
+            checksum: "sha256:00".to_owned(),
+            snapshot_at: Utc::now(),
+            artifacts: Vec::new(),
+        }))
+    };
+    let released = claim_one(&mut conn).await;
+    end_one(&mut conn, released, &Ending::Released).await.expect("answers");
+    claim_one(&mut conn).await;
+    expire(&mut conn).await;
+    rescue(&mut conn).await.expect("looks");
+    let failed = claim_one(&mut conn).await;
+    end_one(&mut conn, failed, &Ending::Retry(failure(), Duration::ZERO)).await.expect("answers");
+    let last = claim_one(&mut conn).await;
+    let found = async |conn: &mut PgConnection| {
+        let found = execution::find(conn, last.execution).await.expect("answers").expect("it is there");
+        let told = found.attempts.iter().map(|a| {
+            assert!(a.worker == claimant().name && a.started_at <= a.ended_at, "{a:?}");
+            (a.attempt, a.outcome.clone(), a.stage.clone(), a.error.clone())
+        });
+        told.collect::<Vec<_>>()
+    };
+    let mut wanted: Vec<_> = [
+        (1, "Released", "Initializing", None),
+        (2, "WorkerLost", "Initializing", Some(format!("worker {} stopped answering", claimant().name))),
+        (3, "Failed", "Dumping", Some("the network".to_owned())),
+    ]
+    .map(|(n, outcome, stage, error)| (n, outcome.to_owned(), stage.to_owned(), error))
+    .into();
+    assert_eq!(found(&mut conn).await, wanted, "while it runs for the fourth time");
+    let polled = cluster.execution(&last.execution.to_string()).await;
+    assert_eq!(polled["attempts"].as_array().map(Vec::len), Some(3), "{polled:#}");
+    end_one(&mut conn, last, &success(JobId::new())).await.expect("answers");
+    wanted.push((4, "Success".to_owned(), "Completed".to_owned(), None));
+    assert_eq!(found(&mut conn).await, wanted);
+
+    let at_once = claim_one(&mut conn).await;
+    end_one(&mut conn, at_once, &success(JobId::new())).await.expect("answers");
+    let found = execution::find(&mut conn, at_once.execution).await.expect("answers").expect("it is there");
+    assert_eq!(found.attempts, vec![], "it cost a row");
 }
 
 #[tokio::test(flavor = "multi_thread")]

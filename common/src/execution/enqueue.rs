@@ -223,30 +223,39 @@ struct Locked {
 }
 
 /// Locks the jobs of a slice, in the order of their ids so that two processes never wait for each other in a ring.
+///
+/// The sequence is read for each row once that is locked, and so in the last row after all locks: read before, it would
+/// miss what those who held the locks have added. (PostgreSQL keeps it outside of snapshots; the condition binds the read
+/// to its row, else it would be done once for all.)
 async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Locked, sqlx::Error> {
     let ids: Vec<uuid::Uuid> = requests.iter().filter_map(|r| r.job.id()).collect();
     let slugs: Vec<String> = requests.iter().map(|r| r.job.slug().to_owned()).collect();
-    let jobs = sqlx::query_as!(
-        JobRow,
-        r#"select j.id as "id: JobId", j.slug, j.name, j.source_id, s.pool, j.overlap as "overlap: Overlap", j.max_attempts
-             from jobs j join sources s on s.id = j.source_id
-            where j.id = any ($1) or j.slug = any ($2)
-            order by j.id
-              for no key update of j"#,
+    let rows = sqlx::query!(
+        r#"select l.id as "id: JobId", l.slug, l.name, l.source_id, l.pool, l.overlap as "overlap: Overlap", l.max_attempts,
+                  (select s.last_value - (not s.is_called)::int from executions_seq_seq s where l.max_attempts > 0) as "sequence!",
+                  (select jsonb_object_agg(name, value) from settings) as stored
+             from (select j.id, j.slug, j.name, j.source_id, s.pool, j.overlap, j.max_attempts
+                     from jobs j join sources s on s.id = j.source_id
+                    where j.id = any ($1) or j.slug = any ($2)
+                    order by j.id
+                      for no key update of j) as l"#,
         &ids,
         &slugs,
     )
-    .fetch_all(&mut *conn)
+    .fetch_all(conn)
     .await?;
-    // After the locks: a statement that waits for them has read the sequence before whoever held them moved it on.
-    let row = sqlx::query!(
-        r#"select last_value - (not is_called)::int as "sequence!",
-                  (select jsonb_object_agg(name, value) from settings) as stored
-             from executions_seq_seq"#
-    )
-    .fetch_one(conn)
-    .await?;
-    Ok(Locked { jobs, settings: Settings::default().with_stored(row.stored), sequence: row.sequence })
+    let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or_default();
+    let settings = Settings::default().with_stored(rows.first().and_then(|row| row.stored.clone()));
+    let jobs = rows.into_iter().map(|row| JobRow {
+        id: row.id,
+        slug: row.slug,
+        name: row.name,
+        source_id: row.source_id,
+        pool: row.pool,
+        overlap: row.overlap,
+        max_attempts: row.max_attempts,
+    });
+    Ok(Locked { jobs: jobs.collect(), settings, sequence })
 }
 
 async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashMap<JobId, ExecutionId>, sqlx::Error> {

@@ -129,18 +129,27 @@ async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Ve
                                     $9::bigint[], $10::text[], $11::text[], $12::timestamptz[])
                    as t (id, token, ending, error, error_code, outcome, stage, pause_ms, size_bytes, path, checksum, snapshot_at)
            ), held as materialized (
-               select t.*, e.status = 'Running' as running, e.cancel_requested_at is not null and t.ending <> 'success' as cancelled,
+               select t.*, e.status = 'Running' as running, e.attempt, e.cancel_requested_at is not null and t.ending <> 'success' as cancelled,
                       e.cancel_requested_at is null
                       and (t.ending = 'released' or t.ending = 'retry' and e.failures + 1 < e.max_attempts) as again
                  from told t join executions e on e.id = t.id and e.last_token = t.token
                 order by e.id
                   for update of e
            ), leases as materialized (
-               select l.token from execution_leases l join held h on h.token = l.token and h.running
+               select l.token, l.worker, l.claimed_at, l.stage
+                 from execution_leases l join held h on h.token = l.token and h.running
                 order by l.token
                   for update of l
            ), gone as (
                delete from execution_leases l using leases where l.token = leases.token
+           ), tried as (
+               insert into execution_attempts (execution_id, attempt, worker, started_at, ended_at, outcome, stage, error, error_code)
+               select h.id, h.attempt, l.worker, l.claimed_at, clock_timestamp(),
+                      case when h.cancelled then 'Cancelled' when h.ending = 'success' then 'Success' when h.ending = 'released' then 'Released'
+                           else coalesce(h.outcome, 'Failed') end,
+                      coalesce(h.stage, l.stage), h.error, h.error_code
+                 from held h join leases l on l.token = h.token
+                where h.ending <> 'success' or h.attempt > 1
            )
            update executions e
               set status = case when h.again then 'Pending' when h.ending = 'success' then 'Success' else 'Failed' end,

@@ -261,10 +261,12 @@ fn summary(group: GroupRow, members: &[&Execution]) -> Execution {
         ),
         bytes: None,
         bytes_per_second: None,
+        attempts: Vec::new(),
         restore: None,
         waiting_for: None,
         // Of a group that waits, what its first member waits for.
         waiting: members.iter().find_map(|m| m.waiting.clone()).filter(|_| status == Status::Pending),
+        tried: false,
         seq: 0,
     }
 }

@@ -9,6 +9,7 @@
 //!       release
 //! ```
 
+pub mod attempts;
 pub mod cancel;
 pub mod claim;
 pub mod enqueue;
@@ -207,6 +208,9 @@ pub struct Execution {
     /// The runs of a group.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub members: Option<Vec<group::Member>>,
+    /// The attempts that are over, of a run that did not succeed at once; only of one execution, not in lists.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub attempts: Vec<attempts::PastAttempt>,
     /// What a restore brings back, where to and how; only of one execution, not in lists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restore: Option<Box<restore::Order>>,
@@ -217,6 +221,9 @@ pub struct Execution {
     /// While Pending: what decides how long it waits.
     #[serde(skip)]
     pub waiting: Option<Box<waiting::Waiting>>,
+    /// Whether an attempt of it ended without success.
+    #[serde(skip)]
+    pub tried: bool,
     /// Order of arrival; the cursor of lists.
     #[serde(skip)]
     pub seq: i64,
@@ -254,6 +261,7 @@ struct Row {
     pool: String,
     serial: bool,
     run_at: DateTime<Utc>,
+    tried: bool,
 }
 
 impl Row {
@@ -323,9 +331,11 @@ impl From<Row> for Execution {
             trace_url: setting::trace_url(row.trace_url_template.as_deref(), &trace),
             trace_id: trace.trace_id().map(str::to_owned),
             members: None,
+            attempts: Vec::new(),
             restore: None,
             waiting_for: None,
             waiting,
+            tried: row.tried,
             seq: row.seq,
         }
     }
@@ -343,6 +353,14 @@ pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Exe
 /// the plan of an array differs from that of one id: hence the marks.)
 pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
     let mut executions = rows_of(conn, ids).await?;
+    let tried: Vec<_> = executions.iter().filter(|e| e.tried).map(|e| e.id).collect();
+    if !tried.is_empty() {
+        for (id, attempt) in attempts::find_all(conn, &tried).await? {
+            if let Some(execution) = executions.iter_mut().find(|execution| execution.id == id) {
+                execution.attempts.push(attempt);
+            }
+        }
+    }
     let restores: Vec<_> = executions.iter().filter(|e| e.is_restore()).map(|e| e.id).collect();
     if !restores.is_empty() {
         for (id, order) in restore::find_all(conn, &restores).await? {
@@ -364,7 +382,8 @@ async fn rows_of(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Exe
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt as "attempt!",
                   e.trigger_kind as "trigger_kind!", e.trigger_label, e.priority as "priority!", e.labels as "labels!: Json<Labels>",
                   e.traceparent, (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template,
-                  e.source_id as "source_id!: SourceId", e.pool as "pool!", e.serial as "serial!", e.run_at as "run_at!"
+                  e.source_id as "source_id!: SourceId", e.pool as "pool!", e.serial as "serial!", e.run_at as "run_at!",
+                  e.previous_token is not null as "tried!"
              from executions e left join execution_leases l on l.execution_id = e.id
             where e.id = any ($1)"#,
         ids as _
@@ -406,7 +425,8 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
                   e.ended_at, e.size_bytes, e.path, e.checksum, e.snapshot_at, e.error, e.error_code, e.attempt, e.trigger_kind,
                   e.trigger_label, e.priority, e.labels as "labels: Json<Labels>", e.traceparent,
                   (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template,
-                  e.source_id as "source_id: SourceId", e.pool, e.serial, e.run_at
+                  e.source_id as "source_id: SourceId", e.pool, e.serial, e.run_at,
+                  e.previous_token is not null as "tried!"
              from executions e left join execution_leases l on l.execution_id = e.id
             where ($1::uuid is null or e.job_id = $1)
               and ($2::uuid[] is null or e.job_id = any ($2))
