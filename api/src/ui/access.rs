@@ -53,6 +53,11 @@ impl KeysPage {
         key.expires_at.is_some_and(|at| at <= self.now)
     }
 
+    /// Whether its reader holds all that it may do: only then may they switch it on, or give it a new secret.
+    fn covers(&self, key: &KeyInfo) -> bool {
+        PermissionSet::parse(&key.permissions).is_ok_and(|permissions| self.frame.covers(&permissions))
+    }
+
     fn scope(&self, key: &KeyInfo) -> String {
         match key.job_ids.as_ref().map(Vec::len) {
             None => "all jobs".to_owned(),
@@ -157,6 +162,13 @@ pub async fn make_key(
 struct UsersPage {
     frame: Frame,
     users: Vec<User>,
+}
+
+impl UsersPage {
+    /// Whether its reader may do all that a user may: else they may only switch the user off.
+    fn covers(&self, user: &User) -> bool {
+        self.frame.covers(&user.permission_set())
+    }
 }
 
 /// The table of people.

@@ -5,7 +5,7 @@ use askama::Template;
 use axum::{Extension, extract::State, response::Response};
 use common::{
     destination::{self, Destination, Kind},
-    form::{self, Form as Described},
+    form::{self, Field, Form as Described},
     job::Job,
     permission::Permission,
     source::{self, Engine, Source},
@@ -81,15 +81,20 @@ fn pool(value: &str) -> Input {
     Input::new(InputType::Text, "pool", "Pool").placeholder("default").help("whose workers reach it").value(value)
 }
 
-fn most_runs(value: Option<i32>) -> Input {
-    Input::new(InputType::Number, "maxConcurrentRuns", "Runs at once")
-        .placeholder("no limit of its own")
-        .value(value.map(|n| n.to_string()).unwrap_or_default())
+/// The limits of a source: of its backups, and of the restores into it.
+fn limits(runs: Option<i32>, restores: Option<i32>) -> [Input; 2] {
+    [("maxConcurrentRuns", "Backups at once", runs), ("maxConcurrentRestores", "Restores at once", restores)].map(
+        |(name, label, value)| {
+            let input = Input::new(InputType::Number, name, label).placeholder("no limit of its own");
+            input.value(value.map(|n| n.to_string()).unwrap_or_default())
+        },
+    )
 }
 
 impl From<Source> for Connection {
     fn from(source: Source) -> Self {
-        let common = vec![pool(&source.pool), most_runs(source.max_concurrent_runs), labels(Some(&source.labels))];
+        let [runs, restores] = limits(source.max_concurrent_runs, source.max_concurrent_restores);
+        let common = vec![pool(&source.pool), runs, restores, labels(Some(&source.labels))];
         Self {
             id: source.id.to_string(),
             name: source.name,
@@ -124,19 +129,21 @@ impl From<Destination> for Connection {
 impl Connection {
     /// Where it is, in a word.
     fn place(&self) -> String {
-        let text = |name: &str| self.config.get(name).and_then(Value::as_str).unwrap_or_default();
-        let places = ["host", "socket", "root"].map(text);
-        let place = places.into_iter().find(|place| !place.is_empty());
-        place.map_or_else(|| format!("{} {}", text("bucket"), text("endpoint")).trim().to_owned(), str::to_owned)
+        self.stored().filter(|(field, _)| field.place).map(|(_, value)| value).collect::<Vec<_>>().join(" ")
+    }
+
+    /// The fields of its form that are set, with what is stored in each.
+    fn stored(&self) -> impl Iterator<Item = (&Field, String)> {
+        self.what.fields.iter().filter_map(|field| {
+            let mut names = field.name.split('.');
+            let outer = self.config.get(names.next()?)?;
+            Some((field, shown(names.try_fold(outer, |value, name| value.get(name))?)))
+        })
     }
 
     /// What is stored of it, for people.
     fn facts(&self) -> Vec<(&'static str, String)> {
-        let fields = self.what.fields.iter().filter_map(|field| {
-            let mut names = field.name.split('.');
-            let outer = self.config.get(names.next()?)?;
-            Some((field.label, shown(names.try_fold(outer, |value, name| value.get(name))?)))
-        });
+        let fields = self.stored().map(|(field, value)| (field.label, value));
         fields.chain([("Pool", self.pool.clone()), ("Slug", self.slug.clone())]).collect()
     }
 }
@@ -273,7 +280,8 @@ fn new_page(frame: Frame, noun: Noun, choices: Vec<Described>, query: &WhatQuery
 
 /// The form of a new source.
 pub async fn make_source(Query(query): Query<WhatQuery>, frame: Frame) -> Result<Response, ApiError> {
-    let common = vec![pool(""), most_runs(None), labels(None)];
+    let [runs, restores] = limits(None, None);
+    let common = vec![pool(""), runs, restores, labels(None)];
     html(&new_page(frame, SOURCE, Engine::ALL.map(form::of_engine).into(), &query, common))
 }
 

@@ -86,6 +86,8 @@ pub struct Input {
     help: String,
     placeholder: String,
     autocomplete: &'static str,
+    /// Where to make what could be chosen, when there is nothing: a path, and what is made there.
+    make: Option<(&'static str, &'static str)>,
     warning: Option<Warning>,
 }
 
@@ -110,6 +112,7 @@ impl Input {
             help: String::new(),
             placeholder: String::new(),
             autocomplete: "off",
+            make: None,
             warning: None,
         }
     }
@@ -143,6 +146,11 @@ impl Input {
             value: if kind == InputType::Secret { String::new() } else { text },
             ..Self::new(kind, &format!("config.{}", field.name), field.label)
         }
+    }
+
+    /// Whose options are made elsewhere.
+    pub fn make(self, make: Option<(&'static str, &'static str)>) -> Self {
+        Self { make, ..self }
     }
 
     /// With this in it.

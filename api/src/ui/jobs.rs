@@ -161,7 +161,9 @@ async fn source_input(state: &AppState, frame: &Frame, job: Option<&Job>) -> Res
         let label = format!("{} ({})", source.name, form::of_engine(source.engine).label);
         Choosable::new(source.id, label, job.is_some_and(|job| job.source_id == source.id))
     });
-    Ok(Input::new(InputType::Choice, "sourceId", "Source").required().options(options.collect()))
+    let input = Input::new(InputType::Choice, "sourceId", "Source").required().placeholder("There is no source yet.");
+    let make = frame.may(Permission::SourcesWrite).then_some(("/sources/new", "Add a source"));
+    Ok(input.make(make).options(options.collect()))
 }
 
 /// The same of the destinations; the only one that there is needs no choice.
@@ -179,7 +181,8 @@ async fn destinations_input(state: &AppState, frame: &Frame, job: Option<&Job>) 
         .iter()
         .map(|destination| Choosable::new(destination.id, &destination.name, only || chosen.contains(&destination.id)));
     let input = Input::new(InputType::Many, "destinationIds", "Destinations").help("every backup goes to all of them");
-    Ok(input.placeholder("There is no destination yet: add one first, under Destinations.").options(options.collect()))
+    let make = frame.may(Permission::DestinationsWrite).then_some(("/destinations/new", "Add a destination"));
+    Ok(input.placeholder("There is no destination yet.").make(make).options(options.collect()))
 }
 
 fn when(job: Option<&Job>) -> Vec<Input> {

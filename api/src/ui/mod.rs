@@ -27,7 +27,7 @@ use axum::{
 };
 use common::{
     job::{self, Job},
-    permission::Permission,
+    permission::{Permission, PermissionSet},
 };
 
 use crate::{
@@ -102,6 +102,11 @@ impl Frame {
     /// Whether whoever looks may do something.
     fn may(&self, permission: Permission) -> bool {
         self.caller.as_ref().is_some_and(|caller| caller.permissions().allows(permission))
+    }
+
+    /// Whether they may do all of these.
+    fn covers(&self, permissions: &PermissionSet) -> bool {
+        self.caller.as_ref().is_some_and(|caller| caller.permissions().lacking(permissions).is_empty())
     }
 
     /// Their name; empty where nobody is signed in.

@@ -1,9 +1,10 @@
 //! A run that is watched.
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use super::{job_without_workers, signed_in};
-use crate::harness::{Cluster, SOON, held::Held, source::PostgresSource, until};
+use crate::harness::{Cluster, SOON, held::Held, proxy::Mode, source::PostgresSource, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_watched_live_and_cancelled_without_a_poll() {
@@ -44,8 +45,8 @@ async fn a_run_is_watched_live_and_cancelled_without_a_poll() {
             "return /^\\d[\\d.]* [kM]B, \\d[\\d.]* [kM]?B\\/s$/.test(document.querySelector('[data-part=moved]').textContent)",
         )
         .await;
-    let asked = "return performance.getEntriesByType('resource').filter((r) => r.name.includes('/api/') && !r.name.endsWith('/events')).length";
-    assert_eq!(browser.js(asked).await, 0, "it asks for nothing while nothing happens");
+    let asked = "return performance.getEntriesByType('resource').map((r) => r.name).filter((name) => !name.includes('/assets/') && !name.endsWith('/events'))";
+    assert_eq!(browser.js(asked).await, json!([]), "it asks for nothing while nothing happens");
 
     browser.press("Cancel").await;
     browser.until_text("no backup comes of it").await;
@@ -95,6 +96,140 @@ async fn a_backup_shows_its_files_with_their_checksums_and_is_run_again() {
         (cluster.count("select count(*) from executions where status = 'Success'").await == 2).then_some(())
     })
     .await;
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_lost_its_worker_shows_what_became_of_each_attempt() {
+    let cluster = Cluster::start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go(&format!("/executions/{id}")).await;
+    assert_eq!(browser.js("return !!document.getElementById('attempts')").await, false);
+    let lost = cluster.workers.iter().find(|worker| !worker.children().is_empty()).expect("one dumps");
+    lost.signal(Signal::SIGKILL);
+    held.proxy.set(Mode::Pass);
+    assert_eq!(cluster.ended(&id, SOON).await["status"], "Success");
+    let rows = "return [...document.querySelectorAll('#attempts tbody tr')].map((row) => [0, 1, 3, 6].map((n) => row.children[n].innerText.trim()))";
+    browser
+        .until("both attempts are shown", "return document.querySelectorAll('#attempts tbody tr').length === 2")
+        .await;
+    let rows = browser.js(rows).await;
+    let lost = rows[0][3].as_str().expect("an error").to_owned();
+    assert!(lost.ends_with("stopped answering"), "{rows}");
+    assert_eq!(rows, json!([["1", "Worker lost", "Dumping", lost], ["2", "Success", "Completed", "–"]]));
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_is_followed_copied_and_downloaded() {
+    let cluster = Cluster::start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    // So low that every line has to be scrolled to.
+    browser.look(false, 1280, 900).await;
+    browser.go(&format!("/executions/{id}")).await;
+    browser.js("const s = new CSSStyleSheet(); s.replaceSync('#log { height: 3em; overflow: auto }'); document.adoptedStyleSheets = [s]").await;
+    browser.until("its log is there", "return document.querySelectorAll('#log li').length > 1").await;
+    browser.click("#log-follow").await;
+    browser.js("document.getElementById('log').scrollTop = 0").await;
+    let before = browser.js("return document.querySelectorAll('#log li').length").await;
+    held.proxy.set(Mode::Pass);
+    browser.until("more lines come", &format!("return document.querySelectorAll('#log li').length > {before}")).await;
+    assert_eq!(
+        browser.js("return document.getElementById('log').scrollTop").await,
+        0,
+        "the reader is left where they read"
+    );
+    let lines = cluster.ended(&id, SOON).await["logs"].clone();
+    let all = lines.as_array().expect("lines").len();
+    browser
+        .until("all lines are there", &format!("return document.querySelectorAll('#log li').length === {all}"))
+        .await;
+
+    browser
+        .cdp("Browser.grantPermissions", json!({ "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"] }))
+        .await;
+    browser.press("Copy").await;
+    browser.until_text("Copied.").await;
+    browser.js("navigator.clipboard.readText().then((text) => { window.copied = text; })").await;
+    let copied = browser.until("what was copied", "return window.copied").await.as_str().expect("text").to_owned();
+    let downloads = cluster.scratch.join("downloads");
+    std::fs::create_dir(&downloads).expect("a folder");
+    let to = json!({ "behavior": "allow", "downloadPath": downloads });
+    browser.cdp("Browser.setDownloadBehavior", to).await;
+    browser.click("#log-save").await;
+    let file = downloads.join(format!("{id}.log"));
+    let saved = until("the log is saved", SOON, || async {
+        std::fs::read_to_string(&file).ok().filter(|text| !text.is_empty())
+    })
+    .await;
+    assert_eq!(saved, copied);
+    for line in lines.as_array().expect("lines") {
+        for part in ["timestamp", "message"] {
+            let part = line[part].as_str().expect("text");
+            assert!(saved.contains(part), "{part} is not in {saved}");
+        }
+    }
+    browser.assert_clean().await;
+    drop(browser);
+
+    // Followed: the newest line is in sight.
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go(&format!("/executions/{id}")).await;
+    browser.js("const s = new CSSStyleSheet(); s.replaceSync('#log { height: 3em; overflow: auto }'); document.adoptedStyleSheets = [s]").await;
+    held.proxy.set(Mode::Pass);
+    let all = cluster.ended(&id, SOON).await["logs"].as_array().expect("lines").len();
+    browser
+        .until("all lines are there", &format!("return document.querySelectorAll('#log li').length === {all}"))
+        .await;
+    browser.until("the last is in sight", "const l = document.getElementById('log'); return l.scrollTop > 0 && l.scrollTop + l.clientHeight >= l.scrollHeight - 1").await;
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn executions_are_filtered_by_job_status_and_outcome_and_all_are_shown_again() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let job = job_without_workers(&cluster, json!({ "name": "Shop", "overlap": "allow" })).await;
+    let other = job_without_workers(&cluster, json!({ "name": "Other" })).await;
+    let (waiting, cancelled, others) =
+        (cluster.trigger(&job).await, cluster.trigger(&job).await, cluster.trigger(&other).await);
+    cluster.ok("POST", &format!("/api/executions/{cancelled}/cancel"), None).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go("/executions").await;
+    let choose = async |name: &str, value: &str| {
+        let set = format!(
+            "const f = document.querySelector('select[name={name}]'); f.value = '{value}'; f.dispatchEvent(new Event('change', {{ bubbles: true }}))"
+        );
+        browser.js(&set).await;
+    };
+    let shows = async |what: &str, ids: &[&String]| {
+        let shown =
+            "JSON.stringify([...document.querySelectorAll('[data-execution]')].map((row) => row.dataset.execution))";
+        browser
+            .until(
+                what,
+                &format!("return document.documentElement.dataset.ready === '' && {shown} === '{}'", json!(ids)),
+            )
+            .await;
+    };
+    shows("all of them", &[&others, &cancelled, &waiting]).await;
+    choose("jobId", &job).await;
+    shows("those of the job", &[&cancelled, &waiting]).await;
+    choose("status", "Pending").await;
+    shows("the one that waits", &[&waiting]).await;
+    choose("status", "").await;
+    shows("those of the job again", &[&cancelled, &waiting]).await;
+    choose("outcome", "Cancelled").await;
+    shows("the one that was cancelled", &[&cancelled]).await;
+    choose("outcome", "Expired").await;
+    browser.until_text("Nothing fits these filters").await;
+    browser.press("Show all").await;
+    shows("all of them again", &[&others, &cancelled, &waiting]).await;
     browser.assert_clean().await;
 }
 

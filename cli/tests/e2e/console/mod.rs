@@ -3,10 +3,12 @@
 
 mod browser;
 
+mod access;
 mod entrance;
 mod executions;
 mod jobs;
 mod keys;
+mod overview;
 mod pages;
 mod settings;
 mod trigger;
