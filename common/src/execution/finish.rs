@@ -147,7 +147,7 @@ async fn record(conn: &mut PgConnection, ends: &[(Claim, &Ending)]) -> Result<Ve
                select h.id, h.attempt, l.worker, l.claimed_at, clock_timestamp(),
                       case when h.cancelled then 'Cancelled' when h.ending = 'success' then 'Success' when h.ending = 'released' then 'Released'
                            else coalesce(h.outcome, 'Failed') end,
-                      coalesce(h.stage, l.stage), h.error, h.error_code
+                      coalesce(h.stage, l.stage), h.error, case when h.cancelled then 'cancelled' else h.error_code end
                  from held h join leases l on l.token = h.token
                 where h.ending <> 'success' or h.attempt > 1
            )

@@ -175,10 +175,10 @@ pub async fn rescue(conn: &mut PgConnection, seen: &[Sight], patience: Duration)
                       requeued_at = clock_timestamp()
                  from dead d join expired x on x.token = d.token and x.running
                 where e.id = d.execution_id
-               returning e.id, e.status, e.attempt, e.outcome, e.traceparent, e.tracestate, d.token, d.worker, d.stage, d.claimed_at, d.expires_at
+               returning e.id, e.status, e.attempt, e.traceparent, e.tracestate, d.token, d.worker, d.stage, d.claimed_at, d.expires_at
            ), tried as (
                insert into execution_attempts (execution_id, attempt, worker, started_at, ended_at, outcome, stage, error, error_code)
-               select id, attempt, worker, claimed_at, clock_timestamp(), coalesce(outcome, 'WorkerLost'), stage,
+               select id, attempt, worker, claimed_at, clock_timestamp(), 'WorkerLost', stage,
                       format('worker %s stopped answering', worker), 'worker_lost'
                  from closed
            ), told as (
