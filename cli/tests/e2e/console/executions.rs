@@ -45,6 +45,8 @@ async fn a_run_is_watched_live_and_cancelled_without_a_poll() {
             "return /^\\d[\\d.]* [kM]B, \\d[\\d.]* [kM]?B\\/s$/.test(document.querySelector('[data-part=moved]').textContent)",
         )
         .await;
+    // A poll would have come by then.
+    browser.until("the page is five seconds old", "return performance.now() > 5000").await;
     let asked = "return performance.getEntriesByType('resource').map((r) => r.name).filter((name) => !name.includes('/assets/') && !name.endsWith('/events'))";
     assert_eq!(browser.js(asked).await, json!([]), "it asks for nothing while nothing happens");
 
