@@ -276,6 +276,30 @@ async fn executions_are_found_by_the_days_of_the_reader() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn times_are_those_of_the_reader_and_the_exact_one_is_shown_on_hover() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let job = job_without_workers(&cluster, json!({})).await;
+    let id = cluster.trigger(&job).await;
+    let set = format!("update executions set queued_at = '2025-03-10T03:30:00.125Z' where id = '{id}'");
+    crate::harness::sql(&cluster.database, &set).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    let shown = "const t = document.querySelector('.facts time'); return [t.textContent, t.title]";
+    browser.cdp("Emulation.setLocaleOverride", json!({ "locale": "en-GB" })).await;
+    for (zone, text, day) in [
+        ("America/New_York", "9 Mar 2025, 23:30", "9 March 2025"),
+        ("Asia/Tokyo", "10 Mar 2025, 12:30", "10 March 2025"),
+    ] {
+        browser.cdp("Emulation.setTimezoneOverride", json!({ "timezoneId": zone })).await;
+        browser.go(&format!("/executions/{id}")).await;
+        let shown = browser.js(shown).await;
+        let hover = shown[1].as_str().expect("text");
+        assert_eq!(shown[0], text, "{zone}");
+        assert!(hover.contains(day) && hover.ends_with("(2025-03-10T03:30:00.125Z)"), "{zone}: {hover}");
+    }
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_backup_is_downloaded_and_restored_and_what_would_be_replaced_is_asked_first() {
     let cluster = Cluster::start().await;
     let (destination, root) = cluster.local_destination().await;

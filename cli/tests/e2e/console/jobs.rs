@@ -156,6 +156,32 @@ async fn a_source_that_does_not_work_says_so_and_a_stored_password_stays_out_of_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_source_and_a_destination_say_which_jobs_use_them_and_where_they_are() {
+    let cluster = Cluster::start().await;
+    let (source, destination, _) = some_job(&cluster, "Shop").await;
+    let (other, _, _) = some_job(&cluster, "Other").await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    let users = "return [...document.querySelectorAll('.plain-list li')].map((job) => job.textContent)";
+    for (page, names) in [
+        (format!("/sources/{source}"), json!(["Shop"])),
+        (format!("/destinations/{destination}"), json!(["Shop"])),
+        (format!("/sources/{other}"), json!(["Other"])),
+    ] {
+        browser.go(&page).await;
+        assert_eq!(browser.js(users).await, names, "{page}");
+    }
+    let places = "return [...document.querySelectorAll('[data-label=Where]')].map((place) => place.textContent)";
+    browser.go("/sources").await;
+    assert_eq!(browser.js(places).await, json!(["127.0.0.1", "127.0.0.1"]));
+    let bucket = json!({ "bucket": "backups", "endpoint": "https://s3.example.com", "accessKeyId": "a", "secretAccessKey": "b" });
+    cluster.ok("POST", "/api/destinations", Some(json!({ "name": "Bucket", "kind": "s3", "config": bucket }))).await;
+    browser.go("/destinations").await;
+    let places = browser.js(places).await;
+    assert!(places.as_array().expect("places").contains(&json!("backups https://s3.example.com")), "{places}");
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_forms_of_connections_are_those_that_the_api_describes() {
     let cluster = Cluster::build().workers(0).start().await;
     let browser = signed_in(&cluster, &["*"]).await;
@@ -164,12 +190,26 @@ async fn the_forms_of_connections_are_those_that_the_api_describes() {
         for what in described.as_array().expect("a list") {
             let id = what["id"].as_str().expect("an id");
             browser.go(&format!("{page}?what={id}")).await;
-            let shown = browser.js("return [...document.querySelectorAll('[name^=\"config.\"]')].map((i) => [i.name.slice(7), i.type === 'password']).sort()").await;
+            let shown = browser.js("const text = (i, css) => i.closest('.field').querySelector(css)?.textContent ?? '';
+                return [...document.querySelectorAll('[name^=\"config.\"]')].map((i) => [i.name.slice(7), i.type === 'password', i.required,
+                    text(i, 'label').replace(' optional', ''), text(i, '.help'),
+                    i.dataset.type === 'choice' ? [...i.options].map((o) => o.value) : []]).sort()").await;
             let mut wanted: Vec<Value> = what["fields"]
                 .as_array()
                 .expect("fields")
                 .iter()
-                .map(|field| json!([field["name"], field["type"] == "secret"]))
+                .map(|field| {
+                    let options: Vec<&Value> =
+                        field["options"].as_array().expect("options").iter().map(|o| &o["value"]).collect();
+                    json!([
+                        field["name"],
+                        field["type"] == "secret",
+                        field["required"],
+                        field["label"],
+                        field["help"],
+                        options
+                    ])
+                })
                 .collect();
             wanted.sort_by_key(Value::to_string);
             assert_eq!(shown, json!(wanted), "{id}");

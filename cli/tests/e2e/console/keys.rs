@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::signed_in;
-use crate::harness::{Cluster, until};
+use crate::harness::{Cluster, SOON, until};
 
 /// What a process may remember of a key is half a second old; the promise is one.
 const REVOKED: Duration = Duration::from_secs(1);
@@ -34,14 +34,37 @@ async fn a_key_is_shown_once_used_disabled_rotated_and_deleted() {
     );
     browser.field("name", "ci").await;
     browser.click("[name=permissions][value='jobs:read']").await;
+    browser.js("const e = document.querySelector('[name=expiresAt]'); e.value = e.options[1].value").await;
     browser.press("Make the key").await;
     let key = browser.until("the key is shown", "return document.getElementById('secret')?.textContent").await;
     let key = key.as_str().expect("text").to_owned();
     assert_eq!(status(&cluster, &key).await, 200);
+    browser
+        .cdp("Browser.grantPermissions", json!({ "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"] }))
+        .await;
+    browser.press("Copy the key").await;
+    browser.until_text("Copied.").await;
+    browser.js("navigator.clipboard.readText().then((text) => { window.copied = text; })").await;
+    assert_eq!(browser.until("what was copied", "return window.copied").await, key);
     browser.press("I have stored it").await;
     browser.until_path("/access/api-keys").await;
     browser.until_text("ci").await;
     assert!(!browser.js("return document.documentElement.outerHTML").await.to_string().contains(&key), "once");
+
+    let days = "select extract(day from expires_at - created_at)::bigint from api_keys where name = 'ci'";
+    assert!((29..=30).contains(&cluster.count(days).await), "'In 30 days' was chosen");
+    let cell = |label: &str| {
+        format!(
+            "const row = [...document.querySelectorAll('[data-key-row]')].find((row) => row.querySelector('th').innerText === 'ci'); \
+             return row.querySelector('[data-label=\"{label}\"]').innerText"
+        )
+    };
+    assert_ne!(browser.js(&cell("Expires")).await, "never");
+    until("its last use is shown", SOON, || async {
+        browser.go("/access/api-keys").await;
+        browser.js(&cell("Last use")).await.as_str().is_some_and(|text| text.ends_with("127.0.0.1")).then_some(())
+    })
+    .await;
 
     browser.click("[aria-label='Disable ci']").await;
     browser.until_text("The key is disabled").await;
