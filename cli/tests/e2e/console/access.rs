@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Browser, sign_in, signed_in};
+use super::{Browser, signed_in, signed_in_as};
 use crate::harness::{
     Cluster, SOON,
     people::{PASSWORD, user},
@@ -16,6 +16,15 @@ async fn offered(browser: &Browser, name: &str) -> serde_json::Value {
          return [...row.querySelectorAll('button, a')].map((b) => b.textContent.trim())"
     );
     browser.js(&script).await
+}
+
+/// Waits until a browser is sent to the sign-in.
+async fn until_signed_out(browser: &Browser) {
+    until("the session is over", SOON, || async {
+        browser.go("/access/sessions").await;
+        (browser.path().await == "/sign-in").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -39,12 +48,7 @@ async fn a_person_is_made_changed_switched_off_and_deleted() {
     browser.until("the people are there", users).await;
     browser.until_text("Ada L.").await;
 
-    let theirs = Browser::start(cluster.url(1)).await;
-    theirs.go("/sign-in").await;
-    sign_in(&theirs, "ada", PASSWORD).await;
-    theirs
-        .until("they are in", "return location.pathname === '/' && document.documentElement.dataset.ready === ''")
-        .await;
+    let theirs = signed_in_as(&cluster, 1, "ada").await;
 
     browser.click("[aria-label='Edit ada']").await;
     browser
@@ -63,11 +67,7 @@ async fn a_person_is_made_changed_switched_off_and_deleted() {
     browser.until_text("Their sessions end at once").await;
     browser.press("Disable the user").await;
     browser.until_text("The user is disabled").await;
-    until("the session is over", SOON, || async {
-        theirs.go("/access/sessions").await;
-        (theirs.path().await == "/sign-in").then_some(())
-    })
-    .await;
+    until_signed_out(&theirs).await;
     browser.click("[aria-label='More for ada']").await;
     browser.press("Enable").await;
     browser.until_text("The user is enabled.").await;
@@ -113,23 +113,14 @@ async fn a_session_is_ended_from_another_browser() {
     let cluster = Cluster::build().workers(0).start().await;
     let (_, name) = user(&cluster, &["jobs:read"]).await;
     let browser = signed_in(&cluster, &["*"]).await;
-    let theirs = Browser::start(cluster.url(1)).await;
-    theirs.go("/sign-in").await;
-    sign_in(&theirs, &name, PASSWORD).await;
-    theirs
-        .until("they are in", "return location.pathname === '/' && document.documentElement.dataset.ready === ''")
-        .await;
+    let theirs = signed_in_as(&cluster, 1, &name).await;
     browser.go("/access/sessions").await;
     browser.until_text("this one").await;
     browser.press("End").await;
     browser.until_text(&format!("End this session of {name}?")).await;
     browser.press("End the session").await;
     browser.until_text("The session is over.").await;
-    until("it is over", SOON, || async {
-        theirs.go("/access/sessions").await;
-        (theirs.path().await == "/sign-in").then_some(())
-    })
-    .await;
+    until_signed_out(&theirs).await;
     browser.until("the row is gone", "return document.querySelectorAll('#sessions tbody tr').length === 1").await;
     browser.assert_clean().await;
 }

@@ -224,6 +224,18 @@ impl Browser {
         self.command("actions", body).await;
     }
 
+    /// Lets the page use the clipboard.
+    pub async fn allow_clipboard(&self) {
+        let permissions = json!({ "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"] });
+        self.cdp("Browser.grantPermissions", permissions).await;
+    }
+
+    /// What was copied last.
+    pub async fn copied(&self) -> String {
+        self.js("navigator.clipboard.readText().then((text) => { window.copied = text; })").await;
+        self.until("what was copied", "return window.copied").await.as_str().expect("text").to_owned()
+    }
+
     /// A command of Chromium's own protocol.
     pub async fn cdp(&self, command: &str, params: Value) {
         self.command("goog/cdp/execute", json!({ "cmd": command, "params": params })).await;

@@ -151,13 +151,10 @@ async fn a_log_is_followed_copied_and_downloaded() {
         .until("all lines are there", &format!("return document.querySelectorAll('#log li').length === {all}"))
         .await;
 
-    browser
-        .cdp("Browser.grantPermissions", json!({ "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"] }))
-        .await;
+    browser.allow_clipboard().await;
     browser.press("Copy").await;
     browser.until_text("Copied.").await;
-    browser.js("navigator.clipboard.readText().then((text) => { window.copied = text; })").await;
-    let copied = browser.until("what was copied", "return window.copied").await.as_str().expect("text").to_owned();
+    let copied = browser.copied().await;
     let downloads = cluster.scratch.join("downloads");
     std::fs::create_dir(&downloads).expect("a folder");
     let to = json!({ "behavior": "allow", "downloadPath": downloads });

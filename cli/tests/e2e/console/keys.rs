@@ -39,13 +39,10 @@ async fn a_key_is_shown_once_used_disabled_rotated_and_deleted() {
     let key = browser.until("the key is shown", "return document.getElementById('secret')?.textContent").await;
     let key = key.as_str().expect("text").to_owned();
     assert_eq!(status(&cluster, &key).await, 200);
-    browser
-        .cdp("Browser.grantPermissions", json!({ "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"] }))
-        .await;
+    browser.allow_clipboard().await;
     browser.press("Copy the key").await;
     browser.until_text("Copied.").await;
-    browser.js("navigator.clipboard.readText().then((text) => { window.copied = text; })").await;
-    assert_eq!(browser.until("what was copied", "return window.copied").await, key);
+    assert_eq!(browser.copied().await, key);
     browser.press("I have stored it").await;
     browser.until_path("/access/api-keys").await;
     browser.until_text("ci").await;

@@ -25,9 +25,14 @@ use crate::harness::{
 /// A browser in which somebody with these permissions has signed in.
 async fn signed_in(cluster: &Cluster, permissions: &[&str]) -> Browser {
     let (_, name) = user(cluster, permissions).await;
-    let browser = Browser::start(cluster.url(0)).await;
+    signed_in_as(cluster, 0, &name).await
+}
+
+/// A browser at an API process in which a user of the tests has signed in.
+async fn signed_in_as(cluster: &Cluster, api: usize, name: &str) -> Browser {
+    let browser = Browser::start(cluster.url(api)).await;
     browser.go("/sign-in").await;
-    sign_in(&browser, &name, PASSWORD).await;
+    sign_in(&browser, name, PASSWORD).await;
     browser
         .until(
             "the overview is there",

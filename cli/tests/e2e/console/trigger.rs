@@ -43,9 +43,7 @@ async fn the_curl_of_the_dialog_triggers_its_job_in_a_shell_with_a_key_made_ther
     assert_eq!(tabs, json!(samples.iter().map(|sample| sample.title).collect::<Vec<_>>()));
 
     // Copied, and said where it is heard: outside a modal dialog it would not be.
-    browser
-        .cdp("Browser.grantPermissions", json!({ "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"] }))
-        .await;
+    browser.allow_clipboard().await;
     browser.js("document.querySelector('dialog[open] [data-copy=code-curl]').click()").await;
     browser
         .until(
@@ -53,9 +51,11 @@ async fn the_curl_of_the_dialog_triggers_its_job_in_a_shell_with_a_key_made_ther
             "return document.querySelector('dialog[open] #notice.shown')?.textContent === 'Copied.'",
         )
         .await;
-    browser.js("navigator.clipboard.readText().then((text) => { window.copied = text; })").await;
-    let copied = browser.until("what was copied", "return window.copied").await;
-    assert_eq!(copied.as_str(), Some(samples.iter().find(|sample| sample.id == "curl").expect("curl").text.as_str()));
+    let copied = browser.copied().await;
+    assert_eq!(
+        Some(copied.as_str()),
+        Some(samples.iter().find(|sample| sample.id == "curl").expect("curl").text.as_str())
+    );
 
     // Pasted into a shell.
     let curl = browser.js("return document.getElementById('code-curl').textContent").await;
