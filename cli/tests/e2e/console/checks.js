@@ -87,11 +87,12 @@ for (const input of all("input:not([type=checkbox]):not([type=hidden]), select, 
   if (found < 3) say(input, `a border with a contrast of ${found.toFixed(2)}`);
 }
 
-// It fits.
-const wide = document.scrollingElement.scrollWidth - innerWidth;
+// It fits. A phone zooms out until a page that is too wide fits, and `innerWidth` grows with that: the width of the layout does not.
+const width = document.documentElement.clientWidth;
+const wide = document.scrollingElement.scrollWidth - width;
 if (wide > 0) {
   problems.push(`the page is ${wide} px wider than its window`);
-  const widest = all("main *").filter((element) => element.getBoundingClientRect().right > innerWidth + 1);
+  const widest = all("main *").filter((element) => element.getBoundingClientRect().right > width + 1);
   if (widest.length) say(widest.at(-1), "sticks out");
 }
 // Targets are large enough (2.5.8).

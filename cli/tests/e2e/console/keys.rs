@@ -32,6 +32,11 @@ async fn a_key_is_shown_once_used_disabled_rotated_and_deleted() {
         json!(["jobs:read", "history:read", "api-keys:read", "api-keys:write"]),
         "nobody grants what they do not hold"
     );
+    let grouped = "return [...document.querySelector('.options').children].map((part) => part.innerText.trim())";
+    assert_eq!(
+        browser.js(grouped).await,
+        json!(["Jobs", "jobs:read", "History", "history:read", "API keys", "api-keys:read", "api-keys:write"])
+    );
     browser.field("name", "ci").await;
     browser.click("[name=permissions][value='jobs:read']").await;
     browser.js("const e = document.querySelector('[name=expiresAt]'); e.value = e.options[1].value").await;

@@ -10,6 +10,10 @@ use crate::harness::{Cluster, SOON, source::PostgresSource, until};
 
 const CHECKS: &str = include_str!("checks.js");
 
+/// Where the next steps of an empty page are.
+const OFFERED: &str =
+    "return [...document.querySelectorAll('.empty a, .steps a')].map((step) => step.getAttribute('href'))";
+
 /// A cluster in which everything that a page shows is there: a backup, a failure, a run that waits, a key.
 async fn lively() -> (Cluster, Vec<(&'static str, String)>) {
     let cluster = Cluster::start().await;
@@ -148,15 +152,22 @@ async fn the_empty_pages_the_dialogs_and_the_entrance_can_be_read_by_everybody_t
     check(&browser, "setup").await;
     drop(browser);
     let browser = signed_in(&cluster, &["*"]).await;
-    for (name, path) in [
-        ("empty-overview", "/"),
-        ("empty-jobs", "/jobs"),
-        ("empty-executions", "/executions"),
-        ("empty-sources", "/sources"),
-        ("empty-destinations", "/destinations"),
-        ("empty-cluster", "/settings/cluster"),
+    // What is not there yet is said, with where the next step is.
+    for (name, path, says, next) in [
+        ("empty-overview", "/", "To the first backup", "/sources/new"),
+        ("empty-jobs", "/jobs", "There is no job yet", "/sources/new"),
+        ("empty-search", "/jobs?q=shop", "No job has “shop” in its name", "/jobs"),
+        ("empty-executions", "/executions", "Nothing has run yet", "/jobs"),
+        ("empty-filter", "/executions?status=Failed", "Nothing fits these filters", "/executions"),
+        ("empty-sources", "/sources", "There is no source yet", "/sources/new"),
+        ("empty-destinations", "/destinations", "There is no destination yet", "/destinations/new"),
+        ("empty-cluster", "/settings/cluster", "No worker runs", ""),
     ] {
         browser.go(path).await;
+        browser.until_text(says).await;
+        if !next.is_empty() {
+            assert_eq!(browser.js(OFFERED).await, json!([next]), "{name}");
+        }
         check(&browser, name).await;
     }
     // By keyboard: the first stop skips to the content.
@@ -176,6 +187,16 @@ async fn the_empty_pages_the_dialogs_and_the_entrance_can_be_read_by_everybody_t
     browser.click(".menu-button").await;
     browser.until("the navigation is shown", shown).await;
     check_dialogs(&cluster, &browser).await;
+    // The key of the tests is the only one.
+    browser.go("/access/api-keys").await;
+    browser.click("[aria-label='More for test']").await;
+    browser.press("Delete").await;
+    browser.press("Delete the key").await;
+    browser.until_text("There is no API key yet").await;
+    let enough = "/access/api-keys/new?permissions=jobs:execute,history:read";
+    assert_eq!(browser.js(OFFERED).await, json!([enough]));
+    check(&browser, "empty-keys").await;
+    browser.look(false, 1280, 900).await;
     browser.press("Sign out").await;
     browser.until_path("/sign-in").await;
     check(&browser, "sign-in").await;
