@@ -1,7 +1,9 @@
-//! Triggers that arrive while one group is being committed form the next: they share one transaction.
+//! Triggers that arrive while one group is being decided form the next: they share one transaction. Its jobs are free and
+//! its runs may start before the disk has it; who triggered hears of it after that, with those of all groups that were
+//! decided meanwhile.
 
 use common::{
-    db::{ANSWER_TIMEOUT, Db, DbError},
+    db::{ANSWER_TIMEOUT, Db, DbError, flush},
     execution::{
         enqueue::{Enqueued, TriggerRequest, enqueue},
         room::Room,
@@ -16,23 +18,26 @@ use crate::error::ApiError;
 const GROUP: usize = 256;
 
 /// Takes triggers; see [`Grouped::ask`].
-pub type Enqueuer = Grouped<Desk, ApiError>;
+pub type Enqueuer = Grouped<Desk>;
 
 /// Enqueues groups of triggers.
 pub struct Desk {
     db: Db,
     wakeups: Wakeups,
     room: Room,
+    flusher: Grouped<Flusher>,
 }
 
-/// Starts the task that enqueues.
+/// Starts the tasks that enqueue.
 pub fn start(db: &Db, wakeups: Wakeups) -> Enqueuer {
-    Grouped::start(Desk { db: db.apart(), wakeups, room: Room::default() }, GROUP)
+    let flusher = Grouped::start(Flusher(db.apart()), GROUP);
+    Grouped::start(Desk { db: db.apart(), wakeups, room: Room::default(), flusher }, GROUP)
 }
 
 impl Answers for Desk {
     type Question = TriggerRequest;
     type Answer = Enqueued;
+    type Error = ApiError;
 
     async fn answer(&mut self, requests: &[TriggerRequest]) -> Result<Vec<Enqueued>, DbError> {
         let room = &mut self.room;
@@ -41,5 +46,24 @@ impl Answers for Desk {
             self.wakeups.tell(Notice::Work);
         }
         Ok(outcomes)
+    }
+
+    fn settle(&self) -> impl Future<Output = Result<(), ApiError>> + Send + 'static {
+        let flusher = self.flusher.clone();
+        async move { flusher.ask(()).await }
+    }
+}
+
+/// Waits for the disk: once for all who ask while it waits.
+pub struct Flusher(Db);
+
+impl Answers for Flusher {
+    type Question = ();
+    type Answer = ();
+    type Error = ApiError;
+
+    async fn answer(&mut self, groups: &[()]) -> Result<Vec<()>, DbError> {
+        self.0.within(ANSWER_TIMEOUT, async |conn| flush(conn).await).await?;
+        Ok(groups.to_vec())
     }
 }

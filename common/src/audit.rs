@@ -73,40 +73,55 @@ impl Event {
 
 /// Writes events of one actor.
 pub async fn record(conn: &mut PgConnection, actor: &Actor, events: &[Event]) -> Result<(), sqlx::Error> {
-    let pairs: Vec<(&Actor, &Event)> = events.iter().map(|event| (actor, event)).collect();
-    record_all(conn, &pairs).await
-}
-
-/// Writes events of many actors in one statement.
-pub async fn record_all(conn: &mut PgConnection, events: &[(&Actor, &Event)]) -> Result<(), sqlx::Error> {
     if events.is_empty() {
         return Ok(());
     }
-    let kinds: Vec<String> = events.iter().map(|(a, _)| a.kind.to_owned()).collect();
-    let ids: Vec<Option<uuid::Uuid>> = events.iter().map(|(a, _)| a.id).collect();
-    let names: Vec<String> = events.iter().map(|(a, _)| a.name.clone()).collect();
-    let addresses: Vec<Option<String>> = events.iter().map(|(a, _)| a.address.map(|a| a.to_string())).collect();
-    let requests: Vec<Option<String>> = events.iter().map(|(a, _)| a.request_id.clone()).collect();
-    let actions: Vec<String> = events.iter().map(|(_, e)| e.action.to_owned()).collect();
-    let targets: Vec<Option<String>> = events.iter().map(|(_, e)| e.target_id.clone()).collect();
-    let target_names: Vec<Option<String>> = events.iter().map(|(_, e)| e.target_name.clone()).collect();
-    let details: Vec<Value> = events.iter().map(|(_, e)| e.details.clone()).collect();
+    let mut new = Columns::default();
+    events.iter().for_each(|event| new.push(actor, event.clone()));
     sqlx::query!(
         "insert into audit_log (actor_kind, actor_id, actor_name, address, request_id, action, target_id, target_name, details)
          select * from unnest($1::text[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::jsonb[])",
-        &kinds,
-        &ids as &[Option<uuid::Uuid>],
-        &names,
-        &addresses as &[Option<String>],
-        &requests as &[Option<String>],
-        &actions,
-        &targets as &[Option<String>],
-        &target_names as &[Option<String>],
-        &details,
+        &new.kinds,
+        &new.ids as &[Option<uuid::Uuid>],
+        &new.names,
+        &new.addresses as &[Option<String>],
+        &new.requests as &[Option<String>],
+        &new.actions,
+        &new.targets as &[Option<String>],
+        &new.target_names as &[Option<String>],
+        &new.details,
     )
     .execute(conn)
     .await?;
     Ok(())
+}
+
+/// Columns of the lines to write, for `unnest`.
+#[derive(Default)]
+pub(crate) struct Columns {
+    pub(crate) kinds: Vec<String>,
+    pub(crate) ids: Vec<Option<uuid::Uuid>>,
+    pub(crate) names: Vec<String>,
+    pub(crate) addresses: Vec<Option<String>>,
+    pub(crate) requests: Vec<Option<String>>,
+    pub(crate) actions: Vec<String>,
+    pub(crate) targets: Vec<Option<String>>,
+    pub(crate) target_names: Vec<Option<String>>,
+    pub(crate) details: Vec<Value>,
+}
+
+impl Columns {
+    pub(crate) fn push(&mut self, actor: &Actor, event: Event) {
+        self.kinds.push(actor.kind.to_owned());
+        self.ids.push(actor.id);
+        self.names.push(actor.name.clone());
+        self.addresses.push(actor.address.map(|address| address.to_string()));
+        self.requests.push(actor.request_id.clone());
+        self.actions.push(event.action.to_owned());
+        self.targets.push(event.target_id);
+        self.target_names.push(event.target_name);
+        self.details.push(event.details);
+    }
 }
 
 /// A line of the log as clients read it.

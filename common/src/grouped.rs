@@ -12,30 +12,40 @@ pub trait Answers: Send + 'static {
     /// What one asks.
     type Question: Send + Sync;
     /// What it gets.
-    type Answer: Send;
+    type Answer: Send + 'static;
+    /// Or this.
+    type Error: From<DbError> + Clone + Send + 'static;
 
     /// Answers all of them in one transaction, each in its place. An error means that nothing was done for any.
     fn answer(
         &mut self,
         questions: &[Self::Question],
     ) -> impl Future<Output = Result<Vec<Self::Answer>, DbError>> + Send;
+
+    /// Waits until what was answered may be told. The next group is answered meanwhile.
+    fn settle(&self) -> impl Future<Output = Result<(), Self::Error>> + Send + 'static {
+        std::future::ready(Ok(()))
+    }
 }
 
-struct Waiting<A: Answers, E> {
+/// Who waits for an answer.
+type Asker<A> = oneshot::Sender<Result<<A as Answers>::Answer, <A as Answers>::Error>>;
+
+struct Waiting<A: Answers> {
     question: A::Question,
-    answer: oneshot::Sender<Result<A::Answer, E>>,
+    asker: Asker<A>,
 }
 
 /// Hands questions to the task that answers them.
-pub struct Grouped<A: Answers, E>(mpsc::Sender<Waiting<A, E>>);
+pub struct Grouped<A: Answers>(mpsc::Sender<Waiting<A>>);
 
-impl<A: Answers, E> Clone for Grouped<A, E> {
+impl<A: Answers> Clone for Grouped<A> {
     fn clone(&self) -> Self {
         Self(self.0.clone())
     }
 }
 
-impl<A: Answers, E: From<DbError> + Clone + Send + 'static> Grouped<A, E> {
+impl<A: Answers> Grouped<A> {
     /// Starts the task, which takes at most `most` at once; it ends when the last handle is dropped.
     pub fn start(answers: A, most: usize) -> Self {
         let (sender, receiver) = mpsc::channel(most * 4);
@@ -43,44 +53,50 @@ impl<A: Answers, E: From<DbError> + Clone + Send + 'static> Grouped<A, E> {
         Self(sender)
     }
 
-    /// Asks. The answer comes after the commit.
-    pub async fn ask(&self, question: A::Question) -> Result<A::Answer, E> {
-        let (answer, answered) = oneshot::channel();
-        let stopping = || E::from(DbError::Timeout(ANSWER_TIMEOUT));
-        self.0.send(Waiting { question, answer }).await.map_err(|_| stopping())?;
+    /// Asks. The answer comes when it is settled.
+    pub async fn ask(&self, question: A::Question) -> Result<A::Answer, A::Error> {
+        let (asker, answered) = oneshot::channel();
+        let stopping = || A::Error::from(DbError::Timeout(ANSWER_TIMEOUT));
+        self.0.send(Waiting { question, asker }).await.map_err(|_| stopping())?;
         answered.await.map_err(|_| stopping())?
     }
 }
 
-async fn answer_all<A: Answers, E: From<DbError> + Clone>(
-    mut answers: A,
-    most: usize,
-    mut receiver: mpsc::Receiver<Waiting<A, E>>,
-) {
+async fn answer_all<A: Answers>(mut answers: A, most: usize, mut receiver: mpsc::Receiver<Waiting<A>>) {
     let mut waiting = Vec::new();
     while receiver.recv_many(&mut waiting, most).await > 0 {
-        let (questions, askers): (Vec<_>, Vec<_>) = waiting.drain(..).map(|w| (w.question, w.answer)).unzip();
+        let (questions, askers): (Vec<_>, Vec<_>) = waiting.drain(..).map(|w| (w.question, w.asker)).unzip();
         match answers.answer(&questions).await {
-            Ok(all) => {
-                for (asker, answer) in askers.into_iter().zip(all) {
-                    let _ = asker.send(Ok(answer));
-                }
-            }
-            Err(error) if error.is_passing() || questions.len() == 1 => {
-                let error = E::from(error);
-                for asker in askers {
-                    let _ = asker.send(Err(error.clone()));
-                }
-            }
+            Ok(all) => tell::<A>(askers, all, answers.settle()),
+            Err(error) if error.is_passing() || questions.len() == 1 => refuse::<A>(askers, &error.into()),
             // One of them is bad in a way that nobody foresaw: the others must not suffer.
             Err(_) => {
                 for (question, asker) in questions.iter().zip(askers) {
-                    let alone = answers.answer(std::slice::from_ref(question)).await;
-                    let _ = asker.send(alone.map(|mut all| all.remove(0)).map_err(E::from));
+                    match answers.answer(std::slice::from_ref(question)).await {
+                        Ok(all) => tell::<A>(vec![asker], all, answers.settle()),
+                        Err(error) => refuse::<A>(vec![asker], &error.into()),
+                    }
                 }
             }
         }
     }
+}
+
+fn tell<A: Answers>(
+    askers: Vec<Asker<A>>,
+    answers: Vec<A::Answer>,
+    settled: impl Future<Output = Result<(), A::Error>> + Send + 'static,
+) {
+    tokio::spawn(async move {
+        match settled.await {
+            Ok(()) => askers.into_iter().zip(answers).for_each(|(asker, answer)| drop(asker.send(Ok(answer)))),
+            Err(error) => refuse::<A>(askers, &error),
+        }
+    });
+}
+
+fn refuse<A: Answers>(askers: Vec<Asker<A>>, error: &A::Error) {
+    askers.into_iter().for_each(|asker| drop(asker.send(Err(error.clone()))));
 }
 
 #[cfg(test)]
@@ -100,6 +116,7 @@ mod tests {
     impl Answers for Doubles {
         type Question = u32;
         type Answer = u32;
+        type Error = Arc<DbError>;
 
         async fn answer(&mut self, questions: &[u32]) -> Result<Vec<u32>, DbError> {
             self.groups.lock().expect("not poisoned").push(questions.to_vec());
@@ -114,7 +131,7 @@ mod tests {
     async fn asked(first: u32, rest: &[u32]) -> (Vec<Vec<u32>>, Vec<Option<u32>>) {
         let (let_through, groups) = (Arc::new(Semaphore::new(0)), Arc::default());
         let doubles = Doubles { let_through: let_through.clone(), groups: Arc::clone(&groups) };
-        let grouped: Grouped<Doubles, Arc<DbError>> = Grouped::start(doubles, 3);
+        let grouped: Grouped<Doubles> = Grouped::start(doubles, 3);
         let ask = |n| {
             let grouped = grouped.clone();
             tokio::spawn(async move { grouped.ask(n).await.ok() })

@@ -17,7 +17,7 @@ const GROUP: usize = 64;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Takes ends of runs; see [`Grouped::ask`].
-pub type Finisher = Grouped<Recorder, Arc<DbError>>;
+pub type Finisher = Grouped<Recorder>;
 
 /// Records groups of ends.
 pub struct Recorder(Db);
@@ -30,6 +30,7 @@ pub fn start(db: &Db) -> Finisher {
 impl Answers for Recorder {
     type Question = (Claim, Arc<Ending>);
     type Answer = Finished;
+    type Error = Arc<DbError>;
 
     async fn answer(&mut self, ends: &[(Claim, Arc<Ending>)]) -> Result<Vec<Finished>, DbError> {
         let ends: Vec<(Claim, &Ending)> = ends.iter().map(|(claim, ending)| (*claim, &**ending)).collect();

@@ -6,8 +6,8 @@ use std::time::Duration;
 use common::{
     db::DbError,
     execution::{
-        enqueue::forget_old_keys,
         history::{self, Batch},
+        idempotency::forget_old_keys,
     },
     session, setting,
 };

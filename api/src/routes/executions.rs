@@ -12,7 +12,8 @@ use common::{
     execution::{
         self, Execution, Filter, Outcome, Status,
         cancel::{self, Cancelled},
-        enqueue::{Enqueued, Idempotency, TriggerRequest},
+        enqueue::{Enqueued, TriggerRequest},
+        idempotency::Idempotency,
         log,
     },
     id::{ExecutionId, Reference},

@@ -24,7 +24,7 @@ use crate::harness::{
     process::binary,
     proxy::{Mode, Proxy},
     redis::Redis,
-    source::PostgresSource,
+    source::{PostgresSource, job_without_workers},
     until,
 };
 
@@ -61,6 +61,32 @@ async fn a_database_that_is_away_is_a_503_that_says_when_to_retry_and_it_comes_b
         (ask(&cluster, "GET", "/api/jobs", None).await.0 == 200).then_some(())
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_acknowledged_survives_a_crash_of_the_database() {
+    let mut server = OwnPostgres::start().await;
+    let cluster = Cluster::build().workers(0).on(server.url("postgres")).start().await;
+    let job = job_without_workers(&cluster, json!({ "overlap": "allow" })).await;
+    // What does not wait for the log is written when this is over, long after the crash.
+    for statement in ["alter system set wal_writer_delay = '10s'", "select pg_reload_conf()"] {
+        sqlx::query(statement).execute(&cluster.pool).await.expect("it is set");
+    }
+    until("it is so", SOON, || async {
+        let delay: String = sqlx::query_scalar("show wal_writer_delay").fetch_one(&cluster.pool).await.ok()?;
+        (delay == "10s").then_some(())
+    })
+    .await;
+    let acknowledged = futures::future::join_all((0..8).map(|_| cluster.trigger(&job))).await;
+    server.crash();
+    server.bring_back().await;
+    for execution in acknowledged {
+        let answer = until("it is known", SOON, || async {
+            let (status, _, answer) = ask(&cluster, "GET", &format!("/api/executions/{execution}"), None).await;
+            (status != 503).then_some((status, answer["data"]["status"].clone()))
+        });
+        assert_eq!(answer.await, (200, json!("Pending")));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,10 +7,13 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
-use super::room::Room;
+use super::{
+    idempotency::{Idempotency, Keys, StoredKeys},
+    room::Room,
+};
 use crate::{
     audit::{self, Actor, Event},
-    id::{ApiKeyId, ExecutionId, JobId, Reference},
+    id::{ExecutionId, JobId, Reference},
     job::Overlap,
     label::Labels,
     setting::Settings,
@@ -47,17 +50,6 @@ pub struct TriggerRequest {
     pub scheduled_for: Option<DateTime<Utc>>,
     /// `Idempotency-Key` of the request.
     pub idempotency: Option<Idempotency>,
-}
-
-/// A request that may be repeated without a second run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Idempotency {
-    /// Whose key it is.
-    pub api_key: ApiKeyId,
-    /// 1 to 255 characters.
-    pub key: String,
-    /// SHA-256 of the body.
-    pub body_hash: Vec<u8>,
 }
 
 /// What became of a trigger.
@@ -97,8 +89,12 @@ impl JobRow {
     }
 }
 
-/// Decides each trigger under its job's row lock and inserts those that pass. When it returns they are
-/// committed with `synchronous_commit = on`: only then may a client be told.
+/// The number of triggers in a slice changes no plan, but PostgreSQL would take it for a reason to plan each time.
+const BEGIN: &str = "begin; set local synchronous_commit = off; set local plan_cache_mode = force_generic_plan";
+
+/// Decides each trigger under its job's row lock and inserts those that pass, in a transaction that does not wait for the
+/// disk: its jobs are free for the next slice, and workers may claim, while it is written. **No client may be told before
+/// [`db::flush`](crate::db::flush) has returned**: until then a crash of the database takes the slice back, whole.
 ///
 /// The cap of all executions may be overshot by one slice per process; everything else is exact. See [`Room`].
 pub async fn enqueue(
@@ -106,7 +102,7 @@ pub async fn enqueue(
     room: &mut Room,
     requests: &[TriggerRequest],
 ) -> Result<Vec<Enqueued>, sqlx::Error> {
-    let mut tx = conn.begin().await?;
+    let mut tx = conn.begin_with(BEGIN).await?;
     let mut desk = Desk::open(&mut tx, room, requests).await?;
     let outcomes = requests.iter().map(|request| desk.decide(request)).collect();
     desk.inserts.run(&mut tx).await?;
@@ -149,7 +145,12 @@ impl Desk {
                 .await?,
             pending: room.of_jobs(conn, sequence, settings.max_pending_per_job, &by_job).await?,
             active: active_by_job(conn, &jobs).await?,
-            stored: stored_keys(conn, requests, &jobs).await?,
+            stored: StoredKeys::of(
+                conn,
+                requests.iter().filter_map(|r| r.idempotency.as_ref()),
+                jobs.iter().map(|j| j.id),
+            )
+            .await?,
             reusable: match requests.iter().any(|r| r.max_age_seconds.is_some()) {
                 true => reusable_by_job(conn, &jobs).await?,
                 false => HashMap::new(),
@@ -166,12 +167,8 @@ impl Desk {
             return Enqueued::JobNotFound;
         };
         // A stored key wins over caps and overlap: the client asks for an answer that it already had.
-        let slot = request.idempotency.as_ref().map(|i| (i.api_key, job.id, i.key.clone()));
-        if let (Some(slot), Some(idempotency)) = (&slot, &request.idempotency)
-            && let Some((body_hash, execution)) = self.stored.get(slot)
-        {
-            let same = *body_hash == idempotency.body_hash;
-            return if same { Enqueued::Replayed(*execution) } else { Enqueued::KeyReused };
+        if let Some(used) = request.idempotency.as_ref().and_then(|idempotency| self.stored.used(idempotency, job.id)) {
+            return used.map_or(Enqueued::KeyReused, Enqueued::Replayed);
         }
         let reused = request.max_age_seconds.and_then(|age| self.reusable.get(&job.id)?.within(age));
         let waiting = self.pending.entry(job.id).or_default();
@@ -192,16 +189,16 @@ impl Desk {
             self.inserts.push(id, job, request);
             (id, Enqueued::Queued(id))
         };
-        if let (Some(slot), Some(idempotency)) = (slot, &request.idempotency) {
-            self.stored.insert(slot, (idempotency.body_hash.clone(), id));
-            self.inserts.keys.push((idempotency.clone(), job.id, id));
+        if let Some(idempotency) = &request.idempotency {
+            self.stored.insert(idempotency, job.id, id);
+            self.inserts.keys.push(idempotency, job.id, id);
         }
         let action = if reused.is_some() { "execution.reuse" } else { "execution.trigger" };
         let mut details = json!({ "jobId": job.id });
         if let Some(time) = request.scheduled_for {
             details["scheduledFor"] = json!(as_text(&time));
         }
-        self.inserts.note(request.actor.clone(), Event::new(action, id, &job.name).with(details));
+        self.inserts.note(&request.actor, Event::new(action, id, &job.name).with(details));
         outcome
     }
 }
@@ -292,30 +289,6 @@ async fn reusable_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<Has
     Ok(rows.into_iter().map(|r| (r.job, reusable(r.success, r.age, r.pending))).collect())
 }
 
-type StoredKeys = HashMap<(ApiKeyId, JobId, String), (Vec<u8>, ExecutionId)>;
-
-async fn stored_keys(
-    conn: &mut PgConnection,
-    requests: &[TriggerRequest],
-    jobs: &[JobRow],
-) -> Result<StoredKeys, sqlx::Error> {
-    let keys: Vec<String> = requests.iter().filter_map(|r| Some(r.idempotency.as_ref()?.key.clone())).collect();
-    if keys.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let ids: Vec<JobId> = jobs.iter().map(|j| j.id).collect();
-    let rows = sqlx::query!(
-        r#"select api_key_id as "api_key_id: ApiKeyId", job_id as "job_id: JobId", key, body_hash, execution_id as "execution_id: ExecutionId"
-             from idempotency_keys
-            where job_id = any ($1) and key = any ($2) and created_at > clock_timestamp() - interval '24 hours'"#,
-        &ids[..] as _,
-        &keys,
-    )
-    .fetch_all(conn)
-    .await?;
-    Ok(rows.into_iter().map(|r| ((r.api_key_id, r.job_id, r.key), (r.body_hash, r.execution_id))).collect())
-}
-
 /// Columns of the rows to insert, for `unnest`.
 #[derive(Default)]
 pub(crate) struct Inserts {
@@ -336,8 +309,8 @@ pub(crate) struct Inserts {
     traceparent: Vec<Option<String>>,
     tracestate: Vec<Option<String>>,
     start_within: Vec<Option<i32>>,
-    events: Vec<(Actor, Event)>,
-    keys: Vec<(Idempotency, JobId, ExecutionId)>,
+    events: audit::Columns,
+    keys: Keys,
 }
 
 impl Inserts {
@@ -362,72 +335,39 @@ impl Inserts {
     }
 
     /// Something for the audit log, in the same transaction.
-    pub(crate) fn note(&mut self, actor: Actor, event: Event) {
-        self.events.push((actor, event));
+    pub(crate) fn note(&mut self, actor: &Actor, event: Event) {
+        self.events.push(actor, event);
     }
 
+    /// In one statement, but for the keys that few send: a round trip takes as long as the work.
     pub(crate) async fn run(self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-        if !self.id.is_empty() {
-            self.insert_executions(conn).await?;
+        let events = &self.events;
+        if events.kinds.is_empty() {
+            return Ok(());
         }
-        for (idempotency, job, execution) in &self.keys {
-            store_key(conn, idempotency, *job, *execution).await?;
-        }
-        let events: Vec<(&Actor, &Event)> = self.events.iter().map(|(actor, event)| (actor, event)).collect();
-        audit::record_all(conn, &events).await
-    }
-
-    async fn insert_executions(&self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
-            "insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts,
-                                     trigger_kind, trigger_label, labels, locked, lock_days, traceparent, tracestate, start_by)
-             select id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked, lock_days,
-                    traceparent, tracestate, clock_timestamp() + start_within * interval '1 second'
-               from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::text[], $7::bool[], $8::smallint[],
-                                  $9::int[], $10::text[], $11::text[], $12::jsonb[], $13::bool[], $14::int[], $15::text[], $16::text[], $17::int[])
-                    as n (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked,
-                          lock_days, traceparent, tracestate, start_within)",
+            "with runs as (
+                 insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts,
+                                         trigger_kind, trigger_label, labels, locked, lock_days, traceparent, tracestate, start_by)
+                 select id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked, lock_days,
+                        traceparent, tracestate, clock_timestamp() + start_within * interval '1 second'
+                   from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::text[], $7::bool[], $8::smallint[],
+                                      $9::int[], $10::text[], $11::text[], $12::jsonb[], $13::bool[], $14::int[], $15::text[], $16::text[], $17::int[])
+                        as n (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked,
+                              lock_days, traceparent, tracestate, start_within)
+             )
+             insert into audit_log (actor_kind, actor_id, actor_name, address, request_id, action, target_id, target_name, details)
+             select * from unnest($18::text[], $19::uuid[], $20::text[], $21::text[], $22::text[], $23::text[], $24::text[], $25::text[], $26::jsonb[])",
             &self.id[..] as _, &self.job_id[..] as _, &self.job_name, &self.job_slug, &self.source_id, &self.pool, &self.serial,
             &self.priority, &self.max_attempts, &self.kind, &self.label as &[Option<String>], &self.labels, &self.locked,
             &self.lock_days as &[Option<i32>], &self.traceparent as &[Option<String>], &self.tracestate as &[Option<String>],
             &self.start_within as &[Option<i32>],
+            &events.kinds, &events.ids as &[Option<uuid::Uuid>], &events.names, &events.addresses as &[Option<String>],
+            &events.requests as &[Option<String>], &events.actions, &events.targets as &[Option<String>],
+            &events.target_names as &[Option<String>], &events.details,
         )
         .execute(&mut *conn)
         .await?;
-        Ok(())
+        self.keys.store(conn).await
     }
-}
-
-/// A key past its 24 hours that is still in the table gives way.
-pub(super) async fn store_key(
-    conn: &mut PgConnection,
-    idempotency: &Idempotency,
-    job: JobId,
-    execution: ExecutionId,
-) -> Result<(), sqlx::Error> {
-    sqlx::query!(
-        "insert into idempotency_keys (api_key_id, job_id, key, body_hash, execution_id) values ($1, $2, $3, $4, $5)
-         on conflict (api_key_id, job_id, key)
-         do update set body_hash = excluded.body_hash, execution_id = excluded.execution_id, created_at = clock_timestamp()",
-        idempotency.api_key as _,
-        job as _,
-        idempotency.key,
-        idempotency.body_hash,
-        execution as _,
-    )
-    .execute(conn)
-    .await?;
-    Ok(())
-}
-
-/// Removes idempotency keys past their 24 hours, a batch at a time; gives how many.
-pub async fn forget_old_keys(conn: &mut PgConnection) -> Result<u64, sqlx::Error> {
-    let done = sqlx::query!(
-        "delete from idempotency_keys where (api_key_id, job_id, key) in
-             (select api_key_id, job_id, key from idempotency_keys
-               where created_at < now() - interval '24 hours' order by created_at limit 1000)"
-    )
-    .execute(conn)
-    .await?;
-    Ok(done.rows_affected())
 }

@@ -9,8 +9,9 @@ use sqlx::{Connection, PgConnection, types::Json};
 
 use super::{
     Execution, Outcome, Stage, Status, Trigger,
-    enqueue::{Desk, Enqueued, Idempotency, TriggerRequest, store_key},
+    enqueue::{Desk, Enqueued, TriggerRequest},
     find_all,
+    idempotency::{self, Idempotency, Keys},
     room::Room,
 };
 use crate::{
@@ -54,9 +55,8 @@ pub async fn enqueue(
         )
         .execute(&mut *tx)
         .await?;
-        if let Some((hash, id)) = stored(&mut tx, idempotency).await? {
-            let same = hash == idempotency.body_hash;
-            return Ok(if same { GroupEnqueued::Replayed(id) } else { GroupEnqueued::KeyReused });
+        if let Some(used) = idempotency::used(&mut tx, idempotency, NO_JOB).await? {
+            return Ok(used.map_or(GroupEnqueued::KeyReused, GroupEnqueued::Replayed));
         }
     }
     let mut desk = Desk::open(&mut tx, &mut Room::default(), requests).await?;
@@ -74,26 +74,10 @@ pub async fn enqueue(
     let id = ExecutionId::new();
     insert(&mut tx, id, &requests[0], &members).await?;
     if let Some(idempotency) = idempotency {
-        store_key(&mut tx, idempotency, NO_JOB, id).await?;
+        Keys::one(idempotency, NO_JOB, id).store(&mut tx).await?;
     }
     tx.commit().await?;
     Ok(GroupEnqueued::Made(id))
-}
-
-async fn stored(
-    conn: &mut PgConnection,
-    idempotency: &Idempotency,
-) -> Result<Option<(Vec<u8>, ExecutionId)>, sqlx::Error> {
-    let row = sqlx::query!(
-        r#"select body_hash, execution_id as "execution_id: ExecutionId" from idempotency_keys
-            where api_key_id = $1 and job_id = $2 and key = $3 and created_at > clock_timestamp() - interval '24 hours'"#,
-        idempotency.api_key as _,
-        NO_JOB as _,
-        idempotency.key,
-    )
-    .fetch_optional(conn)
-    .await?;
-    Ok(row.map(|r| (r.body_hash, r.execution_id)))
 }
 
 async fn insert(

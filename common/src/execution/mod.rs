@@ -17,6 +17,7 @@ pub mod expire;
 pub mod finish;
 pub mod group;
 pub mod history;
+pub mod idempotency;
 pub mod lease;
 pub mod log;
 pub mod restore;

@@ -4,10 +4,10 @@
 use serde::Serialize;
 use sqlx::{Connection, PgConnection};
 
-use super::enqueue::{Idempotency, store_key};
+use super::idempotency::{self, Idempotency, Keys};
 use crate::{
     audit::{self, Actor, Event},
-    id::{ApiKeyId, ExecutionId, JobId, Reference, SourceId},
+    id::{ExecutionId, JobId, Reference, SourceId},
     setting,
     source::{self, Source},
     telemetry::TraceContext,
@@ -83,10 +83,9 @@ pub async fn order(conn: &mut PgConnection, request: &RestoreRequest) -> Result<
     .await?;
     let Some(backup) = backup else { return Ok(Ordered::Gone) };
     if let Some(idempotency) = &request.idempotency
-        && let Some((body_hash, execution)) = stored(&mut tx, idempotency, backup.job_id).await?
+        && let Some(used) = idempotency::used(&mut tx, idempotency, backup.job_id).await?
     {
-        let same = body_hash == idempotency.body_hash;
-        return Ok(if same { Ordered::Replayed(execution) } else { Ordered::KeyReused });
+        return Ok(used.map_or(Ordered::KeyReused, Ordered::Replayed));
     }
     let cap = setting::read(&mut tx).await?.max_pending_per_job;
     let waiting = sqlx::query_scalar!(
@@ -130,30 +129,12 @@ pub async fn order(conn: &mut PgConnection, request: &RestoreRequest) -> Result<
     .execute(&mut *tx)
     .await?;
     if let Some(idempotency) = &request.idempotency {
-        store_key(&mut tx, idempotency, backup.job_id, id).await?;
+        Keys::one(idempotency, backup.job_id, id).store(&mut tx).await?;
     }
     let event = Event::new("execution.restore", id, &backup.job_name).with(serde_json::json!(order));
     audit::record(&mut tx, &request.actor, &[event]).await?;
     tx.commit().await?;
     Ok(Ordered::Queued(id))
-}
-
-async fn stored(
-    conn: &mut PgConnection,
-    idempotency: &Idempotency,
-    job: JobId,
-) -> Result<Option<(Vec<u8>, ExecutionId)>, sqlx::Error> {
-    let key: ApiKeyId = idempotency.api_key;
-    let row = sqlx::query!(
-        r#"select body_hash, execution_id as "execution_id: ExecutionId" from idempotency_keys
-            where api_key_id = $1 and job_id = $2 and key = $3 and created_at > clock_timestamp() - interval '24 hours'"#,
-        key as _,
-        job as _,
-        idempotency.key,
-    )
-    .fetch_optional(conn)
-    .await?;
-    Ok(row.map(|row| (row.body_hash, row.execution_id)))
 }
 
 /// What a restore is about; `None` when the execution is none.

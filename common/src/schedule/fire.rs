@@ -205,7 +205,7 @@ impl Plan<'_> {
                     Enqueued::JobNotFound | Enqueued::KeyReused => Fired::Again,
                 };
                 if let Fired::Skipped(reason) = &fired {
-                    desk.inserts.note(request.actor.clone(), self.skip_event(reason));
+                    desk.inserts.note(&request.actor, self.skip_event(reason));
                 }
                 fired
             }

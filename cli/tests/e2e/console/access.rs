@@ -6,7 +6,7 @@ use super::{Browser, signed_in, signed_in_as};
 use crate::harness::{
     Cluster, SOON,
     people::{PASSWORD, user},
-    until,
+    source, until,
 };
 
 /// The buttons and links in the row of a table that begins with a name.
@@ -128,7 +128,7 @@ async fn a_session_is_ended_from_another_browser() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_audit_log_is_filtered_by_what_was_done() {
     let cluster = Cluster::build().workers(0).start().await;
-    let job = super::job_without_workers(&cluster, json!({ "name": "Shop" })).await;
+    let job = source::job_without_workers(&cluster, json!({ "name": "Shop" })).await;
     cluster.trigger(&job).await;
     let browser = signed_in(&cluster, &["*"]).await;
     browser.go("/access/audit-log").await;

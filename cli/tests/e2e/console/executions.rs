@@ -3,8 +3,14 @@
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use super::{job_without_workers, signed_in};
-use crate::harness::{Cluster, SOON, held::Held, proxy::Mode, source::PostgresSource, until};
+use super::signed_in;
+use crate::harness::{
+    Cluster, SOON,
+    held::Held,
+    proxy::Mode,
+    source::{PostgresSource, job_without_workers},
+    until,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_watched_live_and_cancelled_without_a_poll() {

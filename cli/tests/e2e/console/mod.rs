@@ -14,12 +14,10 @@ mod settings;
 mod trigger;
 
 use browser::Browser;
-use serde_json::{Value, json};
 
 use crate::harness::{
-    Cluster, id,
+    Cluster,
     people::{PASSWORD, user},
-    source::PostgresSource,
 };
 
 /// A browser in which somebody with these permissions has signed in.
@@ -47,12 +45,4 @@ async fn sign_in(browser: &Browser, name: &str, password: &str) {
     browser.field("name", name).await;
     browser.field("password", password).await;
     browser.press("Sign in").await;
-}
-
-/// A job on a cluster without workers, which could not test its destination.
-async fn job_without_workers(cluster: &Cluster, more: Value) -> String {
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
-    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
-    cluster.job(&source, &[&destination], more).await
 }

@@ -2,8 +2,14 @@
 
 use serde_json::json;
 
-use super::{job_without_workers, signed_in};
-use crate::harness::{Cluster, SOON, held::Held, proxy::Mode, source::PostgresSource, until};
+use super::signed_in;
+use crate::harness::{
+    Cluster, SOON,
+    held::Held,
+    proxy::Mode,
+    source::{PostgresSource, job_without_workers},
+    until,
+};
 
 /// What the tile with a label says.
 fn tile(label: &str) -> String {

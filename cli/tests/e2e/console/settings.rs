@@ -2,8 +2,11 @@
 
 use serde_json::json;
 
-use super::{job_without_workers, signed_in};
-use crate::harness::{Cluster, SOON, source::PostgresSource};
+use super::signed_in;
+use crate::harness::{
+    Cluster, SOON,
+    source::{PostgresSource, job_without_workers},
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_waits_says_why_and_begins_at_once_when_the_limit_is_raised() {

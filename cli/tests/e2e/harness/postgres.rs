@@ -84,6 +84,13 @@ impl OwnPostgres {
         .await;
     }
 
+    /// Stops it as a crash would: whatever it has not written yet is lost.
+    pub fn crash(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        kill(Pid::from_raw(i32::try_from(child.id()).expect("a small id")), Signal::SIGQUIT).expect("it runs");
+        child.wait().expect("a status");
+    }
+
     /// Starts it again.
     pub async fn bring_back(&mut self) {
         let mut command = program("postgres");
@@ -101,10 +108,7 @@ impl OwnPostgres {
 
 impl Drop for OwnPostgres {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = kill(Pid::from_raw(i32::try_from(child.id()).unwrap_or(0)), Signal::SIGQUIT);
-            let _ = child.wait();
-        }
+        self.crash();
         let _ = std::fs::remove_dir_all(&self.folder);
     }
 }

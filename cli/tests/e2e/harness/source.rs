@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{mariadb_port, postgres_url, sql, unique};
+use super::{Cluster, id, mariadb_port, postgres_url, sql, unique};
 
 /// A password that every quoting rule trips over.
 pub const PASSWORD: &str = "p'w \"#$\\%s;";
@@ -205,4 +205,12 @@ impl MariadbSource {
         let (ours, theirs) = (digest(&self.database), digest(other));
         assert!(ours.contains("42") && ours.contains("tidy") && ours == theirs, "{ours}\n{theirs}");
     }
+}
+
+/// A job on a cluster without workers, which could not test its destination.
+pub async fn job_without_workers(cluster: &Cluster, more: Value) -> String {
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let body = json!({ "name": "Store", "kind": "local", "config": { "root": cluster.scratch } });
+    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    cluster.job(&source, &[&destination], more).await
 }
