@@ -3,10 +3,11 @@
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use common::db::DbError;
+use tokio::time::Instant;
 
 /// One question at a time.
 #[derive(Default)]
@@ -39,8 +40,15 @@ impl OneAsks {
 
 /// An answer that serves for a while.
 pub struct Lately<T> {
-    last: Mutex<Option<(Instant, T)>>,
+    last: Mutex<Option<Last<T>>>,
     asking: OneAsks,
+}
+
+#[derive(Clone)]
+struct Last<T> {
+    asked: Instant,
+    took: Duration,
+    answer: T,
 }
 
 impl<T> Default for Lately<T> {
@@ -52,18 +60,33 @@ impl<T> Default for Lately<T> {
 impl<T: Clone> Lately<T> {
     /// An answer to a question that was asked at most `age` ago.
     pub async fn within(&self, age: Duration, ask: impl Future<Output = Result<T, DbError>>) -> Result<T, DbError> {
-        let known =
-            || self.last().as_ref().filter(|(asked, _)| asked.elapsed() < age).map(|(_, answer)| answer.clone());
-        let ask = async {
-            let asked = Instant::now();
-            let answer = ask.await?;
-            *self.last() = Some((asked, answer.clone()));
-            Ok(answer)
-        };
-        self.asking.or_ask(known, ask).await
+        let known = || self.last().as_ref().filter(|last| last.asked.elapsed() < age).map(|last| last.answer.clone());
+        self.asking.or_ask(known, self.remember(ask)).await
     }
 
-    fn last(&self) -> MutexGuard<'_, Option<(Instant, T)>> {
+    /// An answer at most `times` as old as it took to get, so that a dear one is asked for seldom; and when there may be
+    /// a newer one, unless this is new.
+    pub async fn at_most(
+        &self,
+        times: u32,
+        ask: impl Future<Output = Result<T, DbError>>,
+    ) -> Result<(T, Option<Duration>), DbError> {
+        let known = || {
+            let last = self.last().clone()?;
+            let left = (last.took * times).checked_sub(last.asked.elapsed()).filter(|left| !left.is_zero())?;
+            Some((last.answer, Some(left)))
+        };
+        self.asking.or_ask(known, async { Ok((self.remember(ask).await?, None)) }).await
+    }
+
+    async fn remember(&self, ask: impl Future<Output = Result<T, DbError>>) -> Result<T, DbError> {
+        let asked = Instant::now();
+        let answer = ask.await?;
+        *self.last() = Some(Last { asked, took: asked.elapsed(), answer: answer.clone() });
+        Ok(answer)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Last<T>>> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -89,5 +112,22 @@ mod tests {
         assert_eq!((both.0.ok(), both.1.ok(), asked.load(Ordering::Relaxed)), (Some(7), Some(7), 2));
         assert_eq!(lately.within(Duration::ZERO, ask(false)).await.ok(), Some(7));
         assert_eq!(asked.load(Ordering::Relaxed), 3, "an answer that is too old served");
+    }
+
+    #[tokio::test]
+    async fn an_answer_serves_for_as_many_times_as_it_took_to_get_and_says_for_how_long_yet() {
+        let (lately, cost) = (Lately::default(), Duration::from_millis(20));
+        let dear = |answer: u32| async move {
+            tokio::time::sleep(cost).await;
+            Ok::<_, DbError>(answer)
+        };
+        let began = Instant::now();
+        assert_eq!(lately.at_most(1_000, dear(1)).await.ok(), Some((1, None)));
+        let took = began.elapsed();
+        let (answer, left) = lately.at_most(1_000, dear(2)).await.expect("an answer");
+        let left = left.expect("it is an old one");
+        assert_eq!(answer, 1);
+        assert!(cost * 1_000 - began.elapsed() <= left && left <= took * 1_000, "{left:?}, and it took {took:?}");
+        assert_eq!(lately.at_most(0, dear(3)).await.ok(), Some((3, None)));
     }
 }

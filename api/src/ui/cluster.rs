@@ -17,7 +17,7 @@ use super::{
     Frame,
     form::{Form, Input, InputType, Section},
     html,
-    view::{asset, duration, icon, when},
+    view::{asset, duration, icon, when, with_times},
 };
 use crate::{auth::Caller, error::ApiError, routes::cluster::DEPTH_AGE, state::AppState};
 

@@ -21,7 +21,7 @@ use super::{
     html, jobs,
     view::{
         Markup, asset, bytes, bytes_or_dash, dash, duration, filtered, icon, mark, status, status_mark, when,
-        when_or_dash, with_query,
+        when_or_dash, with_query, with_times,
     },
 };
 use crate::{

@@ -1,6 +1,6 @@
 //! `/`: what runs, waits, failed and comes next; for an instance that has no backup yet, the way to the first.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use askama::Template;
 use axum::{Extension, extract::State, response::Response};
@@ -17,14 +17,14 @@ use sqlx::PgConnection;
 
 use super::{
     Frame, cluster, html, jobs,
-    view::{asset, bytes, duration, icon, status, when},
+    view::{asset, bytes, duration, icon, status, when, with_times},
 };
 use crate::{auth::Caller, error::ApiError, state::AppState};
 
 /// Rows of each list.
 const ROWS: i64 = 8;
-/// How old the counts of the last days may be: they look at every run of a month.
-const SUMMARY_AGE: Duration = Duration::from_secs(60);
+/// How old the counts of the last days may be, in times of what it takes to count: they look at every run of a month.
+const SUMMARY_AGE: u32 = 50;
 
 /// One step to the first backup.
 struct Step {
@@ -44,6 +44,8 @@ struct OverviewPage {
     steps: Vec<Step>,
     cluster: Option<Cluster>,
     summary: Option<Arc<Summary>>,
+    /// When there may be a newer summary than this, in milliseconds.
+    again: Option<u128>,
     active: Vec<Execution>,
     failed: Vec<Execution>,
     planned: Vec<Job>,
@@ -60,7 +62,7 @@ pub async fn show(
         false => None,
     };
     let (mut active, mut failed) = (Vec::new(), Vec::new());
-    let mut summary = None;
+    let (mut summary, mut again) = (None, None);
     if frame.may(Permission::HistoryRead) {
         (active, failed) = runs(&state, &caller).await?;
         state.reasons.tell(&mut active).await;
@@ -68,12 +70,13 @@ pub async fn show(
         if caller.only().is_none() {
             let take =
                 async { state.db.within(ANSWER_TIMEOUT, async |conn| Summary::take(conn).await).await.map(Arc::new) };
-            summary = Some(state.summary.within(SUMMARY_AGE, take).await?);
+            let (counted, newer) = state.summary.at_most(SUMMARY_AGE, take).await?;
+            (summary, again) = (Some(counted), newer.map(|left| left.as_millis() + 1));
         }
     }
     let planned = planned(&state, &caller).await?;
     let steps = steps(&state, &frame).await?;
-    html(&OverviewPage { frame, steps, cluster, summary, active, failed, planned })
+    html(&OverviewPage { frame, steps, cluster, summary, again, active, failed, planned })
 }
 
 /// What runs and waits, and what failed last.
@@ -156,7 +159,7 @@ impl OverviewPage {
             x: n * 10,
             good: scaled(day.good),
             failed: scaled(day.failed),
-            title: format!("{}: {} good, {} failed", day.day.format("%Y-%m-%d"), day.good, day.failed),
+            title: format!("{} (UTC): {} good, {} failed", day.day.format("%Y-%m-%d"), day.good, day.failed),
         };
         summary.days.iter().enumerate().map(bar).collect()
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use askama::filters::HtmlSafe;
+use askama::filters::{Html, HtmlSafe, escape};
 use chrono::{DateTime, SecondsFormat, Utc};
 use common::{
     execution::{Execution, Outcome, Status},
@@ -36,6 +36,20 @@ pub fn icon(name: &str) -> Markup {
 pub fn when(at: &DateTime<Utc>) -> Markup {
     let exact = at.to_rfc3339_opts(SecondsFormat::Millis, true);
     Markup(format!("<time datetime=\"{exact}\">{}</time>", at.format("%Y-%m-%d %H:%M UTC")))
+}
+
+/// A text in which the times, as the API writes them, are those of the reader.
+pub fn with_times(text: &str) -> Markup {
+    let shown = |word: &str| match DateTime::parse_from_rfc3339(word) {
+        Ok(at) => when(&at.to_utc()).0,
+        Err(_) => escaped(word),
+    };
+    Markup(text.split(' ').map(shown).collect::<Vec<_>>().join(" "))
+}
+
+fn escaped(text: &str) -> String {
+    let Ok(safe) = escape(text, Html);
+    safe.to_string()
 }
 
 /// A time or a dash.
@@ -229,6 +243,13 @@ mod tests {
     #[test]
     fn a_page_that_was_asked_for_comes_back_whole_from_a_query() {
         assert_eq!(with_query("/sign-in", "next", "/jobs?q=a b&x=1"), "/sign-in?next=/jobs%3Fq%3Da%20b%26x%3D1");
+    }
+
+    #[test]
+    fn times_in_a_text_are_shown_as_times_and_nothing_of_it_as_html() {
+        let shown = with_times("it <fails> & is tried at 2026-03-10T04:30:00Z");
+        let time = "<time datetime=\"2026-03-10T04:30:00.000Z\">2026-03-10 04:30 UTC</time>";
+        assert_eq!(shown.0, format!("it &#60;fails&#62; &#38; is tried at {time}"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ const GATHER_MS = 250;
 const PAUSE_MS = 1500;
 
 let planned = null;
+let later = null;
 let asked = 0;
 let told = 0;
 
@@ -27,6 +28,14 @@ export async function refresh() {
     if (part.querySelector("details.menu[open]")) return plan(PAUSE_MS);
     if (next) swap(part, document.adoptNode(next));
   }
+  askAgain();
+}
+
+// Numbers that are dear to count may be a little old: the page says when there are newer ones, and asks once.
+function askAgain() {
+  clearTimeout(later);
+  const wait = document.querySelector("[data-live][data-again]")?.dataset.again;
+  if (wait) later = setTimeout(() => document.hidden || plan(), Number(wait));
 }
 
 function place(element) {
@@ -124,5 +133,6 @@ export function startLive() {
   const { events } = document.body.dataset;
   if (events && document.querySelector("[data-live]") && !document.querySelector("[data-follow]")) {
     follow(events, { execution: hear });
+    askAgain();
   }
 }

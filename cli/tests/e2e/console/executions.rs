@@ -51,6 +51,13 @@ async fn a_run_is_watched_live_and_cancelled_without_a_poll() {
             "return /^\\d[\\d.]* [kM]B, \\d[\\d.]* [kM]?B\\/s$/.test(document.querySelector('[data-part=moved]').textContent)",
         )
         .await;
+    browser
+        .until(
+            "how far it is",
+            "const at = document.querySelector('[data-part=progress]').value; \
+             return at > 0 && document.querySelector('[data-part=percent]').textContent === String(at)",
+        )
+        .await;
     // A poll would have come by then.
     browser.until("the page is five seconds old", "return performance.now() > 5000").await;
     let asked = "return performance.getEntriesByType('resource').map((r) => r.name).filter((name) => !name.includes('/assets/') && !name.endsWith('/events'))";

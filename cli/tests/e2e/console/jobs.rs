@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Browser, signed_in};
+use super::{Browser, is_size, signed_in};
 use crate::harness::{
     Cluster, SOON,
     source::{PASSWORD, PostgresSource},
@@ -98,6 +98,10 @@ async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_p
     })
     .await;
     browser.until_text("paused").await;
+    browser.click("summary[aria-label='More for Copy of Shop daily']").await;
+    browser.press("Resume").await;
+    browser.until_text("Its schedule is on again.").await;
+    assert_eq!(cluster.ok("GET", "/api/jobs/copy-of-shop-daily", None).await["enabled"], true);
     browser.assert_clean().await;
     deletes_what_was_meant(&cluster, &browser).await;
 }
@@ -115,6 +119,37 @@ async fn deletes_what_was_meant(cluster: &Cluster, browser: &Browser) {
         assert_eq!(cluster.request("GET", "/api/jobs/copy-of-shop-daily", None).await.0, status, "{answer}");
     }
     assert_eq!(cluster.request("GET", "/api/jobs/shop-daily", None).await.0, 200);
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_table_of_jobs_tells_what_is_backed_up_when_and_how_it_went_last() {
+    let cluster = Cluster::start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
+    let more = json!({ "name": "Shop", "schedule": "30 2 * * *", "timezone": "Europe/Berlin" });
+    let id = cluster.job(&source, &[&destination], more).await;
+    let run = cluster.backup(&id).await;
+    let job = cluster.ok("GET", &format!("/api/jobs/{id}"), None).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    browser.go("/jobs").await;
+    let cell = async |label: &str| {
+        browser.js(&format!("return document.querySelector('tbody [data-label=\"{label}\"]').innerText.trim()")).await
+    };
+    let time = async |label: &str| {
+        browser.js(&format!("return document.querySelector('tbody [data-label=\"{label}\"] time').dateTime")).await
+    };
+    assert!(cell("Source").await.as_str().is_some_and(|text| text.ends_with(" PostgreSQL")), "the engine");
+    assert_eq!(cell("Schedule").await, "30 2 * * * Europe/Berlin");
+    assert_eq!(cell("Newest run").await, "Success");
+    assert_eq!(
+        (time("Next run").await, time("Last started").await),
+        (job["nextRunAt"].clone(), job["lastRunAt"].clone())
+    );
+    let (shown, size) = (cell("Last size").await, run["size"].as_i64().expect("a size"));
+    assert!(is_size(&shown, size), "{shown} of {size} bytes");
+    let icon = "return document.querySelector('[data-dialog] use').getAttribute('href').split('#')[1]";
+    assert_eq!(browser.js(icon).await, "webhook");
     browser.assert_clean().await;
 }
 
@@ -191,7 +226,7 @@ async fn the_forms_of_connections_are_those_that_the_api_describes() {
             let id = what["id"].as_str().expect("an id");
             browser.go(&format!("{page}?what={id}")).await;
             let shown = browser.js("const text = (i, css) => i.closest('.field').querySelector(css)?.textContent ?? '';
-                return [...document.querySelectorAll('[name^=\"config.\"]')].map((i) => [i.name.slice(7), i.type === 'password', i.required,
+                return [...document.querySelectorAll('[name^=\"config.\"]')].map((i) => [i.name.slice(7), i.dataset.type, i.type === 'password', i.required,
                     text(i, 'label').replace(' optional', ''), text(i, '.help'),
                     i.dataset.type === 'choice' ? [...i.options].map((o) => o.value) : []]).sort()").await;
             let mut wanted: Vec<Value> = what["fields"]
@@ -203,6 +238,7 @@ async fn the_forms_of_connections_are_those_that_the_api_describes() {
                         field["options"].as_array().expect("options").iter().map(|o| &o["value"]).collect();
                     json!([
                         field["name"],
+                        field["type"],
                         field["type"] == "secret",
                         field["required"],
                         field["label"],

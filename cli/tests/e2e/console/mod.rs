@@ -40,6 +40,17 @@ async fn signed_in_as(cluster: &Cluster, api: usize, name: &str) -> Browser {
     browser
 }
 
+/// Whether a size on a page is so many bytes: three digits and a unit.
+fn is_size(shown: &serde_json::Value, size: i64) -> bool {
+    let Some((number, unit)) = shown.as_str().and_then(|text| text.split_once(' ')) else { return false };
+    let scale = match unit {
+        "MB" => 1e6,
+        "kB" => 1e3,
+        _ => 1.0,
+    };
+    number.parse::<f64>().is_ok_and(|number| (number * scale - size as f64).abs() <= scale / 2.0)
+}
+
 /// Fills in the sign-in and sends it.
 async fn sign_in(browser: &Browser, name: &str, password: &str) {
     browser.field("name", name).await;

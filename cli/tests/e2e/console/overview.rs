@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::signed_in;
+use super::{is_size, signed_in};
 use crate::harness::{
     Cluster, SOON,
     held::Held,
@@ -46,10 +46,7 @@ async fn the_overview_tells_what_runs_waits_failed_comes_next_and_is_stored_and_
     let last = browser.js("return [...document.querySelectorAll('.bars title')].at(-1).textContent").await;
     assert!(last.as_str().is_some_and(|day| day.ends_with(": 2 good, 1 failed")), "today is the last: {last}");
     let shown = browser.js(&tile("Stored")).await;
-    let (number, unit) = shown.as_str().and_then(|text| text.split_once(' ')).expect("a size");
-    let scale = if unit == "kB" { 1e3 } else { 1.0 };
-    let difference = number.parse::<f64>().expect("a number") * scale - stored as f64;
-    assert!(difference.abs() <= scale / 2.0, "{shown} of {stored} bytes");
+    assert!(is_size(&shown, stored), "{shown} of {stored} bytes");
     let rows = "return [...document.querySelectorAll('ul.rows')].map((list) => [...list.children].map((row) => row.firstElementChild.textContent))";
     assert_eq!(browser.js(rows).await, json!([["Bad"], ["Hourly", "Yearly"]]), "failures, and what comes next first");
 
@@ -68,6 +65,10 @@ async fn the_overview_tells_what_runs_waits_failed_comes_next_and_is_stored_and_
         .await;
     held.proxy.set(Mode::Pass);
     browser.until_text("Nothing runs or waits.").await;
+    browser.until("the success is that of now", &(tile("Success over 30 days") + " === '80.0 %'")).await;
+    let stored = cluster.count("select sum(size_bytes)::bigint from artifacts").await;
+    let shown = browser.js(&tile("Stored")).await;
+    assert!(is_size(&shown, stored), "{shown} of {stored} bytes");
     browser.assert_clean().await;
 }
 
@@ -114,10 +115,18 @@ async fn the_rate_limits_are_changed_and_hold_and_nothing_new_is_claimed_while_i
         )
         .await;
     browser.assert_only(422).await;
-    browser.field("rateLimit.write.limit", "777").await;
+    let limits = [("read", 501, 61), ("write", 777, 60), ("signIn", 21, 63)];
+    for (name, limit, seconds) in limits {
+        browser.field(&format!("rateLimit.{name}.limit"), &limit.to_string()).await;
+        browser.field(&format!("rateLimit.{name}.windowSeconds"), &seconds.to_string()).await;
+    }
     browser.click("[name=paused]").await;
     browser.press("Save").await;
     browser.until_text("Saved. It holds from now on.").await;
+    let stored = cluster.ok("GET", "/api/settings", None).await["rateLimit"].clone();
+    for (name, limit, seconds) in limits {
+        assert_eq!(stored[name], json!({ "limit": limit, "windowSeconds": seconds }), "{name}");
+    }
     let id = cluster.trigger(&job).await;
     until("the new limit is told", SOON, || async {
         let key = cluster.key(&["jobs:read"]).await;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::{Browser, signed_in};
-use crate::harness::{Cluster, SOON, source::PostgresSource, until};
+use crate::harness::{Cluster, SOON, held::Held, source::PostgresSource, until};
 
 const CHECKS: &str = include_str!("checks.js");
 
@@ -14,8 +14,9 @@ const CHECKS: &str = include_str!("checks.js");
 const OFFERED: &str =
     "return [...document.querySelectorAll('.empty a, .steps a')].map((step) => step.getAttribute('href'))";
 
-/// A cluster in which everything that a page shows is there: a backup, a failure, a run that waits, a key.
-async fn lively() -> (Cluster, Vec<(&'static str, String)>) {
+/// A cluster in which everything that a page shows is there: a backup, a failure, a run that goes on and one that waits, a
+/// key.
+async fn lively() -> (Cluster, Held, Vec<(&'static str, String)>) {
     let cluster = Cluster::start().await;
     let (destination, _) = cluster.local_destination().await;
     let shop = PostgresSource::with_rows(2_000).await;
@@ -35,6 +36,8 @@ async fn lively() -> (Cluster, Vec<(&'static str, String)>) {
     let failed = cluster.ended(&cluster.trigger(&failing).await, SOON).await;
     let body = json!({ "name": "ci", "permissions": ["jobs:execute", "history:read"], "jobIds": [job] });
     cluster.ok("POST", "/api/api-keys", Some(body)).await;
+    let held = Held::new(&cluster, json!({ "name": "Large shop" })).await;
+    let running = held.run(&cluster).await;
     cluster.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 0 }))).await;
     let waiting = cluster.trigger(&job).await;
     let (_, batch) = cluster.request("POST", "/api/runs", Some(json!({ "jobs": [job, failing] }))).await;
@@ -50,6 +53,7 @@ async fn lively() -> (Cluster, Vec<(&'static str, String)>) {
         ("execution", format!("/executions/{}", id(&good))),
         ("restore-form", format!("/executions/{}/restore", id(&good))),
         ("execution-failed", format!("/executions/{}", id(&failed))),
+        ("execution-running", format!("/executions/{running}")),
         ("execution-waiting", format!("/executions/{waiting}")),
         ("execution-batch", format!("/executions/{batch}")),
         ("sources", "/sources".to_owned()),
@@ -70,21 +74,29 @@ async fn lively() -> (Cluster, Vec<(&'static str, String)>) {
         ("system", "/settings/system".to_owned()),
         ("cluster", "/settings/cluster".to_owned()),
     ];
-    (cluster, pages)
+    (cluster, held, pages)
 }
 
 /// Looks at the page that the browser is on in every way.
 async fn check(browser: &Browser, name: &str) {
-    for (way, dark, width, height) in
-        [("light", false, 1280, 900), ("dark", true, 1280, 900), ("phone", false, 390, 844)]
-    {
+    let mut grounds = Vec::new();
+    for (way, dark, width, height) in [
+        ("light", false, 1280, 900),
+        ("dark", true, 1280, 900),
+        ("tablet", false, 820, 1180),
+        ("phone", false, 390, 844),
+    ] {
         browser.look(dark, width, height).await;
+        // What is folded is read too.
+        browser.js("for (const more of document.querySelectorAll('main details:not(.menu)')) more.open = true").await;
         let problems = browser.js(CHECKS).await;
         assert_eq!(problems, json!([]), "{name} ({way}):\n{problems:#}");
+        grounds.push(browser.js("return getComputedStyle(document.body).backgroundColor").await);
         if let Some(folder) = std::env::var_os("DBACKUP_PICTURES") {
             browser.picture(&PathBuf::from(folder).join(format!("{name}-{way}.png"))).await;
         }
     }
+    assert!(grounds[0] != grounds[1] && grounds[0] == grounds[3], "{name} is as light in the dark: {grounds:?}");
     browser.assert_clean().await;
 }
 
@@ -106,7 +118,7 @@ async fn assert_strict(browser: &Browser, name: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_page_can_be_read_by_everybody_fits_a_phone_and_breaks_no_rule_of_its_own() {
-    let (cluster, pages) = lively().await;
+    let (cluster, _held, pages) = lively().await;
     let browser = signed_in(&cluster, &["*"]).await;
     for (name, path) in &pages {
         browser.go(path).await;
@@ -162,6 +174,7 @@ async fn the_empty_pages_the_dialogs_and_the_entrance_can_be_read_by_everybody_t
         ("empty-sources", "/sources", "There is no source yet", "/sources/new"),
         ("empty-destinations", "/destinations", "There is no destination yet", "/destinations/new"),
         ("empty-cluster", "/settings/cluster", "No worker runs", ""),
+        ("empty-audit", "/access/audit-log?action=no.such", "No entry of no.such", "/access/audit-log"),
     ] {
         browser.go(path).await;
         browser.until_text(says).await;

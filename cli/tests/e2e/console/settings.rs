@@ -99,9 +99,11 @@ async fn a_history_that_is_cut_shorter_is_asked_for_and_a_longer_one_is_not() {
     let stored =
         "select coalesce((select (value #>> '{}')::int from settings where name = 'keepLogsDays'), -1)::bigint";
     browser.field("keepLogsDays", "400").await;
+    browser.field("keepExecutionsDays", "1000").await;
     browser.press("Save").await;
     browser.until_text("Saved. It holds from now on.").await;
     assert_eq!(cluster.count(stored).await, 400);
+    assert_eq!(cluster.ok("GET", "/api/settings", None).await["keepExecutionsDays"], 1000);
     browser.field("keepLogsDays", "7").await;
     browser.press("Save").await;
     browser.until_text("are deleted for good").await;

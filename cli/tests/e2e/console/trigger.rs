@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::signed_in;
 use crate::{
-    harness::{Cluster, SOON, source::PostgresSource},
+    harness::{Cluster, SOON, source::PostgresSource, until},
     samples::{Script, run},
 };
 
@@ -39,6 +39,16 @@ async fn the_curl_of_the_dialog_triggers_its_job_in_a_shell_with_a_key_made_ther
             assert_eq!(shown.as_str(), Some(value.as_str()), "{name}");
         }
     }
+    let facts = "return [...document.querySelectorAll('dialog[open] .urls dd')].map((fact) => fact.innerText.trim().replace(/\\s+/g, ' '))";
+    let server = cluster.url(0);
+    assert_eq!(
+        browser.js(facts).await,
+        json!([
+            format!("POST {server}/api/jobs/{job}/run"),
+            format!("GET {server}/api/executions/EXECUTION_ID"),
+            "jobs:execute history:read"
+        ])
+    );
     let tabs = browser.js("return [...document.querySelectorAll('[role=tab]')].map((t) => t.textContent)").await;
     assert_eq!(tabs, json!(samples.iter().map(|sample| sample.title).collect::<Vec<_>>()));
 
@@ -56,6 +66,23 @@ async fn the_curl_of_the_dialog_triggers_its_job_in_a_shell_with_a_key_made_ther
         Some(copied.as_str()),
         Some(samples.iter().find(|sample| sample.id == "curl").expect("curl").text.as_str())
     );
+
+    let buttons = browser
+        .js("return [...document.querySelectorAll('dialog[open] [data-copy]')].map((b) => b.dataset.copy)")
+        .await;
+    let buttons = buttons.as_array().expect("buttons");
+    let variables: usize = samples.iter().map(|sample| sample.variables.len()).sum();
+    assert_eq!(
+        buttons.len(),
+        3 + samples.len() + variables,
+        "the URLs, the key, each sample and each of its variables"
+    );
+    for button in buttons {
+        let name = button.as_str().expect("an id");
+        let wanted = browser.js(&format!("return document.getElementById('{name}').textContent")).await;
+        browser.js(&format!("document.querySelector('dialog[open] [data-copy=\"{name}\"]').click()")).await;
+        until(&format!("{name} is copied"), SOON, || async { (browser.copied().await == wanted).then_some(()) }).await;
+    }
 
     // Pasted into a shell.
     let curl = browser.js("return document.getElementById('code-curl').textContent").await;
