@@ -82,7 +82,7 @@ async fn check(browser: &Browser, name: &str) {
     let mut grounds = Vec::new();
     for (way, dark, width, height) in [
         ("light", false, 1280, 900),
-        ("dark", true, 1280, 900),
+        ("dark", true, 1240, 900),
         ("tablet", false, 820, 1180),
         ("phone", false, 390, 844),
     ] {

@@ -67,18 +67,16 @@ async fn the_curl_of_the_dialog_triggers_its_job_in_a_shell_with_a_key_made_ther
         Some(samples.iter().find(|sample| sample.id == "curl").expect("curl").text.as_str())
     );
 
-    let buttons = browser
-        .js("return [...document.querySelectorAll('dialog[open] [data-copy]')].map((b) => b.dataset.copy)")
-        .await;
-    let buttons = buttons.as_array().expect("buttons");
-    let variables: usize = samples.iter().map(|sample| sample.variables.len()).sum();
-    assert_eq!(
-        buttons.len(),
-        3 + samples.len() + variables,
-        "the URLs, the key, each sample and each of its variables"
-    );
-    for button in buttons {
-        let name = button.as_str().expect("an id");
+    // Each has its button to be copied by.
+    let of_sample = samples.iter().flat_map(|sample| {
+        let variables = sample.variables.iter().map(|(name, _)| format!("var-{}-{name}", sample.id));
+        variables.chain([format!("code-{}", sample.id)])
+    });
+    let names: Vec<String> =
+        ["trigger-url", "poll-url", "made-key"].map(str::to_owned).into_iter().chain(of_sample).collect();
+    let buttons = "return [...document.querySelectorAll('dialog[open] [data-copy]')].map((b) => b.dataset.copy)";
+    assert_eq!(browser.js(buttons).await, json!(names));
+    for name in names {
         let wanted = browser.js(&format!("return document.getElementById('{name}').textContent")).await;
         browser.js(&format!("document.querySelector('dialog[open] [data-copy=\"{name}\"]').click()")).await;
         until(&format!("{name} is copied"), SOON, || async { (browser.copied().await == wanted).then_some(()) }).await;
