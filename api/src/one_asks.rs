@@ -3,11 +3,10 @@
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use common::db::DbError;
-use tokio::time::Instant;
 
 /// One question at a time.
 #[derive(Default)]
