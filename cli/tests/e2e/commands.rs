@@ -285,7 +285,7 @@ async fn restore_waits_for_the_end_and_its_exit_status_says_how_it_was() {
     let restore = |more: &[&str]| {
         let args = ["restore", id, "--url", cluster.url(1), "--log"];
         let (code, out, err) = said(&dbackup(&[&args[..], more].concat(), &[("DBACKUP_API_KEY", key.as_str())]));
-        (code, out + &err)
+        (code, [out, err].concat())
     };
     let (code, said) = restore(&[]);
     assert!(code == Some(1) && said.contains("Restore failed: ") && said.contains("is not empty"), "{said}");

@@ -1,32 +1,45 @@
-//! A headless Chromium, driven through chromedriver by the WebDriver protocol (W3C). The few commands that the tests need
-//! are spoken here: the known clients bring two dozen crates, and lack the console's log.
+//! A headless Chromium, driven through chromedriver: what the tests do with a page, each waiting for its condition.
 
 use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
-use base64::{Engine, engine::general_purpose::STANDARD};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use serde_json::{Value, json};
+use thirtyfour::{
+    By, ChromeCapabilities, ChromiumLikeCapabilities, LoggingPrefsLogLevel, TypingData, WebDriver, WebElement,
+    cdp::Cdp, error::WebDriverResult, session::handle::SessionHandle,
+};
 
 use crate::harness::{SOON, process::children_of, unique, until};
 
-/// The key under which the protocol names an element.
-const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
+const ARGUMENTS: [&str; 10] = [
+    "--headless=new",
+    // As root there is no sandbox; what is shown is our own.
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--no-proxy-server",
+    "--lang=en-GB",
+    "--force-prefers-reduced-motion",
+    "--window-size=1280,900",
+];
 
 /// A browser with one window; it ends with the test.
 pub struct Browser {
     driver: Child,
     /// Kept open: the driver may have more to say.
     _said: BufReader<ChildStdout>,
-    http: reqwest::Client,
-    session: String,
+    session: Arc<SessionHandle>,
     base: String,
     scratch: PathBuf,
 }
@@ -68,61 +81,40 @@ impl Browser {
         let scratch = std::env::temp_dir().join(unique("dbackup-browser"));
         std::fs::create_dir(&scratch).expect("a scratch folder");
         let (driver, said, port) = start_driver(&scratch);
+        let mut wanted = ChromeCapabilities::new();
+        for arg in ARGUMENTS {
+            wanted.add_arg(arg).expect("an argument");
+        }
+        wanted.set_browser_log_level(LoggingPrefsLogLevel::All).expect("a level");
         let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().expect("a client");
-        let args = [
-            "--headless=new",
-            // As root there is no sandbox; what is shown is our own.
-            "--no-sandbox",
-            "--disable-dev-shm-usage",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--no-proxy-server",
-            "--lang=en-GB",
-            "--force-prefers-reduced-motion",
-            "--window-size=1280,900",
-        ];
-        let wanted = json!({ "capabilities": { "alwaysMatch": {
-            "goog:chromeOptions": { "args": args },
-            "goog:loggingPrefs": { "browser": "ALL" },
-        } } });
-        let driver_url = format!("http://127.0.0.1:{port}/session");
-        let made: Value =
-            http.post(&driver_url).json(&wanted).send().await.expect("answers").json().await.expect("JSON");
-        let id = made["value"]["sessionId"].as_str().unwrap_or_else(|| panic!("no browser: {made}"));
-        let session = format!("{driver_url}/{id}");
-        Self { driver, _said: said, http, session, base: base.to_owned(), scratch }
-    }
-
-    async fn try_command(&self, path: &str, body: Value) -> Result<Value, Value> {
-        let sent = self.http.post(format!("{}/{path}", self.session)).json(&body).send().await;
-        let response = sent.unwrap_or_else(|e| panic!("{path}: {e}"));
-        let fine = response.status().is_success();
-        let mut answer: Value = response.json().await.expect("JSON");
-        if fine { Ok(answer["value"].take()) } else { Err(answer["value"].take()) }
-    }
-
-    async fn command(&self, path: &str, body: Value) -> Value {
-        self.try_command(path, body.clone()).await.unwrap_or_else(|e| panic!("{path} {body}: {e:#}"))
+        let connect = WebDriver::builder(format!("http://127.0.0.1:{port}"), wanted).client(http).connect();
+        let browser = connect.await.expect("a browser");
+        let session = Arc::clone(browser.handle());
+        // It is killed with the driver, also when the test panics.
+        browser.leak().expect("nobody has ended it");
+        Self { driver, _said: said, session, base: base.to_owned(), scratch }
     }
 
     /// Goes to a page of the server, and waits until its script listens.
     pub async fn go(&self, path: &str) {
-        self.command("url", json!({ "url": format!("{}{path}", self.base) })).await;
+        self.session.goto(format!("{}{path}", self.base)).await.unwrap_or_else(|e| panic!("{path}: {e}"));
         self.until(&format!("the script of {path} listens"), "return document.documentElement.dataset.ready === ''")
             .await;
     }
 
+    async fn try_js(&self, script: &str) -> WebDriverResult<Value> {
+        Ok(self.session.execute(script, Vec::new()).await?.json().clone())
+    }
+
     /// Runs a script in the page; gives what it returns.
     pub async fn js(&self, script: &str) -> Value {
-        self.command("execute/sync", json!({ "script": script, "args": [] })).await
+        self.try_js(script).await.unwrap_or_else(|e| panic!("{script}: {e}"))
     }
 
     /// Waits until a script in the page returns something true, and gives that. A page that is being left counts as no.
     pub async fn until(&self, what: &str, script: &str) -> Value {
-        let body = json!({ "script": script, "args": [] });
         let look = || async {
-            let answer = self.try_command("execute/sync", body.clone()).await.unwrap_or_default();
+            let answer = self.try_js(script).await.unwrap_or_default();
             let no = answer.is_null() || answer == false || answer == "";
             (!no).then_some(answer)
         };
@@ -164,34 +156,11 @@ impl Browser {
         self.js("return document.body.innerText").await.as_str().unwrap_or_default().to_owned()
     }
 
-    async fn element(&self, using: &str, value: &str) -> String {
-        let body = json!({ "using": using, "value": value });
-        until(&format!("there is {value}"), SOON, || async {
-            let found = self.try_command("element", body.clone()).await.ok()?;
-            Some(found[ELEMENT].as_str()?.to_owned())
-        })
-        .await
-    }
-
-    /// Clicks what a selector of CSS names, as soon as it can be clicked.
-    pub async fn click(&self, css: &str) {
-        self.click_by("css selector", css).await;
-    }
-
-    /// Clicks the button or link that has this text.
-    pub async fn press(&self, text: &str) {
-        let xpath = format!("//*[self::button or self::a][normalize-space()='{text}']");
-        self.click_by("xpath", &xpath).await;
-    }
-
-    /// Clicks the first of what is named that can be clicked: what is hidden cannot.
-    async fn click_by(&self, using: &str, value: &str) {
-        let body = json!({ "using": using, "value": value });
-        until(&format!("{value} is clicked"), SOON, || async {
-            let found = self.try_command("elements", body.clone()).await.ok()?;
-            for element in found.as_array()? {
-                let click = format!("element/{}/click", element[ELEMENT].as_str()?);
-                if self.try_command(&click, json!({})).await.is_ok() {
+    /// Does something to the first element for which that works.
+    async fn with_first(&self, by: By, what: &str, act: impl AsyncFn(&WebElement) -> WebDriverResult<()>) {
+        until(what, SOON, || async {
+            for element in self.session.find_all(by.clone()).await.ok()? {
+                if act(&element).await.is_ok() {
                     return Some(());
                 }
             }
@@ -200,13 +169,24 @@ impl Browser {
         .await;
     }
 
+    /// Clicks the first of what a selector of CSS names that can be clicked: what is hidden cannot.
+    pub async fn click(&self, css: &str) {
+        self.with_first(By::Css(css), &format!("{css} is clicked"), async |it| it.click().await).await;
+    }
+
+    /// Clicks the first button or link with this text that can be clicked.
+    pub async fn press(&self, text: &str) {
+        let xpath = format!("//*[self::button or self::a][normalize-space()='{text}']");
+        self.with_first(By::XPath(xpath), &format!("'{text}' is clicked"), async |it| it.click().await).await;
+    }
+
     /// Types into an input, in place of what is there.
     pub async fn fill(&self, css: &str, text: &str) {
-        let element = self.element("css selector", css).await;
-        self.command(&format!("element/{element}/clear"), json!({})).await;
-        if !text.is_empty() {
-            self.command(&format!("element/{element}/value"), json!({ "text": text })).await;
-        }
+        let type_into = async |it: &WebElement| {
+            it.clear().await?;
+            if text.is_empty() { Ok(()) } else { it.send_keys(text).await }
+        };
+        self.with_first(By::Css(css), &format!("{css} is filled in"), type_into).await;
     }
 
     /// Types into the input of a field of the body.
@@ -214,14 +194,9 @@ impl Browser {
         self.fill(&format!("[name='{name}']"), text).await;
     }
 
-    /// Presses keys, wherever the focus is. (`\u{e004}` is Tab, `\u{e007}` Enter, `\u{e00c}` Escape.)
-    pub async fn keys(&self, keys: &str) {
-        let actions: Vec<Value> = keys
-            .chars()
-            .flat_map(|key| ["keyDown", "keyUp"].map(|kind| json!({ "type": kind, "value": key })))
-            .collect();
-        let body = json!({ "actions": [{ "type": "key", "id": "keyboard", "actions": actions }] });
-        self.command("actions", body).await;
+    /// Presses keys, wherever the focus is.
+    pub async fn keys(&self, keys: impl Into<TypingData>) {
+        self.session.action_chain().send_keys(keys).perform().await.expect("keys are pressed");
     }
 
     /// Lets the page use the clipboard.
@@ -238,7 +213,8 @@ impl Browser {
 
     /// A command of Chromium's own protocol.
     pub async fn cdp(&self, command: &str, params: Value) {
-        self.command("goog/cdp/execute", json!({ "cmd": command, "params": params })).await;
+        let chromium = Cdp::new(Arc::clone(&self.session));
+        chromium.send_raw(command, params).await.unwrap_or_else(|e| panic!("{command}: {e}"));
     }
 
     /// How the page is looked at.
@@ -252,21 +228,17 @@ impl Browser {
 
     /// A picture of the window.
     pub async fn picture(&self, file: &Path) {
-        let url = format!("{}/screenshot", self.session);
-        let answer: Value = self.http.get(url).send().await.expect("answers").json().await.expect("JSON");
-        let bytes = STANDARD.decode(answer["value"].as_str().expect("a picture")).expect("base64");
-        std::fs::write(file, bytes).expect("writes");
+        self.session.screenshot(file).await.expect("a picture");
     }
 
     /// What the console of the browser has complained of since the last time: errors, and everything that the policy of
     /// the page refused.
     pub async fn complaints(&self) -> Vec<String> {
-        let entries = self.command("se/log", json!({ "type": "browser" })).await;
-        let bad = |entry: &&Value| {
-            entry["level"] == "SEVERE" || entry["source"] == "security" || entry["source"] == "violation"
-        };
-        let message = |entry: &Value| entry["message"].as_str().unwrap_or_default().to_owned();
-        entries.as_array().expect("entries").iter().filter(bad).map(message).collect()
+        let mut entries = self.session.browser_log().await.expect("the log");
+        entries.retain(|entry| {
+            entry.level == "SEVERE" || matches!(entry.source.as_deref(), Some("security" | "violation"))
+        });
+        entries.into_iter().map(|entry| entry.message).collect()
     }
 
     /// Demands that there was nothing to complain of.

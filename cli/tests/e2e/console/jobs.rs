@@ -1,6 +1,7 @@
 //! Jobs, sources and destinations: forms and tables.
 
 use serde_json::{Value, json};
+use thirtyfour::Key;
 
 use super::{Browser, is_size, signed_in};
 use crate::harness::{
@@ -59,7 +60,7 @@ async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_p
     assert_eq!(job["expectEverySeconds"], 86_400);
 
     browser.field("q", "daily").await;
-    browser.keys("\u{e007}").await;
+    browser.keys(Key::Enter).await;
     browser
         .until(
             "one job fits",

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use serde_json::json;
+use thirtyfour::Key;
 
 use super::{Browser, signed_in};
 use crate::harness::{Cluster, SOON, held::Held, source::PostgresSource, until};
@@ -185,11 +186,11 @@ async fn the_empty_pages_the_dialogs_and_the_entrance_can_be_read_by_everybody_t
     }
     // By keyboard: the first stop skips to the content.
     browser.go("/sources").await;
-    browser.keys("\u{e004}").await;
+    browser.keys(Key::Tab).await;
     assert_eq!(browser.js("return document.activeElement.textContent").await, "Skip to the content");
-    browser.keys("\u{e007}").await;
+    browser.keys(Key::Enter).await;
     browser.until("the focus is in the content", "return document.activeElement.id === 'main'").await;
-    browser.keys("\u{e004}\u{e007}").await;
+    browser.keys(Key::Tab + Key::Enter).await;
     browser.until_path("/sources/new").await;
 
     // On a phone the navigation is behind a button.

@@ -1,6 +1,7 @@
 //! Settings, and what a person may not do.
 
 use serde_json::json;
+use thirtyfour::Key;
 
 use super::signed_in;
 use crate::harness::{
@@ -68,7 +69,7 @@ async fn a_person_is_shown_nothing_that_they_may_not_do() {
     assert_eq!(offered, json!(["API Trigger"]), "no run, no edit, no source, no history");
     browser.click("[data-dialog]").await;
     browser.until_text("from whoever may make one").await;
-    browser.keys("\u{e00c}").await;
+    browser.keys(Key::Escape).await;
     browser.go("/settings/system").await;
     assert_eq!(browser.js("return document.querySelectorAll('main form').length").await, 0);
     browser.assert_clean().await;

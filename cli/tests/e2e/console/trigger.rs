@@ -1,6 +1,7 @@
 //! The API trigger: what the dialog shows is what the tests of the samples run, and it works as it stands there.
 
 use serde_json::json;
+use thirtyfour::Key;
 
 use super::signed_in;
 use crate::{
@@ -96,10 +97,10 @@ async fn the_curl_of_the_dialog_triggers_its_job_in_a_shell_with_a_key_made_ther
 
     // By keyboard: the arrow goes to the next tab, Escape back to where it was opened.
     browser.click("#tab-curl").await;
-    browser.keys("\u{e014}").await;
+    browser.keys(Key::Right).await;
     assert_eq!(browser.js("return document.activeElement.id").await, "tab-bash");
     assert_eq!(browser.js("return document.getElementById('sample-bash').checkVisibility()").await, true);
-    browser.keys("\u{e00c}").await;
+    browser.keys(Key::Escape).await;
     browser
         .until(
             "the focus is back",

@@ -191,16 +191,12 @@ impl MariadbSource {
     /// Demands that every table, view, trigger, routine and event of `other` is as ours.
     pub fn assert_same(&self, other: &str) {
         let digest = |database: &str| {
-            mariadb(database, "checksum table item, odd extended").replace(database, "")
-                + &mariadb(
-                    database,
-                    "select count(*) from item; select count(*) from odd; select count(*) from cheap; call answer()",
-                )
-                + &mariadb(
-                    database,
-                    "select trigger_name from information_schema.triggers where trigger_schema = database();
-                     select event_name from information_schema.events where event_schema = database()",
-                )
+            let rows = mariadb(database, "checksum table item, odd extended").replace(database, "");
+            let counts =
+                "select count(*) from item; select count(*) from odd; select count(*) from cheap; call answer()";
+            let names = "select trigger_name from information_schema.triggers where trigger_schema = database();
+                         select event_name from information_schema.events where event_schema = database()";
+            [rows, mariadb(database, counts), mariadb(database, names)].concat()
         };
         let (ours, theirs) = (digest(&self.database), digest(other));
         assert!(ours.contains("42") && ours.contains("tidy") && ours == theirs, "{ours}\n{theirs}");
