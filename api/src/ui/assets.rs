@@ -1,6 +1,5 @@
 //! Files of the console, which are part of the program. All of them have one version, a hash of them all, in their
-//! address, so that a browser keeps them for ever and a new program's pages ask for new ones. (A debug build reads them
-//! from the folder as they are at that moment.)
+//! address, so that a browser keeps them for ever and a new program's pages ask for new ones.
 
 use std::sync::LazyLock;
 
