@@ -2,6 +2,8 @@
 //! that `make test` starts, with a database of its own for each test.
 
 pub mod audit;
+mod calls;
+mod database;
 pub mod held;
 pub mod history;
 pub mod metrics;
@@ -19,22 +21,15 @@ use std::{
     collections::BTreeMap,
     future::Future,
     path::{Path, PathBuf},
-    process::Command,
     time::{Duration, Instant},
 };
 
-use common::{
-    api_key::{self, KeyDraft},
-    execution::claim::Claimant,
-    id::WorkerId,
-    permission::PermissionSet,
-    seal::SealKey,
-    source::Engine,
-};
+use common::{execution::claim::Claimant, id::WorkerId, seal::SealKey, source::Engine};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgPoolOptions};
+use sqlx::{PgPool, postgres::PgPoolOptions};
 
+pub use database::*;
 pub use process::{Process, binary};
 use proxy::Proxy;
 
@@ -55,83 +50,9 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, limit: Duration
     }
 }
 
-fn variable(name: &str) -> String {
-    std::env::var(name)
-        .unwrap_or_else(|_| panic!("{name} is not set: run the tests with make test, which starts the servers"))
-}
-
-/// A superuser's URL of the test server, for a database of it.
-pub fn postgres_url(database: &str) -> String {
-    let mut url = url::Url::parse(&variable("POSTGRES_URL")).expect("POSTGRES_URL is a URL");
-    url.set_path(database);
-    url.into()
-}
-
-/// Port of the test's PostgreSQL.
-pub fn postgres_port() -> u16 {
-    url::Url::parse(&postgres_url("postgres")).expect("a URL").port().expect("a port")
-}
-
-fn at_port(url: &str, port: u16) -> String {
-    let mut url = url::Url::parse(url).expect("a URL");
-    url.set_port(Some(port)).expect("a port");
-    url.into()
-}
-
-/// Port of the test's MariaDB, where root has no password.
-pub fn mariadb_port() -> u16 {
-    variable("MARIADB_PORT").parse().expect("MARIADB_PORT is a port")
-}
-
 /// A name that no other test has.
 pub fn unique(prefix: &str) -> String {
     format!("{prefix}_{}", &uuid::Uuid::now_v7().simple().to_string()[16..])
-}
-
-/// Runs SQL on a database of the test server.
-pub async fn sql(database: &str, statements: &str) {
-    let mut conn = PgConnection::connect(&postgres_url(database)).await.expect("the test server answers");
-    sqlx::raw_sql(AssertSqlSafe(statements.to_owned()))
-        .execute(&mut conn)
-        .await
-        .unwrap_or_else(|e| panic!("{statements}: {e}"));
-    conn.close().await.expect("closes");
-}
-
-/// A database made from a template that has every migration: 45 ms instead of 330 ms.
-async fn fresh_database() -> String {
-    let mut conn = PgConnection::connect(&postgres_url("postgres")).await.expect("the test server answers");
-    let migrations = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
-    let mut files: Vec<PathBuf> =
-        std::fs::read_dir(migrations).expect("migrations").map(|e| e.expect("an entry").path()).collect();
-    files.sort();
-    let all: Vec<u8> = files.iter().flat_map(|f| std::fs::read(f).expect("a migration")).collect();
-    let hash = <sha2::Sha256 as sha2::Digest>::digest(&all);
-    let template = format!("template_{}", hex::encode(&hash[..6]));
-    // Tests are processes of their own: the first makes the template, the others wait.
-    sqlx::query("select pg_advisory_lock(4711)").execute(&mut conn).await.expect("locks");
-    let exists: bool =
-        sqlx::query_scalar("select exists (select from pg_database where datname = $1 and datistemplate)")
-            .bind(&template)
-            .fetch_one(&mut conn)
-            .await
-            .expect("answers");
-    if !exists {
-        sql("postgres", &format!("drop database if exists {template}")).await;
-        sql("postgres", &format!("create database {template}")).await;
-        migrate(&binary("dbackup"), &postgres_url(&template));
-        sql("postgres", &format!("alter database {template} is_template true")).await;
-    }
-    let name = unique("cluster");
-    sql("postgres", &format!("create database {name} template {template}")).await;
-    sqlx::query("select pg_advisory_unlock(4711)").execute(&mut conn).await.expect("unlocks");
-    name
-}
-
-/// Applies the migrations that a program knows.
-pub fn migrate(dbackup: &Path, url: &str) {
-    let status = Command::new(dbackup).arg("migrate").env("DATABASE_URL", url).status().expect("dbackup runs");
-    assert!(status.success(), "dbackup migrate");
 }
 
 /// How a cluster is to be.
@@ -392,146 +313,6 @@ impl Cluster {
     /// Base URL of an API process.
     pub fn url(&self, api: usize) -> &str {
         &self.apis[api].1
-    }
-
-    /// A new key with these permissions.
-    pub async fn key(&self, permissions: &[&str]) -> String {
-        self.scoped_key(permissions, None).await
-    }
-
-    /// A new key that sees only these jobs.
-    pub async fn scoped_key(&self, permissions: &[&str], jobs: Option<Vec<common::id::JobId>>) -> String {
-        let mut conn = self.pool.acquire().await.expect("a connection");
-        let permissions = PermissionSet::parse(permissions).expect("permissions");
-        let new = KeyDraft { name: "test".to_owned(), permissions, jobs, ..KeyDraft::default() };
-        api_key::create(&mut conn, &new, None).await.expect("a key").1.expose().to_owned()
-    }
-
-    /// A request with the administrator's key to one of the API processes, in turn.
-    pub async fn request(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
-        self.request_as(&self.admin_key, method, path, body).await
-    }
-
-    /// A request with another key.
-    pub async fn request_as(&self, key: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
-        let api = usize::try_from(uuid::Uuid::now_v7().as_u128() % self.apis.len() as u128).expect("small");
-        let method: reqwest::Method = method.parse().expect("a method");
-        let mut request = self.http.request(method.clone(), format!("{}{path}", self.url(api))).bearer_auth(key);
-        if let Some(body) = body {
-            request = request.json(&body);
-        }
-        let response = request.send().await.unwrap_or_else(|e| panic!("{method} {path}: {e}"));
-        let status = response.status().as_u16();
-        let text = response.text().await.expect("a body");
-        (
-            status,
-            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{method} {path} answered {status} {text}: {e}")),
-        )
-    }
-
-    /// A request that must succeed; gives `data`.
-    pub async fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
-        let (status, answer) = self.request(method, path, body).await;
-        assert!(status < 300, "{method} {path}: {status} {answer}");
-        answer.get("data").cloned().unwrap_or(answer)
-    }
-
-    /// One page of a list: the ids on it and the path of the next, if there is one.
-    pub async fn page(&self, path: &str) -> (Vec<String>, Option<String>) {
-        let request = self.http.get(format!("{}{path}", self.url(0))).bearer_auth(&self.admin_key);
-        let response = request.send().await.unwrap_or_else(|e| panic!("{path}: {e}"));
-        assert_eq!(response.status(), 200, "{path}");
-        let link = response.headers().get("link").map(|link| link.to_str().expect("text").to_owned());
-        let next = link.map(|link| link.trim_start_matches('<').split('>').next().expect("a URL").to_owned());
-        let body: Value = response.json().await.expect("JSON");
-        // Jobs are a bare array.
-        let rows = if path.starts_with("/api/jobs?") || path == "/api/jobs" { &body } else { &body["data"] };
-        let rows = rows.as_array().unwrap_or_else(|| panic!("{path}: no rows in {body}"));
-        // What is told about a job has no id of its own.
-        let id_of =
-            |row: &Value| row["jobId"].as_str().filter(|_| row["id"].is_null()).map_or_else(|| id(row), str::to_owned);
-        (rows.iter().map(id_of).collect(), next)
-    }
-
-    /// Makes a source; gives its id.
-    pub async fn source(&self, engine: &str, config: Value) -> String {
-        let body = json!({ "name": unique("source"), "engine": engine, "config": config });
-        id(&self.ok("POST", "/api/sources", Some(body)).await)
-    }
-
-    /// Makes a local destination in a folder of its own, tested; gives its id and root.
-    pub async fn local_destination(&self) -> (String, PathBuf) {
-        let root = self.scratch.join("backups").join(unique("store"));
-        std::fs::create_dir(&root).expect("a folder");
-        (self.local_destination_at(&root).await, root)
-    }
-
-    /// Makes a local destination in a folder, tested; gives its id.
-    pub async fn local_destination_at(&self, root: &Path) -> String {
-        let body = json!({ "name": unique("store"), "kind": "local", "config": { "root": root } });
-        let id = id(&self.ok("POST", "/api/destinations", Some(body)).await);
-        let tested = self.ok("POST", &format!("/api/destinations/{id}/test"), None).await;
-        assert_eq!(tested["ok"], true, "{tested}");
-        id
-    }
-
-    /// Makes a job; `more` overrides. Gives its id.
-    pub async fn job(&self, source: &str, destinations: &[&str], more: Value) -> String {
-        let mut body =
-            json!({ "name": unique("job"), "sourceId": source, "destinationIds": destinations, "maxAttempts": 1 });
-        for (name, value) in more.as_object().expect("an object") {
-            body[name] = value.clone();
-        }
-        id(&self.ok("POST", "/api/jobs", Some(body)).await)
-    }
-
-    /// Triggers a job; gives the execution's id.
-    pub async fn trigger(&self, job: &str) -> String {
-        let answer = self.ok("POST", &format!("/api/jobs/{job}/run"), None).await;
-        answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
-    }
-
-    /// An execution with its log.
-    pub async fn execution(&self, id: &str) -> Value {
-        self.ok("GET", &format!("/api/executions/{id}?includeLogs=true"), None).await
-    }
-
-    /// Waits for an execution's end.
-    pub async fn ended(&self, id: &str, limit: Duration) -> Value {
-        until(&format!("execution {id} ends"), limit, || async {
-            let execution = self.execution(id).await;
-            matches!(execution["status"].as_str(), Some("Success" | "Failed")).then_some(execution)
-        })
-        .await
-    }
-
-    /// Waits for an execution in a status.
-    pub async fn in_status(&self, id: &str, status: &str, limit: Duration) -> Value {
-        until(&format!("execution {id} is {status}"), limit, || async {
-            let execution = self.execution(id).await;
-            (execution["status"] == status).then_some(execution)
-        })
-        .await
-    }
-
-    /// Triggers, waits and demands Success.
-    pub async fn backup(&self, job: &str) -> Value {
-        let execution = self.ended(&self.trigger(job).await, SOON).await;
-        assert_eq!(execution["status"], "Success", "{execution:#}");
-        execution
-    }
-
-    /// One number from the cluster's database.
-    pub async fn count(&self, query: &str) -> i64 {
-        audit::Audited::number(self, query).await
-    }
-
-    /// One text from the cluster's database.
-    pub async fn text(&self, query: &str) -> String {
-        sqlx::query_scalar(AssertSqlSafe(query.to_owned()))
-            .fetch_one(&self.pool)
-            .await
-            .unwrap_or_else(|e| panic!("{query}: {e}"))
     }
 
     /// Everything that every process has logged.
