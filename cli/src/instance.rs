@@ -84,7 +84,16 @@ impl Instance {
                 })?;
                 (secrets.database_url, Some(secrets.encryption_key))
             }
-            None => (config::database_url()?, config::secret("DBACKUP_ENCRYPTION_KEY")?),
+            None => {
+                let set = config::secret("DATABASE_URL")?.is_some();
+                let url = config::database_url().map_err(|error| match set {
+                    true => error,
+                    false => ConfigError(format!(
+                        "{error}; or name the folder of a dbackup up by --data, before the command"
+                    )),
+                })?;
+                (url, config::secret("DBACKUP_ENCRYPTION_KEY")?)
+            }
         };
         let key = key.map(|text| config::parse_key(&text)).transpose()?;
         Ok(Self { db: Db::new(&url, "dbackup", 2)?, key })

@@ -68,6 +68,10 @@ fn accepted_group(made: GroupEnqueued) -> Result<Accepted, ApiError> {
 }
 
 async fn jobs_of(state: &AppState, caller: &Caller, which: Which) -> Result<Vec<Reference>, ApiError> {
+    let (field, none) = match which.jobs {
+        Some(_) => ("jobs", "name at least one job"),
+        None => ("selector", "no job that this key may run has these labels: nothing would run"),
+    };
     let jobs = match (which.jobs, which.selector) {
         (Some(jobs), None) => jobs.into_iter().map(Reference::new).collect::<Vec<_>>(),
         (None, Some(labels)) if !labels.is_empty() => {
@@ -82,9 +86,9 @@ async fn jobs_of(state: &AppState, caller: &Caller, which: Which) -> Result<Vec<
         }
     };
     match jobs.len() {
-        0 => Err(ApiError::invalid_field("jobs", "no job is meant: nothing would run")),
+        0 => Err(ApiError::invalid_field(field, none)),
         n if n > MAX_MEMBERS => {
-            Err(ApiError::invalid_field("jobs", format!("{n} jobs are meant, but at most {MAX_MEMBERS} may be")))
+            Err(ApiError::invalid_field(field, format!("{n} jobs are meant, but at most {MAX_MEMBERS} may be")))
         }
         _ => Ok(jobs),
     }

@@ -65,7 +65,7 @@ async fn health_tells_by_its_exit_status_what_is_wrong() {
         (vec!["health"], vec![("DATABASE_URL", url), ("DBACKUP_ENCRYPTION_KEY", &wrong)], 2, "DBACKUP_ENCRYPTION_KEY"),
         (vec!["health"], vec![("DATABASE_URL", &nowhere)], 1, "no_such_database"),
         (vec!["health"], vec![("DATABASE_URL", "postgres://127.0.0.1:1/x")], 1, "DATABASE_URL"),
-        (vec!["health"], vec![], 2, "DATABASE_URL"),
+        (vec!["health"], vec![], 2, "--data"),
         (vec!["health", "--api", "http://127.0.0.1:1"], vec![], 1, "127.0.0.1:1 does not answer"),
         (vec!["health", "--api", "https://127.0.0.1"], vec![], 2, "--api"),
         (vec!["--data", &empty, "health"], vec![("DATABASE_URL", url)], 2, "is not an instance"),

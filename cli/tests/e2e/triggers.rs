@@ -201,7 +201,7 @@ async fn a_group_is_made_whole_or_not_at_all_and_once_for_an_idempotency_key() {
     for (body, status, field) in [
         (json!({ "jobs": [job, "no-such-job"] }), 404, Some("jobs.1")),
         (json!({ "jobs": [] }), 422, Some("jobs")),
-        (json!({ "selector": { "no": "job" } }), 422, Some("jobs")),
+        (json!({ "selector": { "no": "job" } }), 422, Some("selector")),
         (json!({ "jobs": [job], "selector": { "a": "b" } }), 422, Some("jobs")),
         (json!({}), 422, Some("jobs")),
         (json!({ "jobs": vec![job.clone(); 1001] }), 422, Some("jobs")),

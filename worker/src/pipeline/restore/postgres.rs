@@ -139,13 +139,7 @@ impl Server {
     pub async fn create(&self, access: &SourceAccess, database: &str, groups: &ProcessGroups) -> Result<(), RunError> {
         let name = database.replace('"', "\"\"");
         let query = format!("create database \"{name}\" template template0");
-        let made = ask_server(access, &self.psql, &query, Some(database), groups).await;
-        made.map(drop).map_err(|error| {
-            RunError::give_up(
-                "database_missing",
-                format!("database '{database}' is not there and could not be made: {}\nMake it, or give the user of the source CREATEDB.", error.message),
-            )
-        })
+        ask_server(access, &self.psql, &query, Some(database), groups).await.map(drop)
     }
 
     /// All of it or nothing.

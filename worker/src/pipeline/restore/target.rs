@@ -8,7 +8,7 @@ use common::{
 
 use super::{mariadb, postgres, touched::Now, unpack::Rename};
 use crate::{
-    failure::RunError,
+    failure::{Class, RunError},
     lease::Lease,
     pipeline::{
         dump::{
@@ -55,6 +55,22 @@ pub enum Holds {
     Nothing,
     /// Somebody's data.
     Something,
+}
+
+/// That a missing database was not made. What another try may mend stays what it is.
+fn not_made(database: &str, error: RunError, right: &str) -> RunError {
+    if error.class == Class::Retry && error.code == "source_unreachable" {
+        return error;
+    }
+    // The last line of a denial says what they need who back up.
+    let said = match error.code {
+        "source_denied" => error.message.rsplit_once('\n').map_or(error.message.as_str(), |(said, _)| said),
+        _ => &error.message,
+    };
+    let text = format!(
+        "database '{database}' is not there and could not be made: {said}\nMake it, or give the user of the source {right}."
+    );
+    RunError::give_up("database_missing", text)
 }
 
 impl<'a> Target<'a> {
@@ -142,10 +158,12 @@ impl<'a> Target<'a> {
         if self.check(database).await? != Holds::Missing {
             return Ok(());
         }
-        match &self.server {
-            Server::Postgres(server) => server.create(&self.access, database, &self.lease.groups).await?,
-            Server::Mariadb(server) => server.create(&self.access, database, &self.lease.groups).await?,
-        }
+        let groups = &self.lease.groups;
+        let (made, right) = match &self.server {
+            Server::Postgres(server) => (server.create(&self.access, database, groups).await, "CREATEDB"),
+            Server::Mariadb(server) => (server.create(&self.access, database, groups).await, "the right CREATE"),
+        };
+        made.map_err(|error| not_made(database, error, right))?;
         log.info(format!("database '{database}' was not there and is made"));
         Ok(())
     }
@@ -208,5 +226,18 @@ impl<'a> Target<'a> {
             Server::Mariadb(_) if from != into => Some(mariadb::rename(from, into)),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_went_away_before_the_database_was_made_is_tried_again() {
+        let away = RunError::retry("source_unreachable", "connection refused");
+        assert_eq!(not_made("shop", away, "CREATEDB").class, Class::Retry);
+        let full = not_made("shop", RunError::retry("dump_failed", "could not extend file"), "CREATEDB");
+        assert!(full.class == Class::GiveUp && full.message.contains("could not extend file"), "{}", full.message);
     }
 }
