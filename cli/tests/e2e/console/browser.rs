@@ -36,11 +36,16 @@ const ARGUMENTS: [&str; 10] = [
 
 /// A browser with one window; it ends with the test.
 pub struct Browser {
-    driver: Child,
-    /// Kept open: the driver may have more to say.
-    _said: BufReader<ChildStdout>,
     session: Arc<SessionHandle>,
     base: String,
+    _driver: Driver,
+}
+
+/// The chromedriver, which ends with all that it has started, also when a browser does not start.
+struct Driver {
+    child: Child,
+    /// Kept open: the driver may have more to say.
+    _said: BufReader<ChildStdout>,
     scratch: PathBuf,
 }
 
@@ -80,7 +85,8 @@ impl Browser {
     pub async fn start(base: &str) -> Self {
         let scratch = std::env::temp_dir().join(unique("dbackup-browser"));
         std::fs::create_dir(&scratch).expect("a scratch folder");
-        let (driver, said, port) = start_driver(&scratch);
+        let (child, said, port) = start_driver(&scratch);
+        let driver = Driver { child, _said: said, scratch };
         let mut wanted = ChromeCapabilities::new();
         for arg in ARGUMENTS {
             wanted.add_arg(arg).expect("an argument");
@@ -90,9 +96,9 @@ impl Browser {
         let connect = WebDriver::builder(format!("http://127.0.0.1:{port}"), wanted).client(http).connect();
         let browser = connect.await.expect("a browser");
         let session = Arc::clone(browser.handle());
-        // It is killed with the driver, also when the test panics.
+        // It ends with the driver.
         browser.leak().expect("nobody has ended it");
-        Self { driver, _said: said, session, base: base.to_owned(), scratch }
+        Self { session, base: base.to_owned(), _driver: driver }
     }
 
     /// Goes to a page of the server, and waits until its script listens.
@@ -266,13 +272,13 @@ fn tree(pid: Pid) -> Vec<Pid> {
     found
 }
 
-impl Drop for Browser {
+impl Drop for Driver {
     fn drop(&mut self) {
-        let driver = Pid::from_raw(i32::try_from(self.driver.id()).expect("a small id"));
+        let driver = Pid::from_raw(i32::try_from(self.child.id()).expect("a small id"));
         for pid in tree(driver) {
             let _ = kill(pid, Signal::SIGKILL);
         }
-        let _ = self.driver.wait();
+        let _ = self.child.wait();
         let _ = std::fs::remove_dir_all(&self.scratch);
     }
 }
