@@ -100,9 +100,12 @@ fn quartile(values: &mut [f64], at: usize) -> f64 {
 async fn main() -> ExitCode {
     let mut report = Report::new(
         "What tracing costs",
-        "One API process exports nothing, another samples every request and exports it over OTLP (HTTP, protobuf) to a \
-         collector on the same machine; they take 31 turns of 1.5 seconds on one database, and the ratio is of each two \
+        &format!(
+            "One API process exports nothing, another samples every request and exports it over OTLP (HTTP, protobuf) to a \
+         collector on the same machine; they take {ROUNDS} turns of {} seconds on one database, and the ratio is of each two \
          that follow each other. A trigger makes four spans: the request, auth, rate limit, enqueue.",
+            LONG.as_secs_f64()
+        ),
     );
     let (endpoint, came) = collector().await;
     let mut cluster = Cluster::build().workers(1).limit(0).start().await;

@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::{binary, unique};
 
-pub fn variable(name: &str) -> String {
+pub(super) fn variable(name: &str) -> String {
     std::env::var(name)
         .unwrap_or_else(|_| panic!("{name} is not set: run the tests with make test, which starts the servers"))
 }

@@ -8,7 +8,7 @@ use common::{
 
 use super::{mariadb, postgres, touched::Now, unpack::Rename};
 use crate::{
-    failure::{Class, RunError},
+    failure::RunError,
     lease::Lease,
     pipeline::{
         dump::{
@@ -59,7 +59,7 @@ pub enum Holds {
 
 /// That a missing database was not made. What another try may mend stays what it is.
 fn not_made(database: &str, error: RunError, right: &str) -> RunError {
-    if error.class == Class::Retry && error.code == "source_unreachable" {
+    if error.code == "source_unreachable" {
         return error;
     }
     // The last line of a denial says what they need who back up.
@@ -232,6 +232,7 @@ impl<'a> Target<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::failure::Class;
 
     #[test]
     fn a_server_that_went_away_before_the_database_was_made_is_tried_again() {
