@@ -1,6 +1,8 @@
 //! `dbackup restore`: brings a backup of an instance back into a database, and waits for the end.
 
-use common::db::StartError;
+use std::{fs, path::PathBuf};
+
+use common::{config::ConfigError, db::StartError};
 use serde_json::{Map, Value};
 
 use crate::remote::{FollowArgs, Instance, RemoteArgs};
@@ -27,6 +29,9 @@ pub struct RestoreArgs {
     /// PostgreSQL: restore owners and grants too; their roles must exist
     #[arg(long)]
     keep_owners: bool,
+    /// Key file of age that opens an encrypted backup, as `age-keygen` writes it
+    #[arg(long, value_name = "FILE")]
+    identity: Option<PathBuf>,
     #[command(flatten)]
     follow: FollowArgs,
 }
@@ -35,6 +40,10 @@ pub struct RestoreArgs {
 pub async fn run(args: RestoreArgs) -> Result<(), StartError> {
     let instance = Instance::new(args.remote, "a key with storage:restore and history:read")?;
     let mut body = Map::new();
+    if let Some(file) = args.identity {
+        let text = fs::read_to_string(&file).map_err(|e| ConfigError(format!("--identity {}: {e}", file.display())))?;
+        body.insert("identity".to_owned(), Value::from(text));
+    }
     for (name, value) in [("sourceId", args.source), ("database", args.database), ("into", args.into)] {
         body.extend(value.map(|value| (name.to_owned(), Value::from(value))));
     }

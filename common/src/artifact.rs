@@ -23,6 +23,8 @@ pub struct NewArtifact {
     pub sha256: String,
     /// Before compression; `None` for the manifest.
     pub plain: Option<Plain>,
+    /// Who can open it; empty when it is not encrypted.
+    pub recipients: Vec<String>,
 }
 
 /// The dump before compression.
@@ -53,6 +55,9 @@ pub struct Artifact {
     pub size: i64,
     /// Hex, of the stored bytes.
     pub sha256: String,
+    /// age recipients that can open it; left out when it is not encrypted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recipients: Option<Vec<String>>,
 }
 
 /// Records what was published, within the transaction that finishes the executions.
@@ -60,9 +65,13 @@ pub async fn insert(conn: &mut PgConnection, published: &[(Claim, &Published)]) 
     let objects =
         || published.iter().flat_map(|(claim, p)| p.artifacts.iter().map(move |a| (claim.execution, p.job, a)));
     sqlx::query!(
-        "insert into artifacts (id, execution_id, job_id, destination_id, database_name, path, size_bytes, sha256, plain_bytes, plain_sha256)
-         select * from unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::bigint[], $8::text[],
-                              $9::bigint[], $10::text[])",
+        "insert into artifacts (id, execution_id, job_id, destination_id, database_name, path, size_bytes, sha256, plain_bytes, plain_sha256, recipients)
+         select id, execution_id, job_id, destination_id, database_name, path, size_bytes, sha256, plain_bytes, plain_sha256,
+                string_to_array(recipients, ' ')
+           from unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::bigint[], $8::text[],
+                       $9::bigint[], $10::text[], $11::text[])
+             as a (id, execution_id, job_id, destination_id, database_name, path, size_bytes, sha256, plain_bytes, plain_sha256,
+                   recipients)",
         &objects().map(|_| uuid::Uuid::now_v7()).collect::<Vec<_>>(),
         objects().map(|(execution, ..)| execution).collect::<Vec<_>>() as _,
         objects().map(|(_, job, _)| job).collect::<Vec<_>>() as _,
@@ -73,6 +82,8 @@ pub async fn insert(conn: &mut PgConnection, published: &[(Claim, &Published)]) 
         objects().map(|(.., a)| a.sha256.as_str()).collect::<Vec<_>>() as _,
         objects().map(|(.., a)| a.plain.as_ref().map(|p| p.size_bytes)).collect::<Vec<_>>() as _,
         objects().map(|(.., a)| a.plain.as_ref().map(|p| p.sha256.as_str())).collect::<Vec<_>>() as _,
+        // An array of arrays must be square: these go as words.
+        objects().map(|(.., a)| (!a.recipients.is_empty()).then(|| a.recipients.join(" "))).collect::<Vec<_>>() as _,
     )
     .execute(conn)
     .await?;
@@ -84,7 +95,7 @@ pub async fn of_executions(conn: &mut PgConnection, executions: &[ExecutionId]) 
     sqlx::query_as!(
         Artifact,
         r#"select id, execution_id as "execution_id: ExecutionId", destination_id as "destination_id: DestinationId",
-                  database_name as database, path, size_bytes as size, sha256
+                  database_name as database, path, size_bytes as size, sha256, recipients
              from artifacts where execution_id = any ($1) order by id"#,
         executions as _
     )

@@ -6,6 +6,7 @@ use sqlx::{Connection, PgConnection, types::Json};
 
 use crate::{
     db,
+    encryption::Encryption,
     id::{DestinationId, JobId, Reference, SourceId},
     label::Labels,
     page::{Page, fetch_limit},
@@ -78,6 +79,8 @@ pub struct Job {
     pub destination_ids: Vec<DestinationId>,
     /// See [`Compression`].
     pub compression: Compression,
+    /// Who can open the backups; null for everybody who can read them.
+    pub encryption: Option<Encryption>,
     /// When it runs by itself: a cron expression of minute, hour, day of month, month and day of week, or a nickname
     /// such as @daily; null is never.
     #[schema(example = "0 3 * * *")]
@@ -126,6 +129,8 @@ pub struct JobDraft {
     pub destination_ids: Vec<DestinationId>,
     /// See [`Job::compression`].
     pub compression: Compression,
+    /// See [`Job::encryption`].
+    pub encryption: Option<Encryption>,
     /// See [`Job::schedule`].
     pub schedule: Option<String>,
     /// See [`Job::timezone`].
@@ -168,6 +173,7 @@ struct Row {
     source_id: SourceId,
     destination_ids: Vec<DestinationId>,
     compression: Compression,
+    recipients: Vec<String>,
     schedule: Option<String>,
     timezone: String,
     enabled: bool,
@@ -191,6 +197,7 @@ impl From<Row> for Job {
             source_id: row.source_id,
             destination_ids: row.destination_ids,
             compression: row.compression,
+            encryption: Encryption::of(row.recipients),
             schedule: row.schedule,
             timezone: row.timezone,
             enabled: row.enabled,
@@ -228,12 +235,13 @@ pub async fn create(conn: &mut PgConnection, draft: &JobDraft) -> Result<Created
         let done =
             sqlx::query!(
             "insert into jobs (id, slug, name, source_id, compression, enabled, overlap, max_attempts, timeout_seconds,
-                               expect_every_seconds, labels, schedule, timezone, next_run_at)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+                               expect_every_seconds, labels, schedule, timezone, next_run_at, recipients)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
              on conflict on constraint jobs_slug_unique do nothing",
             id as _, slug, draft.name, draft.source_id as _, draft.compression.as_str(), draft.enabled,
             draft.overlap.as_str(), draft.max_attempts, draft.timeout_seconds, draft.expect_every_seconds,
             Json(&draft.labels) as _, draft.schedule, draft.timezone, next_run_at,
+            draft.recipients(),
         )
             .execute(&mut *tx)
             .await?;
@@ -260,7 +268,7 @@ pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Res
         "update jobs
             set slug = coalesce($2, slug), name = $3, source_id = $4, compression = $5, enabled = $6, overlap = $7,
                 max_attempts = $8, timeout_seconds = $9, expect_every_seconds = $10, labels = $11,
-                schedule = $12, timezone = $13, next_run_at = $14, updated_at = clock_timestamp()
+                schedule = $12, timezone = $13, next_run_at = $14, recipients = $15, updated_at = clock_timestamp()
           where id = $1",
         id as _,
         draft.slug,
@@ -276,6 +284,7 @@ pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Res
         draft.schedule,
         draft.timezone,
         next_run_at,
+        draft.recipients(),
     )
     .execute(&mut *tx)
     .await?;
@@ -286,6 +295,10 @@ pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Res
 }
 
 impl JobDraft {
+    fn recipients(&self) -> &[String] {
+        self.encryption.as_ref().map_or(&[], |encryption| &encryption.recipients)
+    }
+
     fn plan(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
         schedule::plan(self.enabled, self.schedule.as_deref(), &self.timezone, now)
     }
@@ -338,7 +351,7 @@ pub async fn find(conn: &mut PgConnection, reference: &Reference) -> Result<Opti
         r#"select id as "id: JobId", slug, name, source_id as "source_id: SourceId",
                   array(select destination_id from job_destinations d where d.job_id = jobs.id order by position)
                       as "destination_ids!: Vec<DestinationId>",
-                  compression as "compression: Compression", schedule, timezone, enabled,
+                  compression as "compression: Compression", recipients, schedule, timezone, enabled,
                   case when enabled then next_run_at end as next_run_at,
                   (select e.started_at from executions e
                     where e.job_id = jobs.id and e.type = 'Backup' and e.started_at is not null
@@ -361,7 +374,7 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Job>,
         r#"select id as "id: JobId", slug, name, source_id as "source_id: SourceId",
                   array(select destination_id from job_destinations d where d.job_id = jobs.id order by position)
                       as "destination_ids!: Vec<DestinationId>",
-                  compression as "compression: Compression", schedule, timezone, enabled,
+                  compression as "compression: Compression", recipients, schedule, timezone, enabled,
                   case when enabled then next_run_at end as next_run_at,
                   (select e.started_at from executions e
                     where e.job_id = jobs.id and e.type = 'Backup' and e.started_at is not null

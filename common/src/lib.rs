@@ -12,6 +12,7 @@ pub mod connection;
 pub mod connection_test;
 pub mod db;
 pub mod destination;
+pub mod encryption;
 pub mod error;
 pub mod execution;
 pub mod form;

@@ -9,7 +9,8 @@ use sqlx::{Connection, PgConnection};
 use crate::{
     audit::{self, Actor, Event},
     destination,
-    id::{DestinationId, SourceId},
+    execution::restore::identity_context,
+    id::{DestinationId, ExecutionId, SourceId},
     seal::{CANARY_CONTEXT, SealKey},
     session::SIGNING_CONTEXT,
     source,
@@ -37,7 +38,8 @@ pub async fn reseal(conn: &mut PgConnection, key: &SealKey, actor: &Actor) -> Re
         sqlx::query!("update encryption_canary set sealed = $1", sealed).execute(&mut *tx).await?;
         count += 1;
     }
-    count += sources(&mut tx, key).await? + destinations(&mut tx, key).await? + sign_ins(&mut tx, key).await?;
+    count += sources(&mut tx, key).await? + destinations(&mut tx, key).await?;
+    count += sign_ins(&mut tx, key).await? + identities(&mut tx, key).await?;
     if count > 0 {
         let event =
             Event::new("encryption_key.rotate", "encryption-key", "").with(serde_json::json!({ "values": count }));
@@ -119,6 +121,27 @@ async fn sign_ins(conn: &mut PgConnection, key: &SealKey) -> Result<u64, ResealE
     {
         sqlx::query!("update setup_token set sealed = $1", sealed).execute(&mut *conn).await?;
         count += 1;
+    }
+    Ok(count)
+}
+
+/// What opens the backups of restores that have not ended.
+async fn identities(conn: &mut PgConnection, key: &SealKey) -> Result<u64, ResealError> {
+    let rows = sqlx::query!(
+        r#"select execution_id as "id: ExecutionId", sealed_identity as "sealed!" from restores
+            where sealed_identity is not null order by execution_id for update"#
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut count = 0;
+    for row in rows {
+        let name = || format!("restore {}", row.id);
+        if let Some(sealed) = renewed(key, &identity_context(row.id), &row.sealed, name)? {
+            sqlx::query!("update restores set sealed_identity = $2 where execution_id = $1", row.id as _, sealed)
+                .execute(&mut *conn)
+                .await?;
+            count += 1;
+        }
     }
     Ok(count)
 }

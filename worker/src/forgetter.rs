@@ -1,5 +1,5 @@
 //! The forgetter: removes what is past its time from the service's own database, in small batches: idempotency keys,
-//! sessions, logs and executions. Every worker does it; row locks keep them out of each other's way.
+//! sessions, identities of restores that have ended, logs and executions. Every worker does it; row locks keep them out of each other's way.
 
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use common::{
     execution::{
         history::{self, Batch},
         idempotency::forget_old_keys,
+        restore,
     },
     session, setting,
 };
@@ -39,6 +40,7 @@ async fn forget(shared: &Shared) -> Result<Batch, DbError> {
     let db = &shared.db;
     db.within(LIMIT, async |conn| forget_old_keys(conn).await).await?;
     db.within(LIMIT, async |conn| session::forget_old(conn).await).await?;
+    db.within(LIMIT, async |conn| restore::erase_identities(conn).await).await?;
     let settings = db.within(LIMIT, async |conn| setting::read(conn).await).await?;
     let logs = db.within(LIMIT, async |conn| history::forget_logs(conn, settings.keep_logs_days).await).await?;
     let executions =

@@ -9,6 +9,7 @@ use axum::{
 use common::{
     audit::Event,
     destination,
+    encryption::Encryption,
     id::{DestinationId, JobId, Reference, SourceId},
     job::{self, Compression, Created, Deleted, Filter, Job, JobDraft, Overlap},
     label::Labels,
@@ -55,8 +56,10 @@ pub struct JobBody {
     #[schema(value_type = Option<i32>, minimum = 60, maximum = 31622400, example = 90000)]
     expect_every_seconds: Option<Option<i32>>,
     labels: Option<Labels>,
-    #[schema(ignore)]
-    encryption: Option<Value>,
+    /// To whom every backup is encrypted with age; null for nobody: whoever reads the destination reads the backups.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<Encryption>)]
+    encryption: Option<Option<Encryption>>,
     #[schema(ignore)]
     retention: Option<Value>,
 }
@@ -64,10 +67,8 @@ pub struct JobBody {
 impl JobBody {
     /// Fields of the API that this version refuses rather than to accept and ignore.
     fn not_yet(&self, check: &mut Check) {
-        for (field, given) in [("encryption", self.encryption.is_some()), ("retention", self.retention.is_some())] {
-            if given {
-                check.refuse(field, "is not available in this version: leave it out or null");
-            }
+        if self.retention.is_some() {
+            check.refuse("retention", "is not available in this version: leave it out or null");
         }
     }
 
@@ -80,6 +81,11 @@ impl JobBody {
         let mut check = Check::default();
         self.not_yet(&mut check);
         let old = old.as_ref();
+        let encryption = match self.encryption {
+            Some(Some(encryption)) => check.encryption(encryption),
+            Some(None) => None,
+            None => old.and_then(|o| o.encryption.clone()),
+        };
         // Only what is sent: a version before took any number, and what it stored must not block another change.
         let expects = self.expect_every_seconds.flatten();
         let source_id =
@@ -90,6 +96,7 @@ impl JobBody {
             source_id,
             destination_ids: destinations.or(old.map(|o| o.destination_ids.clone())).unwrap_or_default(),
             compression: self.compression.or(old.map(|o| o.compression)).unwrap_or_default(),
+            encryption,
             schedule: self.schedule.unwrap_or(old.and_then(|o| o.schedule.clone())),
             timezone: self.timezone.or(old.map(|o| o.timezone.clone())).unwrap_or_else(|| "UTC".to_owned()),
             enabled: self.enabled.or(old.map(|o| o.enabled)).unwrap_or(true),

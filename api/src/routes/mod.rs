@@ -26,6 +26,7 @@ use axum::{
 use common::{
     connection::{FieldProblem, SplitConfig},
     connection_test::{self, Answer, Target, TestResult},
+    encryption::Encryption,
     label::{self, Labels},
     page::Page,
     queue::{Notice, heard},
@@ -109,6 +110,19 @@ impl Check {
     fn labels(&mut self, labels: &Labels) {
         if let Some(problem) = label::problem(labels) {
             self.refuse("labels", &problem);
+        }
+    }
+
+    /// To whom; `None` where that is refused.
+    fn encryption(&mut self, encryption: Encryption) -> Option<Encryption> {
+        match encryption.checked() {
+            Ok(checked) => Some(checked),
+            Err(problems) => {
+                for (field, problem) in problems {
+                    self.refuse(&format!("encryption.{field}"), problem);
+                }
+                None
+            }
         }
     }
 

@@ -7,16 +7,17 @@ use axum::{
     response::Response,
 };
 use common::{
-    artifact,
+    artifact, encryption,
     execution::{
         Execution, Status,
         restore::{self, Order, Ordered, RestoreRequest},
     },
-    id::Reference,
+    id::{ExecutionId, Reference},
     queue::Notice,
     source::{self, Engine, Source},
     telemetry::TraceContext,
 };
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -49,6 +50,10 @@ pub struct RestoreBody {
     /// PostgreSQL: restore owners and grants too; their roles must exist.
     #[serde(default)]
     keep_owners: bool,
+    /// Of an encrypted backup: an age identity that opens it, or the text of its key file. It is kept sealed until the
+    /// restore has ended, and then erased.
+    #[schema(value_type = Option<String>, format = Password)]
+    identity: Option<SecretString>,
     wait: Option<u64>,
 }
 
@@ -86,7 +91,8 @@ pub async fn create(
     let body: RestoreBody = parse(&raw)?;
     body.check()?;
     let backup = find(&state, &caller, &id).await?;
-    let into_database = database_of(&state, &backup, &body).await?;
+    let restorable = restorable(&state, &backup).await?;
+    let into_database = database_of(&restorable.databases, &body)?;
     let source = target(&state, &backup, body.source_id.clone()).await?;
     if body.keep_owners && source.engine != Engine::Postgres {
         return Err(ApiError::invalid_field("keepOwners", "is for PostgreSQL alone"));
@@ -100,9 +106,10 @@ pub async fn create(
         keep_owners: body.keep_owners,
     };
     allowed(&state, &caller, &order).await?;
+    let identity = identity(body.identity, &restorable.recipients)?;
     let wait = wait_until(body.wait);
     let once = [b"restore ", id.as_bytes(), b" ", &raw[..]].concat();
-    place(&state, &caller, order, &headers, &once, wait).await
+    place(&state, &caller, order, identity, &headers, &once, wait).await
 }
 
 /// Restores once more what an earlier restore was about.
@@ -116,14 +123,25 @@ pub async fn again(
     caller.demand(common::permission::Permission::StorageRestore)?;
     let order = state.ask(async |conn| restore::find(conn, old.id).await).await?.ok_or_else(not_found)?;
     allowed(state, caller, &order).await?;
+    let backup = find(state, caller, &order.backup_id.to_string()).await?;
+    if !restorable(state, &backup).await?.recipients.is_empty() {
+        return Err(ApiError::conflict(
+            "identity_required",
+            format!(
+                "the backup is encrypted, and its identity was forgotten with the end of the restore: send POST /api/executions/{}/restore with the identity once more",
+                backup.id
+            ),
+        ));
+    }
     let once = [b"restore again ", old.id.to_string().as_bytes(), b" ", raw].concat();
-    place(state, caller, order, headers, &once, None).await
+    place(state, caller, order, None, headers, &once, None).await
 }
 
 async fn place(
     state: &AppState,
     caller: &Caller,
     order: Order,
+    identity: Option<SecretString>,
     headers: &HeaderMap,
     once: &[u8],
     wait: Option<Instant>,
@@ -131,7 +149,10 @@ async fn place(
     let idempotency = idempotency(headers, caller, once)?;
     let mut span = enqueue_span(caller);
     let trace = TraceContext::of(span.context());
-    let request = RestoreRequest { order, actor: caller.actor(), trace, idempotency };
+    let id = ExecutionId::new();
+    let sealed_identity =
+        identity.map(|identity| state.key.seal(&restore::identity_context(id), identity.expose_secret().as_bytes()));
+    let request = RestoreRequest { id, order, actor: caller.actor(), trace, idempotency, sealed_identity };
     let ordered = state.ask(async |conn| restore::order(conn, &request).await).await;
     let accepted = ordered.and_then(|ordered| match ordered {
         Ordered::Queued(id) => Ok(Accepted { id, how: How::New }),
@@ -151,9 +172,8 @@ async fn place(
 }
 
 /// Which database of the backup is meant. With another name for it, the backup must have but one, or it must be named.
-async fn database_of(state: &AppState, backup: &Execution, body: &RestoreBody) -> Result<Option<String>, ApiError> {
-    let all = databases(state, backup).await?;
-    match (&body.database, &all[..]) {
+fn database_of(all: &[String], body: &RestoreBody) -> Result<Option<String>, ApiError> {
+    match (&body.database, all) {
         (Some(name), all) if !all.contains(name) => {
             Err(ApiError::invalid_field("database", format!("is not in this backup, which has {}", all.join(", "))))
         }
@@ -167,8 +187,33 @@ async fn database_of(state: &AppState, backup: &Execution, body: &RestoreBody) -
     }
 }
 
-/// The databases of a backup, of which there is at least one; else the answer to whoever wants to restore it.
-pub async fn databases(state: &AppState, backup: &Execution) -> Result<Vec<String>, ApiError> {
+/// The identity of those given that opens the backup. One that is not encrypted needs none, and none is kept for it.
+fn identity(given: Option<SecretString>, recipients: &[String]) -> Result<Option<SecretString>, ApiError> {
+    match given {
+        _ if recipients.is_empty() => Ok(None),
+        None => Err(ApiError::invalid_field(
+            "identity",
+            format!(
+                "is required: the backup is encrypted to {}. Send the age identity of one of them, or restore by hand as docs/format.md says",
+                recipients.join(", ")
+            ),
+        )),
+        Some(given) => {
+            encryption::identity(&given, recipients).map(Some).map_err(|why| ApiError::invalid_field("identity", why))
+        }
+    }
+}
+
+/// What a backup holds that can be restored.
+pub struct Restorable {
+    /// Its databases, of which there is at least one.
+    pub databases: Vec<String>,
+    /// Whose identities open it; nobody's are needed when it is not encrypted.
+    pub recipients: Vec<String>,
+}
+
+/// What can be restored of a backup; else the answer to whoever wants to.
+pub async fn restorable(state: &AppState, backup: &Execution) -> Result<Restorable, ApiError> {
     let nothing =
         |what| ApiError::conflict("nothing_to_restore", format!("{what}: name a backup that ended with Success"));
     if backup.members.is_some() || backup.is_restore() {
@@ -178,12 +223,13 @@ pub async fn databases(state: &AppState, backup: &Execution) -> Result<Vec<Strin
         return Err(nothing("this execution left no backup"));
     }
     let artifacts = state.ask(async |conn| artifact::of_executions(conn, &[backup.id]).await).await?;
+    let recipients = artifacts.iter().find_map(|artifact| artifact.recipients.clone()).unwrap_or_default();
     let mut databases: Vec<String> = artifacts.into_iter().filter_map(|artifact| artifact.database).collect();
     databases.sort();
     databases.dedup();
     match databases.is_empty() {
         true => Err(nothing("this backup is not on record any more")),
-        false => Ok(databases),
+        false => Ok(Restorable { databases, recipients }),
     }
 }
 

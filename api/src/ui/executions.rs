@@ -173,6 +173,11 @@ impl OnePage {
         may.then(|| format!("/api/executions/{}/artifacts/{}/download", self.it.id, file.id))
     }
 
+    /// Who can open the stored files, where they are encrypted.
+    fn recipients(&self) -> Option<&Vec<String>> {
+        self.artifacts.iter().find_map(|file| file.recipients.as_ref())
+    }
+
     fn store(&self, id: &DestinationId) -> String {
         self.stores.get(id).cloned().unwrap_or_else(|| id.to_string())
     }

@@ -213,11 +213,16 @@ fn more(job: Option<&Job>) -> Vec<Input> {
         (Overlap::Reject, "Be refused"),
         (Overlap::Allow, "Run beside it"),
     ];
+    let recipients = job.and_then(|job| job.encryption.as_ref()).map(|encryption| encryption.recipients.join("\n"));
     let number = |name, label: &str, value: i32| Input::new(InputType::Number, name, label).value(value);
     vec![
         Input::new(InputType::Choice, "compression", "Compression").options(
             compressions.iter().map(|(c, label)| Choosable::new(c.as_str(), label, *c == compression)).collect(),
         ),
+        Input::new(InputType::List, "encryption.recipients", "Encrypt to")
+            .placeholder("age1…")
+            .help("age recipients, one on each line, as age-keygen prints them: the identity of any one opens the backups, and nothing else does. Empty: not encrypted")
+            .value(recipients.unwrap_or_default()),
         Input::new(InputType::Choice, "overlap", "A trigger while a run is active shall")
             .options(overlaps.iter().map(|(o, label)| Choosable::new(o.as_str(), label, *o == overlap)).collect()),
         number("maxAttempts", "Attempts", job.map_or(3, |job| job.max_attempts))

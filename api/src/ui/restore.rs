@@ -16,7 +16,10 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::Segment,
-    routes::{executions::find, restores::databases},
+    routes::{
+        executions::find,
+        restores::{Restorable, restorable},
+    },
     state::AppState,
     ui::FormPage,
 };
@@ -29,7 +32,7 @@ pub async fn make(
     frame: Frame,
 ) -> Result<Response, ApiError> {
     let backup = find(&state, &caller, &id).await?;
-    let databases = databases(&state, &backup).await?;
+    let Restorable { databases, recipients } = restorable(&state, &backup).await?;
     let lists = frame.may(Permission::SourcesRead) && caller.only().is_none();
     let ask = async |conn: &mut sqlx::PgConnection| {
         let own = restore::own_source(conn, backup.id).await?;
@@ -74,6 +77,16 @@ pub async fn make(
         inputs.push(
             Input::new(InputType::Switch, "keepOwners", "Restore owners and grants")
                 .help("Their roles must be there. Without this, everything belongs to the user of the source"),
+        );
+    }
+    if !recipients.is_empty() {
+        inputs.push(
+            Input::new(InputType::Secret, "identity", "age identity").required().placeholder("AGE-SECRET-KEY-1…").help(
+                format!(
+                    "Opens the backup, which is encrypted to {}. It is forgotten when the restore has ended",
+                    recipients.join(", ")
+                ),
+            ),
         );
     }
     let form = Form {

@@ -99,7 +99,7 @@ async fn a_batch_is_picked_as_it_was_one_by_one_in_the_version_before() {
         claim::claim(&mut conn, &claimant(), LONG, (seed % 4) as usize).await.expect("claims");
         for want in [1, 3, 16] {
             let before = picks(&mut conn, "claim_executions_v3_as_it_was", want).await;
-            let now = picks(&mut conn, "claim_executions_v5", want).await;
+            let now = picks(&mut conn, "claim_executions_v6", want).await;
             assert_eq!(now, before, "seed {seed}, {want} wanted");
             // A worker of a version before would take a restore for a backup: it gets none.
             let mut ids = vec!["null".to_owned()];
@@ -134,6 +134,7 @@ fn published(paths: &[&str]) -> Ending {
         size_bytes: 7,
         sha256: "00".to_owned(),
         plain: None,
+        recipients: Vec::new(),
     };
     Ending::Success(Box::new(Published {
         job: JobId::new(),

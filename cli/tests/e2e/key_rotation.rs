@@ -3,7 +3,11 @@
 use common::seal::SealKey;
 use serde_json::json;
 
-use crate::harness::{Cluster, SOON, binary, source::PostgresSource};
+use crate::{
+    encryption::key_file,
+    harness::{Cluster, SOON, binary, source::PostgresSource},
+    restores::empty_database,
+};
 
 const FIRST: &str = "DBACKUP_ENCRYPTION_KEY";
 const OTHER: &str = "DBACKUP_OTHER_ENCRYPTION_KEY";
@@ -49,6 +53,22 @@ async fn the_encryption_key_is_rotated_by_rolling_restarts_and_every_process_ope
             }
         }
     }
+    // A restore of an encrypted backup waits meanwhile.
+    let (key, recipient) = key_file(&cluster.scratch);
+    let (destination, _) = cluster.local_destination().await;
+    let more = json!({ "encryption": { "recipients": [recipient] } });
+    let backup = cluster.backup(&cluster.job(&sources[0], &[&destination], more).await).await;
+    cluster.set_env(FIRST, Some(&old));
+    cluster.set_env(OTHER, Some(&new));
+    cluster.restart_api(0).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
+    let path = format!("/api/executions/{}/restore", backup["id"].as_str().expect("an id"));
+    let identity = std::fs::read_to_string(&key).expect("text");
+    let into = empty_database(&source).await;
+    let answer = cluster.ok("POST", &path, Some(json!({ "into": into, "identity": identity }))).await;
+    cluster.set_env(FIRST, Some(&new));
+    cluster.set_env(OTHER, Some(&old));
+    cluster.restart_api(0).await;
     let (status, text) = rotate(&cluster, &new, None);
     assert_eq!(status, Some(2), "half of a rotation: {text}");
     assert!(text.contains(OTHER) || text.contains("not the encryption key"), "{text}");
@@ -63,6 +83,10 @@ async fn the_encryption_key_is_rotated_by_rolling_restarts_and_every_process_ope
         cluster.restart_api(at).await;
         cluster.restart_worker(at).await;
     }
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
+    let restored = cluster.ended(answer["executionId"].as_str().expect("an id"), SOON).await;
+    assert_eq!(restored["status"], "Success", "{restored:#}");
+    source.assert_same(&into).await;
     for source in &sources {
         backs_up(&cluster, source).await;
     }

@@ -16,6 +16,7 @@ mod console;
 mod contract;
 mod destinations;
 mod downloads;
+mod encryption;
 mod failover;
 mod freeze;
 mod freshness;

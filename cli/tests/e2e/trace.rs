@@ -8,13 +8,16 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{
-    Cluster, SOON,
-    held::Held,
-    otlp::{Received, Receiver},
-    proxy::Mode,
-    source::{PASSWORD, PostgresSource},
-    until,
+use crate::{
+    encryption::key_file,
+    harness::{
+        Cluster, SOON,
+        held::Held,
+        otlp::{Received, Receiver},
+        proxy::Mode,
+        source::{PASSWORD, PostgresSource},
+        until,
+    },
 };
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -82,7 +85,8 @@ fn counted(names: &[(&str, usize)]) -> BTreeMap<String, usize> {
 async fn a_run_whose_worker_was_killed_is_one_story_from_the_callers_span_to_the_commit_on_another_worker() {
     let receiver = Receiver::start().await;
     let mut cluster = traced(&receiver).start().await;
-    let held = Held::new(&cluster, json!({})).await;
+    let (_, recipient) = key_file(&cluster.scratch);
+    let held = Held::new(&cluster, json!({ "encryption": { "recipients": [recipient] } })).await;
     held.proxy.set(Mode::HoldAfter(1_000_000));
     let id = trigger(&cluster, &held.job, &format!("00-{TRACE}-{CALLER}-01")).await;
     held.proxy.passes(1_000_000).await;
@@ -112,7 +116,8 @@ async fn a_run_whose_worker_was_killed_is_one_story_from_the_callers_span_to_the
 
     let [first, second] = named(&spans, "claim")[..] else { panic!("two claims") };
     assert_eq!(under(&spans, &first.id()), counted(&[("inspect", 1)]), "what the killed worker had ended");
-    let stages = [("inspect", 1), ("dump", 1), ("compress", 1), ("upload", 1), ("verify", 1), ("commit", 1)];
+    let stages =
+        [("inspect", 1), ("dump", 1), ("compress", 1), ("encrypt", 1), ("upload", 1), ("verify", 1), ("commit", 1)];
     assert_eq!(under(&spans, &second.id()), counted(&stages));
     assert_eq!((first.links(), second.links()), (vec![], vec![first.id()]), "the second claim links to the first");
     let of = |key: &str| [first, second].map(|claim| claim.get(key));
@@ -182,6 +187,7 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
             &[("db.system.name", "postgresql"), ("process.executable.name", "pg_dump"), ("process.exit.code", "0")],
         ),
         ("compress", "dbackup-worker", &[("dbackup.compression", "zstd")]),
+        ("encrypt", "dbackup-worker", &[("dbackup.encryption", "age"), ("dbackup.recipients", "1")]),
         ("upload", "dbackup-worker", &[("dbackup.destination.kind", "local")]),
         ("attempt", "dbackup-worker", &[("dbackup.execution.id", id)]),
     ] {
@@ -198,9 +204,10 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
     assert!(wrong.is_empty(), "{wrong:#?}");
     let number = |name: &str, key: &str| one(spans, name).get(key).and_then(|text| text.parse::<i64>().ok());
     assert_eq!(number("upload", "dbackup.bytes"), execution["size"].as_i64());
-    assert_eq!(number("compress", "dbackup.bytes"), execution["size"].as_i64());
+    assert_eq!(number("encrypt", "dbackup.bytes"), execution["size"].as_i64());
+    assert!(number("compress", "dbackup.bytes") < execution["size"].as_i64());
     assert!(number("dump", "dbackup.bytes") > execution["size"].as_i64());
-    for name in ["dump", "compress", "upload"] {
+    for name in ["dump", "compress", "encrypt", "upload"] {
         assert!(number(name, "dbackup.bytes_per_second").is_some_and(|rate| rate > 0), "{name}");
     }
 }

@@ -1,5 +1,5 @@
 //! Claim: the right to run an execution, given under the gate. The SQL is one function of the database
-//! (`claim_executions_v5`), because the lock and the count must be two statements and one round trip.
+//! (`claim_executions_v6`), because the lock and the count must be two statements and one round trip.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -68,7 +68,7 @@ pub async fn claim(
 ) -> Result<Vec<Claim>, sqlx::Error> {
     let rows = sqlx::query!(
         r#"select execution_id as "execution_id!: ExecutionId", token as "token!: Token", slot as "slot!", attempt as "attempt!"
-             from claim_executions_v5($1, $2, $3, $4, $5, $6)"#,
+             from claim_executions_v6($1, $2, $3, $4, $5, $6)"#,
         worker.id as _,
         worker.name,
         &worker.pools,
@@ -168,6 +168,8 @@ pub struct RestoreAssignment {
     pub target: Source,
     /// Every object of the backup, with the destination where it lies unless that is gone.
     pub copies: Vec<(Artifact, Option<Destination>)>,
+    /// What opens the backup, sealed as [`restore::identity_context`] says; `None` when it is not encrypted.
+    pub sealed_identity: Option<Vec<u8>>,
     /// Longest time of all attempts' each, in seconds: that of the backup's job.
     pub timeout_seconds: i32,
 }
@@ -234,5 +236,7 @@ async fn restore(
         copies.push((artifact, destinations[&id].clone()));
     }
     let timeout_seconds = job.map_or(restore::DEFAULT_TIMEOUT_SECONDS, |job| job.timeout_seconds);
-    Ok(Assigned::Restore(Box::new(RestoreAssignment { claim, briefing, order, target, copies, timeout_seconds })))
+    let sealed_identity = restore::sealed_identity(conn, claim.execution).await?;
+    let all = RestoreAssignment { claim, briefing, order, target, copies, sealed_identity, timeout_seconds };
+    Ok(Assigned::Restore(Box::new(all)))
 }

@@ -39,6 +39,8 @@ pub struct Order {
 /// A request for a restore.
 #[derive(Clone, Debug)]
 pub struct RestoreRequest {
+    /// Of the execution, if one is made.
+    pub id: ExecutionId,
     /// What, where to, and how.
     pub order: Order,
     /// Who.
@@ -47,6 +49,13 @@ pub struct RestoreRequest {
     pub trace: TraceContext,
     /// `Idempotency-Key` of the request.
     pub idempotency: Option<Idempotency>,
+    /// What opens an encrypted backup, sealed in [`identity_context`].
+    pub sealed_identity: Option<Vec<u8>>,
+}
+
+/// Ties a sealed identity to its restore.
+pub fn identity_context(restore: ExecutionId) -> String {
+    format!("restore {restore} identity")
 }
 
 /// What became of it.
@@ -97,7 +106,7 @@ pub async fn order(conn: &mut PgConnection, request: &RestoreRequest) -> Result<
     if waiting >= cap {
         return Ok(Ordered::QueueFull(cap));
     }
-    let id = ExecutionId::new();
+    let id = request.id;
     let made = sqlx::query!(
         "insert into executions (id, type, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts,
                                  trigger_kind, trigger_label, labels, locked, traceparent, tracestate)
@@ -118,13 +127,15 @@ pub async fn order(conn: &mut PgConnection, request: &RestoreRequest) -> Result<
         return Ok(Ordered::Gone);
     }
     sqlx::query!(
-        "insert into restores (execution_id, backup_id, database_name, into_name, overwrite, keep_owners) values ($1, $2, $3, $4, $5, $6)",
+        "insert into restores (execution_id, backup_id, database_name, into_name, overwrite, keep_owners, sealed_identity)
+         values ($1, $2, $3, $4, $5, $6, $7)",
         id as _,
         order.backup_id as _,
         order.database,
         order.into,
         order.overwrite,
         order.keep_owners,
+        request.sealed_identity,
     )
     .execute(&mut *tx)
     .await?;
@@ -166,6 +177,26 @@ pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Ve
         (r.execution_id, order)
     });
     Ok(order.collect())
+}
+
+/// What opens the backup of a restore, sealed; `None` when it needs none, or has ended.
+pub async fn sealed_identity(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Vec<u8>>, sqlx::Error> {
+    sqlx::query_scalar!("select sealed_identity from restores where execution_id = $1", id as _)
+        .fetch_optional(conn)
+        .await
+        .map(Option::flatten)
+}
+
+/// Erases the identities of restores that have ended, however they ended; gives how many those were.
+pub async fn erase_identities(conn: &mut PgConnection) -> Result<u64, sqlx::Error> {
+    let erased = sqlx::query!(
+        "update restores r set sealed_identity = null
+           from executions e
+          where r.sealed_identity is not null and e.id = r.execution_id and e.status in ('Success', 'Failed')"
+    )
+    .execute(conn)
+    .await?;
+    Ok(erased.rows_affected())
 }
 
 /// The source that an execution reads, or a restore writes to.

@@ -1,5 +1,4 @@
-//! Compression and the checksums on both sides of it, on threads of their own: they are the one part of a run that is
-//! bound by the processor.
+//! Compression, on a thread of its own: it is the one part of a run that is bound by the processor.
 
 use std::{
     io::{self, Write},
@@ -9,108 +8,15 @@ use std::{
 use bytes::Bytes;
 use common::{job::Compression, telemetry::Span};
 use flate2::write::GzEncoder;
-use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use zstd::zstd_safe::CParameter;
+
+use super::meter::{Measure, Outlet};
 
 /// zstd's own default: 344 MB/s and 2.3 : 1 on a sample of system files, one core.
 const ZSTD_LEVEL: i32 = 3;
 /// Input of one job, a window of level 3. The default, four of them, takes 20 MiB more memory and stores no less.
 const ZSTD_JOB_BYTES: u32 = 2 << 20;
-
-/// Length and checksum of a stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Measure {
-    /// Bytes.
-    pub bytes: u64,
-    /// SHA-256, hex.
-    pub sha256: String,
-}
-
-/// First and last bytes of a dump: what its format says about being whole.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Ends {
-    /// At most [`END_BYTES`] from the beginning.
-    pub head: Vec<u8>,
-    /// At most [`END_BYTES`] from the end.
-    pub tail: Vec<u8>,
-}
-
-/// How much [`Ends`] keeps.
-pub const END_BYTES: usize = 256;
-
-impl Ends {
-    fn add(&mut self, chunk: &[u8]) {
-        let missing = END_BYTES - self.head.len();
-        self.head.extend_from_slice(&chunk[..missing.min(chunk.len())]);
-        self.tail.extend_from_slice(&chunk[chunk.len().saturating_sub(END_BYTES)..]);
-        let surplus = self.tail.len().saturating_sub(END_BYTES);
-        self.tail.drain(..surplus);
-    }
-}
-
-/// What went in and what came out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Compressed {
-    /// The dump.
-    pub plain: Measure,
-    /// How the dump begins and ends.
-    pub plain_ends: Ends,
-    /// What is stored.
-    pub stored: Measure,
-}
-
-#[derive(Default)]
-struct Meter {
-    bytes: u64,
-    hash: Sha256,
-}
-
-impl Meter {
-    fn add(&mut self, chunk: &[u8]) {
-        self.bytes += chunk.len() as u64;
-        self.hash.update(chunk);
-    }
-
-    fn end(self) -> Measure {
-        Measure { bytes: self.bytes, sha256: hex::encode(self.hash.finalize()) }
-    }
-}
-
-/// Sends what is written to it on, in chunks of about [`CHUNK`].
-struct Outlet {
-    meter: Meter,
-    gathered: Vec<u8>,
-    sender: mpsc::Sender<Bytes>,
-}
-
-const CHUNK: usize = 256 << 10;
-
-impl Outlet {
-    fn send(&mut self) -> io::Result<()> {
-        if self.gathered.is_empty() {
-            return Ok(());
-        }
-        let chunk = Bytes::from(std::mem::replace(&mut self.gathered, Vec::with_capacity(CHUNK)));
-        self.meter.add(&chunk);
-        // The other end goes when the run is stopped or a destination failed; the reason is told there.
-        self.sender.blocking_send(chunk).map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-}
-
-impl Write for Outlet {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.gathered.extend_from_slice(bytes);
-        if self.gathered.len() >= CHUNK {
-            self.send()?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 enum Encoder {
     Zstd(zstd::stream::write::Encoder<'static, Outlet>),
@@ -152,21 +58,6 @@ impl Encoder {
     }
 }
 
-/// Measures the dump on its way to the compression, on a thread of its own so that the checksum does not add to the
-/// time of the compression. Blocks.
-pub fn measure(mut input: mpsc::Receiver<Bytes>, output: mpsc::Sender<Bytes>) -> (Measure, Ends) {
-    let (mut meter, mut ends) = (Meter::default(), Ends::default());
-    while let Some(chunk) = input.blocking_recv() {
-        meter.add(&chunk);
-        ends.add(&chunk);
-        // A closed channel: the compression ended first, and tells why.
-        if output.blocking_send(chunk).is_err() {
-            break;
-        }
-    }
-    (meter.end(), ends)
-}
-
 /// As [`compress`], under a span that ends with it.
 pub fn compress_in(
     mut span: Span,
@@ -178,7 +69,7 @@ pub fn compress_in(
     span.set("dbackup.compression", compression.as_str());
     let compressed = compress(compression, input, sender);
     match &compressed {
-        Ok(stored) => span.set_bytes(stored.bytes, began.elapsed()),
+        Ok(compressed) => span.set_bytes(compressed.bytes, began.elapsed()),
         // The other end went: what failed has a span of its own.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         Err(error) => span.fail("compression_failed", error.to_string()),
@@ -192,23 +83,23 @@ pub fn compress(
     mut input: mpsc::Receiver<Bytes>,
     sender: mpsc::Sender<Bytes>,
 ) -> io::Result<Measure> {
-    let outlet = Outlet { meter: Meter::default(), gathered: Vec::with_capacity(CHUNK), sender };
-    let mut encoder = Encoder::new(compression, outlet)?;
+    let mut encoder = Encoder::new(compression, Outlet::new(sender))?;
     while let Some(chunk) = input.blocking_recv() {
         encoder.write_all(&chunk)?;
     }
-    let mut outlet = encoder.finish()?;
-    outlet.send()?;
-    Ok(outlet.meter.end())
+    encoder.finish()?.end()
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Read;
 
-    use super::*;
+    use sha2::{Digest, Sha256};
 
-    fn round_trip(compression: Compression, plain: &[u8]) -> (Vec<u8>, Compressed) {
+    use super::*;
+    use crate::pipeline::meter::{Streamed, measure};
+
+    fn round_trip(compression: Compression, plain: &[u8]) -> (Vec<u8>, Streamed) {
         let (input, rx) = mpsc::channel(4096);
         for chunk in plain.chunks(70_000) {
             input.blocking_send(Bytes::copy_from_slice(chunk)).expect("room");
@@ -217,8 +108,7 @@ mod tests {
         let (tx, mut output) = mpsc::channel(4096);
         let (measured, to_compress) = mpsc::channel(4096);
         let (plain, plain_ends) = measure(rx, measured);
-        let facts =
-            Compressed { plain, plain_ends, stored: compress(compression, to_compress, tx).expect("compresses") };
+        let facts = Streamed { plain, plain_ends, stored: compress(compression, to_compress, tx).expect("compresses") };
         let mut stored = Vec::new();
         while let Some(chunk) = output.blocking_recv() {
             stored.extend_from_slice(&chunk);

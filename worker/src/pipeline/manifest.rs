@@ -4,14 +4,19 @@ use chrono::{DateTime, Utc};
 use common::{job::Compression, label::Labels, source::Engine};
 use serde::{Deserialize, Serialize};
 
-/// Version of the manifest's own form.
-pub const FORMAT_VERSION: u32 = 1;
+/// Newest version of the stored form that is known here.
+pub const NEWEST_VERSION: u32 = 2;
+
+/// Version of the stored form: 1, or 2 where it is encrypted, so that what knows no encryption leaves it alone.
+pub fn version(encrypted: bool) -> u32 {
+    if encrypted { 2 } else { 1 }
+}
 
 /// What lies beside the objects of a backup; see `docs/format.md`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Manifest {
-    /// [`FORMAT_VERSION`].
+    /// See [`version`].
     pub format_version: u32,
     /// Which run made it.
     pub execution_id: String,

@@ -1,112 +1,56 @@
-//! What a run does with bytes: dump → compress → every destination at once, as one stream with the pace of the
+//! What a run does with bytes: dump → compress → encrypt → every destination at once, as one stream with the pace of the
 //! slowest; then publish, in an order that lets nothing be seen that is not whole.
 
 pub mod compress;
 pub mod dump;
+pub mod encrypt;
 pub mod manifest;
+pub mod meter;
 pub mod name;
 pub mod restore;
 mod sending;
+mod staging;
+mod threads;
 pub mod upload;
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Instant,
-};
+use std::{sync::Arc, time::Instant};
 
+use age::x25519::Recipient;
 use bytes::{Bytes, BytesMut};
 use common::{
     artifact::{NewArtifact, Plain},
-    db::ANSWER_TIMEOUT,
     destination::{Destination, DestinationAccess},
+    encryption,
     execution::{Stage, claim::Assignment, finish::Published, log::Level},
     id::DestinationId,
+    job::Job,
     metrics,
     source::{Source, SourceAccess},
-    staged_object,
     telemetry::{Span, span::SpanKind},
 };
-use futures::{
-    TryFutureExt,
-    future::{join_all, try_join_all},
-};
+use futures::{TryFutureExt, future::try_join_all};
 use tokio::{io::AsyncReadExt, process::ChildStdout, sync::mpsc};
 
 use crate::{
     failure::{At, RunError},
     lease::Lease,
     run_log::RunLog,
-    service::{Shared, patiently},
+    service::Shared,
     trace::noted,
 };
-use compress::Compressed;
 use dump::{Database, Dump, Inspected};
-use manifest::{FORMAT_VERSION, Manifest, ManifestObject};
+use manifest::{Manifest, ManifestObject};
+use meter::{Measure, Streamed};
 use name::Names;
 use sending::Sending;
+pub use staging::Staging;
+use threads::{Threads, Through};
 use upload::{Store, Upload};
 
 /// One read from the dump tool, at most.
 const READ: usize = 256 << 10;
 /// Chunks between two parts of the stream.
 const QUEUE: usize = 4;
-
-/// Every name that this attempt may have left in a destination.
-#[derive(Default)]
-pub struct Staging(Mutex<Vec<Staged>>);
-
-#[derive(Clone)]
-struct Staged {
-    store: Arc<Store>,
-    path: String,
-    upload_id: Option<String>,
-}
-
-impl Staging {
-    /// Records a name in the database before its first byte, and here.
-    async fn record(
-        &self,
-        attempt: Attempt<'_>,
-        target: &Target,
-        path: &str,
-        upload_id: Option<&str>,
-    ) -> Result<(), RunError> {
-        let upload = upload_id.map(str::to_owned);
-        let staged = Staged { store: target.store.clone(), path: path.to_owned(), upload_id: upload };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(staged);
-        let claim = attempt.assignment.claim;
-        let db = &attempt.shared.db;
-        let recorded = patiently(|| {
-            db.within(ANSWER_TIMEOUT, async |conn| staged_object::record(conn, claim, target.id, path, upload_id).await)
-        })
-        .await?;
-        if recorded { Ok(()) } else { Err(RunError::retry("lease_lost", "the lease was lost")) }
-    }
-
-    /// Removes whatever lies under the recorded names. What cannot be removed now is left to the sweeper.
-    pub async fn discard(&self, shared: &Shared, log: &RunLog) {
-        let staged = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let removed = join_all(staged.iter().map(|s| s.store.remove(&s.path, s.upload_id.as_deref()))).await;
-        let mut clean = true;
-        for (staged, result) in staged.iter().zip(removed) {
-            if let Err(error) = result {
-                clean = false;
-                log.warn(format!("{} could not be cleaned away yet ({error}); the sweeper tries again", staged.path));
-            }
-        }
-        if clean && !staged.is_empty() {
-            let claim = log.claim();
-            let forgotten =
-                shared.db.within(ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, &[claim.token]).await).await;
-            if let Err(error) = forgotten {
-                tracing::debug!(
-                    error = %common::error::Chain(&error),
-                    "the record of staged names stays for the sweeper"
-                );
-            }
-        }
-    }
-}
 
 /// A destination, opened.
 struct Target {
@@ -120,13 +64,21 @@ pub struct StagedBackup {
     targets: Vec<Target>,
     names: Names,
     inspected: Inspected,
+    /// Who can open it; nobody where it is not encrypted.
+    recipients: Vec<Recipient>,
     objects: Vec<StagedObject>,
+}
+
+impl StagedBackup {
+    fn recipient_names(&self) -> Vec<String> {
+        self.recipients.iter().map(ToString::to_string).collect()
+    }
 }
 
 struct StagedObject {
     database: String,
     path: String,
-    facts: Compressed,
+    facts: Streamed,
     uploads: Vec<Upload>,
 }
 
@@ -149,6 +101,7 @@ pub struct Attempt<'a> {
 pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
     let Attempt { shared, lease, assignment, log, .. } = attempt;
     lease.set_stage(Stage::Initializing);
+    let recipients = recipients(&assignment.job)?;
     let targets = open_targets(shared, assignment).await?;
     let access = source_access(shared, &assignment.source)?;
     let dump = Dump::new(&shared.config, access);
@@ -170,12 +123,19 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
         inspected.databases.len()
     ));
     let names = Names::new(&assignment.job_slug, assignment.briefing.claimed_at, assignment.claim);
-    let mut backup = StagedBackup { targets, names, inspected, objects: Vec::new() };
+    let mut backup = StagedBackup { targets, names, inspected, recipients, objects: Vec::new() };
     for at in 0..backup.inspected.databases.len() {
         let object = stream_one(attempt, &dump, &backup, at).await?;
         backup.objects.push(object);
     }
     Ok(backup)
+}
+
+/// Whoever can open the backups of a job. One that is not known ends the run: nothing is stored for everybody to read.
+fn recipients(job: &Job) -> Result<Vec<Recipient>, RunError> {
+    let texts = job.encryption.iter().flat_map(|encryption| &encryption.recipients);
+    let unknown = |text, problem| RunError::give_up("recipient_unknown", format!("recipient '{text}' {problem}"));
+    texts.map(|text| encryption::recipient(text).map_err(|problem| unknown(text, problem))).collect()
 }
 
 async fn open_targets(shared: &Shared, assignment: &Assignment) -> Result<Vec<Target>, RunError> {
@@ -217,7 +177,12 @@ async fn stream_one(
 ) -> Result<StagedObject, RunError> {
     let Attempt { lease, assignment, log, .. } = attempt;
     let database = &backup.inspected.databases[at];
-    let path = backup.names.object(&database.name, assignment.source.engine, assignment.job.compression);
+    let path = backup.names.object(
+        &database.name,
+        assignment.source.engine,
+        assignment.job.compression,
+        !backup.recipients.is_empty(),
+    );
     let mut sendings = sending::begin(attempt, &backup.targets, &path, database.estimate).await?;
     lease.set_stage(Stage::Dumping);
     let mut span = lease.span(SpanKind::Client, "dump");
@@ -230,7 +195,7 @@ async fn stream_one(
     Ok(StagedObject { database: database.name.clone(), path, facts, uploads })
 }
 
-/// Streams one database through the compression to the destinations. When it returns, the tool has ended well and
+/// Streams one database through compression and encryption to the destinations. When it returns, the tool has ended well and
 /// everything was handed over. A destination that failed is told by its own span and not by that of the dump.
 async fn dump_into(
     attempt: Attempt<'_>,
@@ -239,20 +204,13 @@ async fn dump_into(
     database: &Database,
     sendings: &mut [Sending],
     span: &mut Span,
-) -> Result<Compressed, RunError> {
+) -> Result<Streamed, RunError> {
     let Attempt { lease, assignment, .. } = attempt;
     let (log, began) = (attempt.log.within(span), Instant::now());
     log.info(format!("dumping '{}'", database.name));
     let mut tool = noted(span, dump.start(&database.name, &backup.inspected, lease, &log))?;
 
-    let (plain_out, plain_in) = mpsc::channel(QUEUE);
-    let (measured_out, measured_in) = mpsc::channel(QUEUE);
-    let (stored_out, stored_in) = mpsc::channel(QUEUE);
-    let measuring = tokio::task::spawn_blocking(move || compress::measure(plain_in, measured_out));
-    let compression = assignment.job.compression;
-    let compress_span = lease.span(SpanKind::Internal, "compress");
-    let compressing =
-        tokio::task::spawn_blocking(move || compress::compress_in(compress_span, compression, measured_in, stored_out));
+    let (threads, plain_out, stored_in) = Threads::start(lease, assignment.job.compression, &backup.recipients);
     let done_before: u64 = backup.objects.iter().map(|o| o.facts.plain.bytes).sum();
     let engine = assignment.source.engine.as_str();
     let reading = read_dump(tool.stdout(), plain_out, lease, done_before, backup.inspected.estimate(), engine)
@@ -260,16 +218,11 @@ async fn dump_into(
     let reading = async { noted(&mut *span, reading.await) };
     // The first failure ends both: a destination that failed must not wait for a dump that stalls.
     tokio::try_join!(reading, sending::distribute(stored_in, sendings))?;
-    let ended = |e| RunError::give_up("internal_error", format!("a thread of the stream ended: {e}"));
-    let (plain, plain_ends) = measuring.await.map_err(ended)?;
-    let stored = compressing.await.map_err(ended)?;
+    let Through { plain, plain_ends, stored } = threads.end().await?;
     span.set_bytes(plain.bytes, began.elapsed());
     let finished = tool.finish(span).await;
     noted(span, finished)?;
-    let stored = stored.map_err(|e| {
-        RunError::retry("compression_failed", format!("the dump of '{}' could not be compressed: {e}", database.name))
-    })?;
-    let facts = Compressed { plain, plain_ends, stored };
+    let facts = Streamed { plain, plain_ends, stored: stored? };
     noted(span, dump.check_complete(&database.name, &facts))?;
     Ok(facts)
 }
@@ -306,6 +259,7 @@ async fn read_dump(
 pub async fn publish(attempt: Attempt<'_>, mut backup: StagedBackup) -> Result<Published, RunError> {
     let Attempt { assignment, log, staging, .. } = attempt;
     let mut artifacts = Vec::new();
+    let recipients = backup.recipient_names();
     for object in &mut backup.objects {
         let stored = &object.facts.stored;
         try_join_all(object.uploads.iter_mut().zip(&backup.targets).map(async |(upload, target)| {
@@ -326,13 +280,12 @@ pub async fn publish(attempt: Attempt<'_>, mut backup: StagedBackup) -> Result<P
                 size_bytes: as_i64(object.facts.plain.bytes),
                 sha256: object.facts.plain.sha256.clone(),
             }),
+            recipients: recipients.clone(),
         }));
     }
     let (path, text) = (backup.names.manifest(), manifest_text(assignment, &backup)?);
-    let measure = compress::Measure {
-        bytes: text.len() as u64,
-        sha256: hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&text)),
-    };
+    let measure =
+        Measure { bytes: text.len() as u64, sha256: hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&text)) };
     for target in &backup.targets {
         staging.record(attempt, target, &path, None).await?;
         target.store.put(&path, text.clone()).await.map_err(|e| e.at(&target.name))?;
@@ -344,6 +297,7 @@ pub async fn publish(attempt: Attempt<'_>, mut backup: StagedBackup) -> Result<P
             size_bytes: as_i64(measure.bytes),
             sha256: measure.sha256.clone(),
             plain: None,
+            recipients: Vec::new(),
         });
     }
     let (path, checksum) = match &backup.objects[..] {
@@ -366,7 +320,7 @@ fn as_i64(bytes: u64) -> i64 {
 
 fn manifest_text(assignment: &Assignment, backup: &StagedBackup) -> Result<Bytes, RunError> {
     let manifest = Manifest {
-        format_version: FORMAT_VERSION,
+        format_version: manifest::version(!backup.recipients.is_empty()),
         execution_id: assignment.claim.execution.to_string(),
         trace_id: assignment.briefing.trace.trace_id().map(str::to_owned),
         job_id: assignment.job.id.to_string(),
@@ -376,7 +330,7 @@ fn manifest_text(assignment: &Assignment, backup: &StagedBackup) -> Result<Bytes
         tool_version: backup.inspected.tool_version.clone(),
         snapshot_at: backup.inspected.snapshot_at,
         compression: assignment.job.compression,
-        recipients: Vec::new(),
+        recipients: backup.recipient_names(),
         labels: assignment.labels.clone(),
         locked: assignment.locked,
         objects: backup

@@ -28,7 +28,7 @@ impl Names {
     }
 
     /// The object of one database.
-    pub fn object(&self, database: &str, engine: Engine, compression: Compression) -> String {
+    pub fn object(&self, database: &str, engine: Engine, compression: Compression, encrypted: bool) -> String {
         let dump = match engine {
             Engine::Postgres => "dump",
             Engine::Mysql | Engine::Mariadb => "sql",
@@ -38,7 +38,8 @@ impl Names {
             Compression::Gzip => ".gz",
             Compression::None => "",
         };
-        format!("{}/{}_{}_{}.{dump}{suffix}", self.folder, self.stem, component(database), self.identity)
+        let age = if encrypted { ".age" } else { "" };
+        format!("{}/{}_{}_{}.{dump}{suffix}{age}", self.folder, self.stem, component(database), self.identity)
     }
 
     /// The manifest of all of them.
@@ -84,9 +85,10 @@ mod tests {
     #[test]
     fn a_name_tells_job_time_database_and_attempt() {
         assert_eq!(
-            names(7).object("shop", Engine::Postgres, Compression::Zstd),
+            names(7).object("shop", Engine::Postgres, Compression::Zstd, false),
             "daily/daily_2025-01-15T10-30-00Z_shop_0123456789ab-7.dump.zst"
         );
+        assert!(names(7).object("shop", Engine::Mysql, Compression::Gzip, true).ends_with("-7.sql.gz.age"));
         assert_eq!(names(7).manifest(), "daily/daily_2025-01-15T10-30-00Z_0123456789ab-7.json");
         assert_ne!(names(7).manifest(), names(8).manifest());
     }
@@ -97,7 +99,7 @@ mod tests {
         let databases = ["../../etc/passwd", "a/b", "a_b", "a=2Fb", "a\nb", "..", "ü", &long, &format!("{long}y")];
         let mut seen = std::collections::BTreeSet::new();
         for database in databases {
-            let name = names(1).object(database, Engine::Mariadb, Compression::Gzip);
+            let name = names(1).object(database, Engine::Mariadb, Compression::Gzip, true);
             let (folder, file) = name.split_once('/').expect("one folder");
             assert!(folder == "daily" && !file.contains('/') && file.len() < 240 && file.is_ascii(), "{name}");
             assert!(seen.insert(name), "{database} meets another");

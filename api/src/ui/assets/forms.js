@@ -69,6 +69,8 @@ function bodyOf(form) {
     if (value === null && (!changesOnly || nested || type === "secret")) continue;
     put(body, name, value);
   }
+  // What is one and has nothing in it any more: it is taken away as a whole.
+  for (const name of changed) if (changesOnly && !many.has(name) && !name.startsWith("config.")) body[name] ??= null;
   for (const [name, values] of many) if (changesOnly || values.length) put(body, name, values);
   return body;
 }

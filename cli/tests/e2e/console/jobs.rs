@@ -4,10 +4,14 @@ use serde_json::{Value, json};
 use thirtyfour::Key;
 
 use super::{Browser, is_size, signed_in};
-use crate::harness::{
-    Cluster, SOON,
-    source::{PASSWORD, PostgresSource},
-    until,
+use crate::{
+    encryption::key_file,
+    harness::{
+        Cluster, SOON,
+        source::{PASSWORD, PostgresSource},
+        until,
+    },
+    restores::empty_database,
 };
 
 /// Whether the browser is on the table of jobs, and its script listens.
@@ -105,6 +109,54 @@ async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_p
     assert_eq!(cluster.ok("GET", "/api/jobs/copy-of-shop-daily", None).await["enabled"], true);
     browser.assert_clean().await;
     deletes_what_was_meant(&cluster, &browser).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_encrypted_by_its_form_and_its_backup_restored_by_the_page_with_the_identity() {
+    let cluster = Cluster::start().await;
+    let source = PostgresSource::with_rows(100).await;
+    let held = cluster.source("postgres", source.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&held, &[&destination], json!({ "name": "Shop" })).await;
+    let (key, recipient) = key_file(&cluster.scratch);
+    let browser = signed_in(&cluster, &["*"]).await;
+    let edit = async || {
+        browser.go(&format!("/jobs/{job}/edit")).await;
+        browser.click("details.section summary").await;
+    };
+    edit().await;
+    browser.field("encryption.recipients", "age1nobody").await;
+    browser.press("Save").await;
+    assert!(error_of(&browser, "encryption.recipients").await.contains("not an age recipient"));
+    browser.assert_only(422).await;
+    browser.field("encryption.recipients", &recipient).await;
+    browser.press("Save").await;
+    browser.until_text("The job is saved.").await;
+    let encryption = async || cluster.ok("GET", &format!("/api/jobs/{job}"), None).await["encryption"].clone();
+    assert_eq!(encryption().await, json!({ "recipients": [recipient] }));
+
+    let backup = cluster.backup(&job).await;
+    let into = empty_database(&source).await;
+    browser.go(&format!("/executions/{}", backup["id"].as_str().expect("an id"))).await;
+    browser.until_text("age, for 1 recipient").await;
+    browser.press("Restore").await;
+    let there = "return location.pathname.endsWith('/restore') && document.documentElement.dataset.ready === ''";
+    browser.until("the form of the restore is there", there).await;
+    browser.field("into", &into).await;
+    browser.press("Restore").await;
+    assert_eq!(error_of(&browser, "identity").await, "is required");
+    let text = std::fs::read_to_string(&key).expect("text");
+    browser.field("identity", text.lines().last().expect("a line")).await;
+    browser.press("Restore").await;
+    browser.until_text("Success").await;
+    source.assert_same(&into).await;
+
+    edit().await;
+    browser.field("encryption.recipients", "").await;
+    browser.press("Save").await;
+    browser.until_text("The job is saved.").await;
+    assert_eq!(encryption().await, Value::Null);
+    browser.assert_clean().await;
 }
 
 async fn deletes_what_was_meant(cluster: &Cluster, browser: &Browser) {

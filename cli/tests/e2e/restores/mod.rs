@@ -31,7 +31,7 @@ async fn restored(cluster: &Cluster, backup: &Value, body: Value) -> Value {
     execution
 }
 
-async fn refused(cluster: &Cluster, backup: &Value, body: Value, code: &str, says: &str) -> String {
+pub async fn refused(cluster: &Cluster, backup: &Value, body: Value, code: &str, says: &str) -> String {
     let execution = cluster.ended(&restore(cluster, backup, body).await, SOON).await;
     assert_eq!((&execution["status"], &execution["errorCode"]), (&json!("Failed"), &json!(code)), "{execution:#}");
     let error = execution["error"].as_str().expect("an error").to_owned();
@@ -40,7 +40,7 @@ async fn refused(cluster: &Cluster, backup: &Value, body: Value, code: &str, say
 }
 
 /// An empty database that belongs to a source's role.
-async fn empty_database(source: &PostgresSource) -> String {
+pub async fn empty_database(source: &PostgresSource) -> String {
     let name = unique("restored");
     sql("postgres", &format!("create database {name} owner {}", source.role)).await;
     name

@@ -19,7 +19,7 @@ use common::{
 };
 use tokio::process::ChildStdout;
 
-use super::compress::Compressed;
+use super::meter::Streamed;
 use crate::{
     config::WorkerConfig,
     failure::RunError,
@@ -136,7 +136,7 @@ impl Dump {
     }
 
     /// A last look at the bytes themselves: a whole dump begins and ends as its format says.
-    pub fn check_complete(&self, database: &str, facts: &Compressed) -> Result<(), RunError> {
+    pub fn check_complete(&self, database: &str, facts: &Streamed) -> Result<(), RunError> {
         let whole = match self.access.engine {
             Engine::Postgres => facts.plain_ends.head.starts_with(postgres::MAGIC),
             Engine::Mysql | Engine::Mariadb => contains(&facts.plain_ends.tail, mariadb::LAST_LINE),

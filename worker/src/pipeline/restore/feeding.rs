@@ -1,5 +1,6 @@
 //! The stored bytes, unpacked, into the tool that restores; its end only when all of them are known to be right.
 
+use age::x25519::Identity;
 use bytes::Bytes;
 use common::{store::StoreError, telemetry::Span};
 use futures::TryStreamExt;
@@ -28,6 +29,8 @@ pub struct Feeding<'a> {
     pub target: &'a Target<'a>,
     /// Of the backup.
     pub manifest: &'a Manifest,
+    /// What opens it, where it is encrypted.
+    pub identity: &'a Option<Identity>,
     /// The database.
     pub part: &'a Part<'a>,
 }
@@ -102,16 +105,16 @@ impl Feeding<'_> {
 
     /// Feeds everything; the last of it when it is known to be right, of which `ending` is noted.
     async fn feed(&self, stdin: &mut Option<ChildStdin>, ending: Now, reading: &mut Reading) -> Result<Fed, RunError> {
-        let Feeding { all, target, manifest, part } = self;
+        let Feeding { all, target, manifest, identity, part } = self;
         let (artifact, destination) = part.copy;
         let at = |e: StoreError| e.at(&destination.slug);
         let shelf = open(all.shared, destination)?;
         let mut stream = shelf.read(&artifact.path, 0..part.object.stored_bytes).await.map_err(at)?;
         let (stored_out, stored_in) = mpsc::channel(QUEUE);
         let (plain_out, plain_in) = mpsc::channel(QUEUE);
-        let compression = manifest.compression;
+        let how = unpack::Packed { identity: (*identity).clone(), compression: manifest.compression };
         let rename = target.rename(&part.object.database, part.into);
-        let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(compression, rename, stored_in, plain_out));
+        let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(how, rename, stored_in, plain_out));
         let stored = async {
             let mut hash = Sha256::new();
             while let Some(chunk) = stream.try_next().await.map_err(at)? {

@@ -17,21 +17,24 @@ mod unpack;
 
 use std::{sync::Arc, time::Instant};
 
+use age::x25519::Identity;
 use bytes::BytesMut;
 use common::{
     artifact::Artifact,
     destination::Destination,
-    execution::{Stage, claim::RestoreAssignment, finish::Restored},
+    encryption,
+    execution::{Stage, claim::RestoreAssignment, finish::Restored, restore::identity_context},
     metrics,
     store::{Shelf, StoreError},
     telemetry::span::SpanKind,
 };
 use futures::TryStreamExt;
+use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
 
 use super::{
     destination_access,
-    manifest::{FORMAT_VERSION, Manifest, ManifestObject},
+    manifest::{Manifest, ManifestObject, NEWEST_VERSION},
 };
 use crate::{
     failure::{At, Class, RunError},
@@ -79,6 +82,7 @@ pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
     lease.set_stage(Stage::Initializing);
     let manifest = manifest(all).await?;
     let objects = objects(assignment, &manifest)?;
+    let identity = identity(all, &manifest)?;
     let mut span = lease.span(SpanKind::Client, "inspect");
     let opened = async {
         let target = Target::open(shared, lease, assignment, &manifest).await?;
@@ -108,7 +112,7 @@ pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
     let bytes = bytes_of(&objects);
     let mut reading = Reading { done: bytes, of: bytes * 2 };
     for part in &parts {
-        restore_one(all, &target, &manifest, part, &mut reading).await?;
+        restore_one(all, &target, &manifest, &identity, part, &mut reading).await?;
     }
     Ok(Restored { size_bytes: i64::try_from(bytes).unwrap_or(i64::MAX), snapshot_at: manifest.snapshot_at })
 }
@@ -217,11 +221,31 @@ async fn read_manifest(
     let manifest: Manifest = serde_json::from_slice(&text)
         .map_err(|error| unknown(format!("is not a manifest that this version reads: {error}")))?;
     match manifest.format_version {
-        FORMAT_VERSION => Ok(manifest),
+        1..=NEWEST_VERSION => Ok(manifest),
         other => Err(unknown(format!(
-            "has format version {other}, and this one restores {FORMAT_VERSION}: use a newer worker"
+            "has format version {other}, and this one restores 1 to {NEWEST_VERSION}: use a newer worker"
         ))),
     }
+}
+
+/// What opens the backup, where it is encrypted.
+fn identity(all: Restoration<'_>, manifest: &Manifest) -> Result<Option<Identity>, RunError> {
+    if manifest.recipients.is_empty() {
+        return Ok(None);
+    }
+    let refuse = |code, why: &str| {
+        let to = manifest.recipients.join(", ");
+        RunError::give_up(code, format!("the backup is encrypted to {to}, and {why}; the target was not touched"))
+    };
+    let sealed = all.assignment.sealed_identity.as_deref();
+    let sealed = sealed.ok_or_else(|| refuse("identity_missing", "no identity was given with the restore"))?;
+    let context = identity_context(all.assignment.claim.execution);
+    let opened = all.shared.key.open(&context, sealed).map_err(|e| refuse("secret_unreadable", &e.to_string()))?;
+    let text = SecretString::from(String::from_utf8_lossy(&opened).into_owned());
+    let identity = encryption::identity(&text, &manifest.recipients);
+    let identity = identity.map_err(|why| refuse("identity_wrong", &format!("the identity {why}")))?;
+    let identity = identity.expose_secret().parse();
+    identity.map(Some).map_err(|why| refuse("identity_wrong", why))
 }
 
 /// The objects of the backup that are meant.
@@ -301,6 +325,7 @@ async fn restore_one(
     all: Restoration<'_>,
     target: &Target<'_>,
     manifest: &Manifest,
+    identity: &Option<Identity>,
     part: &Part<'_>,
     reading: &mut Reading,
 ) -> Result<(), RunError> {
@@ -313,7 +338,7 @@ async fn restore_one(
         log.info(format!("restoring '{}' into '{}'", part.object.database, part.into));
         let Tools { tool, reader } = target.start(part.into, &log)?;
         all.touched.note(part.into, target.begun());
-        let feeding = Feeding { all, target, manifest, part };
+        let feeding = Feeding { all, target, manifest, identity, part };
         let done = match reader {
             None => feeding.direct(tool, reading, &mut span).await,
             Some(reader) => feeding.script(reader, tool, reading, &mut span).await,

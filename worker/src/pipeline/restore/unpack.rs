@@ -1,13 +1,17 @@
-//! The way back of [`super::super::compress`], on a thread of its own.
+//! The way back of [`super::super::encrypt`] and [`super::super::compress`], on a thread of its own.
 
-use std::io::{self, Read};
+use std::{
+    io::{self, Read},
+    iter,
+};
 
+use age::{Decryptor, x25519::Identity};
 use bytes::{Buf, Bytes};
 use common::job::Compression;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
-use crate::pipeline::compress::Measure;
+use crate::pipeline::meter::Measure;
 
 /// Bytes that are handed on at once.
 const CHUNK: usize = 256 << 10;
@@ -59,18 +63,33 @@ impl Rename {
     }
 }
 
+/// What was done to a dump before it was stored.
+pub struct Packed {
+    /// What opens it, where it is encrypted.
+    pub identity: Option<Identity>,
+    /// How it is compressed.
+    pub compression: Compression,
+}
+
 /// Unpacks everything that comes in until the other side closes, and measures what goes out. Blocks.
 pub fn unpack(
-    compression: Compression,
+    packed: Packed,
     rename: Option<Rename>,
     input: mpsc::Receiver<Bytes>,
     output: mpsc::Sender<Bytes>,
 ) -> io::Result<Measure> {
     let inlet = Inlet { chunks: input, now: Bytes::new() };
-    let mut reader: Box<dyn Read> = match compression {
-        Compression::Zstd => Box::new(zstd::stream::read::Decoder::new(inlet)?),
-        Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(inlet)),
-        Compression::None => Box::new(inlet),
+    let opened: Box<dyn Read> = match &packed.identity {
+        Some(identity) => {
+            let decryptor = Decryptor::new(inlet).map_err(io::Error::other)?;
+            Box::new(decryptor.decrypt(iter::once(identity as _)).map_err(io::Error::other)?)
+        }
+        None => Box::new(inlet),
+    };
+    let mut reader: Box<dyn Read> = match packed.compression {
+        Compression::Zstd => Box::new(zstd::stream::read::Decoder::new(opened)?),
+        Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(opened)),
+        Compression::None => opened,
     };
     let (mut hash, mut bytes, mut kept) = (Sha256::new(), 0, Vec::new());
     // Closed: the tool has ended, which is told there.
@@ -100,7 +119,7 @@ pub fn unpack(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::compress;
+    use crate::pipeline::{compress, encrypt};
 
     #[test]
     fn what_was_compressed_unpacks_to_itself_and_a_cut_off_stream_is_an_error() {
@@ -121,14 +140,20 @@ mod tests {
                 }
                 (measure, all)
             };
-            let (_, stored) = through(&|i, o| compress::compress(compression, i, o), &plain);
-            let (measure, unpacked) = through(&|i, o| unpack(compression, None, i, o), &stored);
-            assert!(unpacked == plain, "{compression:?}");
-            let digest = hex::encode(Sha256::digest(&plain));
-            assert_eq!(measure.expect("unpacks"), Measure { bytes: plain.len() as u64, sha256: digest });
-            if compression != Compression::None {
-                let (cut, _) = through(&|i, o| unpack(compression, None, i, o), &stored[..stored.len() - 9]);
-                assert!(cut.is_err(), "{compression:?}");
+            let (_, compressed) = through(&|i, o| compress::compress(compression, i, o), &plain);
+            let key = Identity::generate();
+            let recipients = [Identity::generate().to_public(), key.to_public()];
+            let (_, encrypted) = through(&|i, o| encrypt::encrypt(&recipients, i, o), &compressed);
+            for (stored, identity) in [(compressed, None), (encrypted, Some(key))] {
+                let packed = || Packed { identity: identity.clone(), compression };
+                let (measure, unpacked) = through(&|i, o| unpack(packed(), None, i, o), &stored);
+                assert!(unpacked == plain, "{compression:?}");
+                let digest = hex::encode(Sha256::digest(&plain));
+                assert_eq!(measure.expect("unpacks"), Measure { bytes: plain.len() as u64, sha256: digest });
+                if compression != Compression::None || identity.is_some() {
+                    let (cut, _) = through(&|i, o| unpack(packed(), None, i, o), &stored[..stored.len() - 9]);
+                    assert!(cut.is_err(), "{compression:?}");
+                }
             }
         }
     }

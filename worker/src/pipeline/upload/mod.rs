@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use common::{destination::DestinationAccess, store::StoreError};
 
-use super::compress::Measure;
+use super::meter::Measure;
 pub use local::LocalStore;
 pub use s3::S3Store;
 
