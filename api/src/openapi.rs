@@ -14,6 +14,7 @@ use common::{
     execution::{Execution, log::Line},
     label::Labels,
     user::User,
+    webhook::Webhook,
 };
 use serde_json::{Value, json};
 use utoipa::{
@@ -32,7 +33,7 @@ use crate::{
     router::{Route, table},
     routes::{
         api_keys, audit, cluster, destinations, downloads, events, executions, freshness, health, jobs, restores, runs,
-        sessions, settings, setup, sources, users,
+        sessions, settings, setup, sources, users, webhooks,
     },
 };
 
@@ -154,6 +155,17 @@ pub struct KeyWithSecret {
     key: String,
 }
 
+/// A webhook with its secret, which is shown this once.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "a form for the document")]
+pub struct WebhookWithSecret {
+    #[serde(flatten)]
+    webhook: Webhook,
+    /// Signs what it is sent, as Standard Webhooks says.
+    #[schema(example = "whsec_…")]
+    secret: String,
+}
+
 /// Whether the first administrator is still to be made.
 #[derive(ToSchema)]
 #[allow(dead_code, reason = "a form for the document")]
@@ -241,6 +253,13 @@ pub struct Failure {
         destinations::test,
         settings::get,
         settings::change,
+        webhooks::list,
+        webhooks::create,
+        webhooks::get,
+        webhooks::update,
+        webhooks::delete,
+        webhooks::rotate,
+        webhooks::test,
         api_keys::list,
         api_keys::create,
         api_keys::get,

@@ -54,6 +54,11 @@ id!(
 );
 
 id!(
+    /// Somebody who is told of the ends of runs.
+    WebhookId
+);
+
+id!(
     /// A worker of a process, from its start to its end.
     WorkerId
 );

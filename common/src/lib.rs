@@ -41,4 +41,5 @@ pub mod store;
 pub mod telemetry;
 pub mod time;
 pub mod user;
+pub mod webhook;
 pub mod worker;

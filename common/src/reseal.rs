@@ -10,11 +10,12 @@ use crate::{
     audit::{self, Actor, Event},
     destination,
     execution::restore::identity_context,
-    id::{DestinationId, ExecutionId, SourceId},
+    id::{DestinationId, ExecutionId, SourceId, WebhookId},
     seal::{CANARY_CONTEXT, SealKey},
     session::SIGNING_CONTEXT,
     source,
     user::SETUP_CONTEXT,
+    webhook,
 };
 
 /// Why nothing was sealed anew.
@@ -39,7 +40,7 @@ pub async fn reseal(conn: &mut PgConnection, key: &SealKey, actor: &Actor) -> Re
         count += 1;
     }
     count += sources(&mut tx, key).await? + destinations(&mut tx, key).await?;
-    count += sign_ins(&mut tx, key).await? + identities(&mut tx, key).await?;
+    count += sign_ins(&mut tx, key).await? + identities(&mut tx, key).await? + webhooks(&mut tx, key).await?;
     if count > 0 {
         let event =
             Event::new("encryption_key.rotate", "encryption-key", "").with(serde_json::json!({ "values": count }));
@@ -138,6 +139,24 @@ async fn identities(conn: &mut PgConnection, key: &SealKey) -> Result<u64, Resea
         let name = || format!("restore {}", row.id);
         if let Some(sealed) = renewed(key, &identity_context(row.id), &row.sealed, name)? {
             sqlx::query!("update restores set sealed_identity = $2 where execution_id = $1", row.id as _, sealed)
+                .execute(&mut *conn)
+                .await?;
+            count += 1;
+        }
+    }
+    Ok(count)
+}
+
+async fn webhooks(conn: &mut PgConnection, key: &SealKey) -> Result<u64, ResealError> {
+    let rows = sqlx::query!(r#"select id as "id: WebhookId", name, sealed from webhooks order by id for update"#)
+        .fetch_all(&mut *conn)
+        .await?;
+    let mut count = 0;
+    for row in rows {
+        if let Some(sealed) =
+            renewed(key, &webhook::context(row.id), &row.sealed, || format!("webhook '{}'", row.name))?
+        {
+            sqlx::query!("update webhooks set sealed = $2 where id = $1", row.id as _, sealed)
                 .execute(&mut *conn)
                 .await?;
             count += 1;

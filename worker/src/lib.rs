@@ -1,6 +1,6 @@
 //! A worker: claims executions, runs their backups, and gives back what it cannot end.
 //!
-//! What is absent on purpose: no HTTP, no state that another process would miss, no retry inside a run (a retry
+//! What is absent on purpose: no HTTP but what tells webhooks, no state that another process would miss, no retry inside a run (a retry
 //! is a row that waits), no transaction that stays open over a dump or an upload.
 
 pub mod backend;
@@ -11,6 +11,7 @@ pub mod finisher;
 pub mod forgetter;
 pub mod keeper;
 pub mod lease;
+pub mod notifier;
 pub mod pipeline;
 pub mod presence;
 pub mod run;

@@ -21,6 +21,7 @@ use crate::{
     forgetter,
     keeper::Keeper,
     lease::Stop,
+    notifier,
     pipeline::dump::Inspected,
     presence::Presence,
     run, scheduler, sweeper, tester,
@@ -109,6 +110,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(forgetter::run(shared.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(tester::run(shared.clone())));
+    tokio::spawn(end.clone().run_until_cancelled_owned(notifier::run(shared.clone())));
     tracing::info!(
         worker = config.name, concurrency = config.concurrency, pools = ?config.pools,
         lease_ms = config.timing.lease.as_millis(), "the worker claims executions"

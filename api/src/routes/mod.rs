@@ -17,6 +17,7 @@ pub mod settings;
 pub mod setup;
 pub mod sources;
 pub mod users;
+pub mod webhooks;
 
 use axum::{
     Json,

@@ -16,6 +16,7 @@ mod overview;
 mod restore;
 mod trigger;
 mod view;
+mod webhooks;
 
 use askama::Template;
 use axum::{
@@ -51,7 +52,7 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; i
 #[rustfmt::skip]
 pub fn pages() -> Vec<Route> {
     use Access::{Identified, Needs, Open};
-    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, ClusterRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsRead, JobsWrite, SettingsRead, SourcesRead, SourcesWrite, StorageRestore, UsersRead, UsersWrite};
+    use Permission::{ApiKeysRead, ApiKeysWrite, AuditRead, ClusterRead, DestinationsRead, DestinationsWrite, HistoryRead, JobsRead, JobsWrite, SettingsRead, SettingsWrite, SourcesRead, SourcesWrite, StorageRestore, UsersRead, UsersWrite};
     let page = |path, access, handler: MethodRouter<AppState>| Route::page(path, access, LimitClass::Page, handler);
     vec![
         page("/",                          Identified,               get(overview::show)),
@@ -80,6 +81,9 @@ pub fn pages() -> Vec<Route> {
         page("/access/sessions",           Identified,               get(access::sessions)),
         page("/access/audit-log",          Needs(AuditRead),         get(access::audit_log)),
         page("/settings/system",           Needs(SettingsRead),      get(cluster::system)),
+        page("/settings/webhooks",         Needs(SettingsRead),      get(webhooks::list)),
+        page("/settings/webhooks/new",     Needs(SettingsWrite),     get(webhooks::make)),
+        page("/settings/webhooks/{id}/edit", Needs(SettingsWrite),   get(webhooks::edit)),
         page("/settings/cluster",          Needs(ClusterRead),       get(cluster::show)),
         Route::page("/assets/{version}/{*file}", Open, LimitClass::Free, get(assets::file)),
     ]

@@ -195,6 +195,7 @@ const NAVIGATION: &[(&str, &[Entry])] = &[
         "Settings",
         &[
             ("/settings/system", "System", "settings", Some(Permission::SettingsRead)),
+            ("/settings/webhooks", "Webhooks", "webhook", Some(Permission::SettingsRead)),
             ("/settings/cluster", "Cluster", "cluster", Some(Permission::ClusterRead)),
         ],
     ),

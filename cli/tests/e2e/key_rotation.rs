@@ -5,8 +5,9 @@ use serde_json::json;
 
 use crate::{
     encryption::key_file,
-    harness::{Cluster, SOON, binary, source::PostgresSource},
+    harness::{Cluster, SOON, binary, hooks::Hooks, source::PostgresSource},
     restores::empty_database,
+    webhooks::webhook,
 };
 
 const FIRST: &str = "DBACKUP_ENCRYPTION_KEY";
@@ -53,6 +54,8 @@ async fn the_encryption_key_is_rotated_by_rolling_restarts_and_every_process_ope
             }
         }
     }
+    let hooks = Hooks::start().await;
+    let (hook, _) = webhook(&cluster, &hooks, json!({})).await;
     // A restore of an encrypted backup waits meanwhile.
     let (key, recipient) = key_file(&cluster.scratch);
     let (destination, _) = cluster.local_destination().await;
@@ -87,6 +90,8 @@ async fn the_encryption_key_is_rotated_by_rolling_restarts_and_every_process_ope
     let restored = cluster.ended(answer["executionId"].as_str().expect("an id"), SOON).await;
     assert_eq!(restored["status"], "Success", "{restored:#}");
     source.assert_same(&into).await;
+    let tested = cluster.ok("POST", &format!("/api/webhooks/{hook}/test"), None).await;
+    assert_eq!(tested["ok"], true, "{tested}");
     for source in &sources {
         backs_up(&cluster, source).await;
     }

@@ -45,3 +45,4 @@ mod triggers;
 mod trouble;
 mod up;
 mod waiting;
+mod webhooks;

@@ -13,11 +13,13 @@ use crate::{
     harness::{
         Cluster, SOON,
         held::Held,
+        hooks::Hooks,
         otlp::{Received, Receiver},
         proxy::Mode,
         source::{PASSWORD, PostgresSource},
         until,
     },
+    webhooks::webhook,
 };
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -86,6 +88,8 @@ async fn a_run_whose_worker_was_killed_is_one_story_from_the_callers_span_to_the
     let receiver = Receiver::start().await;
     let mut cluster = traced(&receiver).start().await;
     let (_, recipient) = key_file(&cluster.scratch);
+    let hooks = Hooks::start().await;
+    webhook(&cluster, &hooks, json!({ "events": ["succeeded"] })).await;
     let held = Held::new(&cluster, json!({ "encryption": { "recipients": [recipient] } })).await;
     held.proxy.set(Mode::HoldAfter(1_000_000));
     let id = trigger(&cluster, &held.job, &format!("00-{TRACE}-{CALLER}-01")).await;
@@ -105,14 +109,21 @@ async fn a_run_whose_worker_was_killed_is_one_story_from_the_callers_span_to_the
         "{execution:#}"
     );
 
-    let spans = receiver.holds(TRACE, &[("POST /api/jobs/{id}/run", 1), ("attempt", 2), ("commit", 1)], SOON).await;
+    let spans = receiver
+        .holds(TRACE, &[("POST /api/jobs/{id}/run", 1), ("attempt", 2), ("commit", 1), ("notify", 1)], SOON)
+        .await;
     assert_whole(&spans, CALLER);
     let request = one(&spans, "POST /api/jobs/{id}/run");
     assert_eq!(request.parent(), CALLER, "the request continues the caller's span");
     assert_eq!(request.span.trace_state, "vendor=opaque");
     assert_eq!(under(&spans, &request.id()), counted(&[("auth", 1), ("rate_limit", 1), ("enqueue", 1)]));
     let enqueue = one(&spans, "enqueue");
-    assert_eq!(under(&spans, &enqueue.id()), counted(&[("queue.wait", 2), ("claim", 2), ("attempt", 2)]));
+    assert_eq!(
+        under(&spans, &enqueue.id()),
+        counted(&[("queue.wait", 2), ("claim", 2), ("attempt", 2), ("notify", 1)])
+    );
+    let context = format!("00-{TRACE}-{}-01", one(&spans, "notify").id());
+    assert_eq!(hooks.receives(1, SOON).await[0].header("traceparent"), context, "who is told continues the trace");
 
     let [first, second] = named(&spans, "claim")[..] else { panic!("two claims") };
     assert_eq!(under(&spans, &first.id()), counted(&[("inspect", 1)]), "what the killed worker had ended");
@@ -190,6 +201,17 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
         ("encrypt", "dbackup-worker", &[("dbackup.encryption", "age"), ("dbackup.recipients", "1")]),
         ("upload", "dbackup-worker", &[("dbackup.destination.kind", "local")]),
         ("attempt", "dbackup-worker", &[("dbackup.execution.id", id)]),
+        (
+            "notify",
+            "dbackup-worker",
+            &[
+                ("http.request.method", "POST"),
+                ("http.response.status_code", "204"),
+                ("server.address", "127.0.0.1"),
+                ("dbackup.webhook", "On call"),
+                ("dbackup.event", "succeeded"),
+            ],
+        ),
     ] {
         let span = *named(spans, name).last().unwrap_or_else(|| panic!("no {name}"));
         let told = |key: &str| span.get(key).or_else(|| span.of_process(key));

@@ -149,6 +149,7 @@ pub struct Metrics {
     pub leases_lost: Counter,
     dumped: Family<Of, Counter>,
     stored: Family<Stored, Counter>,
+    deliveries: Family<Got, Counter>,
     /// Log lines of runs that were left out: the database is slower than a tool's chatter.
     pub lines_dropped: Counter,
 }
@@ -185,11 +186,15 @@ impl Metrics {
             leases_lost: Counter::default(),
             dumped: Family::default(),
             stored: Family::default(),
+            deliveries: Family::default(),
             lines_dropped: Counter::default(),
         };
         // The first of its kind must be seen as an increase: a series that begins with 1 has none.
         for result in ["requeued", "closed"] {
             let _ = metrics.rescues.get_or_create(&Got { result });
+        }
+        for result in ["delivered", "failed", "given_up"] {
+            let _ = metrics.deliveries.get_or_create(&Got { result });
         }
         metrics
     }
@@ -260,6 +265,11 @@ impl Metrics {
         self.stored.get_or_create_owned(&Stored { engine, kind, destination: destination.to_owned() })
     }
 
+    /// A webhook was told of the end of a run, or was not, or will not be any more.
+    pub fn delivery(&self, result: &'static str) {
+        self.deliveries.get_or_create(&Got { result }).inc();
+    }
+
     fn register(&self, registry: &mut Registry, role: Role) {
         if role != Role::Worker {
             self.register_api(registry);
@@ -315,6 +325,8 @@ impl Metrics {
         registry.register("dumped_bytes", "Bytes that the dump tools have written, by engine", self.dumped.clone());
         let stored = "Bytes that were sent to destinations, by engine and destination";
         registry.register("stored_bytes", stored, self.stored.clone());
+        let deliveries = "Tries to tell a webhook of the end of a run, by what became of them: delivered, failed and tried again, or given up";
+        registry.register("webhook_deliveries", deliveries, self.deliveries.clone());
         let dropped = "Log lines of runs that were left out because there were too many of them";
         registry.register("run_log_lines_dropped", dropped, self.lines_dropped.clone());
     }

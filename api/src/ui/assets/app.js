@@ -31,8 +31,17 @@ async function after(answer, { then, said }, body) {
     return;
   }
   if (then === "show-key") {
-    await showSecret(answer.data.key);
+    await showSecret("the key", answer.data.key);
     then = "/access/api-keys";
+  }
+  if (then === "show-secret") {
+    await showSecret("the secret", answer.data.secret);
+    then = "/settings/webhooks";
+  }
+  if (then === "show-test") {
+    notify(answer.data.ok ? "The test was delivered." : `The test was not delivered: ${answer.data.error}`);
+    await refresh();
+    return;
   }
   if (then && then !== location.pathname) {
     if (said) keepNotice(said);

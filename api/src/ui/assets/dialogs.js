@@ -57,11 +57,11 @@ function element(name, attributes, ...children) {
 }
 
 // The one time that a secret is shown: nothing but its reader's word closes it.
-export function showSecret(secret) {
-  const title = element("h2", { id: "secret-title" }, "Copy the key now");
+export function showSecret(what, secret) {
+  const title = element("h2", { id: "secret-title" }, `Copy ${what} now`);
   const text = element("p", {}, "This is the only time that it is shown. Who has lost it needs a new one.");
   const key = element("code", { id: "secret" }, secret);
-  const copy = element("button", { type: "button", "data-copy": "secret", class: "primary" }, "Copy the key");
+  const copy = element("button", { type: "button", "data-copy": "secret", class: "primary" }, `Copy ${what}`);
   const done = element("button", { type: "button" }, "I have stored it");
   const buttons = element("div", { class: "form-buttons" }, copy, done);
   const dialog = element("dialog", { "aria-labelledby": "secret-title" }, title, text, element("p", { class: "secret" }, key), buttons);

@@ -12,6 +12,7 @@ mod overview;
 mod pages;
 mod settings;
 mod trigger;
+mod webhooks;
 
 use browser::Browser;
 

@@ -7,7 +7,10 @@ use serde_json::json;
 use thirtyfour::Key;
 
 use super::{Browser, signed_in};
-use crate::harness::{Cluster, SOON, held::Held, source::PostgresSource, until};
+use crate::{
+    harness::{Cluster, SOON, held::Held, hooks::Hooks, source::PostgresSource, until},
+    webhooks::webhook,
+};
 
 const CHECKS: &str = include_str!("checks.js");
 
@@ -43,6 +46,9 @@ async fn lively() -> (Cluster, Held, Vec<(&'static str, String)>) {
     let waiting = cluster.trigger(&job).await;
     let (_, batch) = cluster.request("POST", "/api/runs", Some(json!({ "jobs": [job, failing] }))).await;
     let batch = batch["executionId"].as_str().expect("an id").to_owned();
+    let hooks = Hooks::start().await;
+    let more = json!({ "events": ["failed", "cancelled"], "labels": { "env": "prod" } });
+    let (hook, _) = webhook(&cluster, &hooks, more).await;
     let (person, _) = crate::harness::people::user(&cluster, &["jobs:read"]).await;
     let id = |run: &serde_json::Value| run["id"].as_str().expect("an id").to_owned();
     let pages = vec![
@@ -74,6 +80,9 @@ async fn lively() -> (Cluster, Held, Vec<(&'static str, String)>) {
         ("audit-log", "/access/audit-log".to_owned()),
         ("system", "/settings/system".to_owned()),
         ("cluster", "/settings/cluster".to_owned()),
+        ("webhooks", "/settings/webhooks".to_owned()),
+        ("webhook-form", "/settings/webhooks/new".to_owned()),
+        ("webhook-edit", format!("/settings/webhooks/{hook}/edit")),
     ];
     (cluster, held, pages)
 }

@@ -64,7 +64,10 @@ async fn a_person_is_shown_nothing_that_they_may_not_do() {
     let browser = signed_in(&cluster, &["jobs:read", "settings:read"]).await;
     let links = "return [...document.querySelectorAll('nav a')].map((a) => a.getAttribute('href'))";
     browser.go("/jobs").await;
-    assert_eq!(browser.js(links).await, json!(["/", "/jobs", "/access/sessions", "/settings/system"]));
+    assert_eq!(
+        browser.js(links).await,
+        json!(["/", "/jobs", "/access/sessions", "/settings/system", "/settings/webhooks"])
+    );
     let offered = browser.js("return [...document.querySelectorAll('main button, main a, main summary')].map((b) => b.textContent.trim())").await;
     assert_eq!(offered, json!(["API Trigger"]), "no run, no edit, no source, no history");
     browser.click("[data-dialog]").await;

@@ -6,6 +6,7 @@ mod calls;
 mod database;
 pub mod held;
 pub mod history;
+pub mod hooks;
 pub mod metrics;
 pub mod otlp;
 pub mod people;
