@@ -1,5 +1,6 @@
 //! A dump of a large database by a worker, beside the same by hand: `pg_dump -Fc -Z0 | zstd -3`. Both in one run on
-//! one PostgreSQL, so that the ratios hold on any machine. `DBACKUP_BENCH_MB` sets the size, 2048 by default.
+//! one PostgreSQL, so that the ratios hold on any machine; then both encrypted. `DBACKUP_BENCH_MB` sets the size, 2048 by
+//! default.
 
 #![allow(clippy::disallowed_methods, reason = "it starts the tools by hand")]
 
@@ -42,15 +43,16 @@ fn peak_mib(process: &Process) -> f64 {
     line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
 }
 
-fn by_hand(source: &PostgresSource, file: &std::path::Path) -> Measured {
+fn by_hand(source: &PostgresSource, file: &std::path::Path, recipient: Option<&str>) -> Measured {
     let children = || {
         let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("answers");
         let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
         seconds(usage.user_time()) + seconds(usage.system_time())
     };
     let (began, cpu) = (Instant::now(), children());
+    let encrypt = recipient.map(|recipient| format!(" | age -r {recipient}")).unwrap_or_default();
     let script = format!(
-        "pg_dump -Fc -Z0 '{}' | zstd -q -3 > '{}' && sync '{1}'",
+        "pg_dump -Fc -Z0 '{}' | zstd -q -3{encrypt} > '{}' && sync '{1}'",
         postgres_url(&source.database),
         file.display()
     );
@@ -68,6 +70,13 @@ async fn by_worker(cluster: &Cluster, job: &str) -> Measured {
         cpu: cpu_of(&cluster.workers[0]) - cpu,
         stored_mib: ended["size"].as_f64().expect("a size") / f64::from(1 << 20),
     }
+}
+
+/// Of a new identity, which nobody keeps.
+fn recipient() -> String {
+    let output =
+        Command::new("bash").args(["-c", "age-keygen 2>/dev/null | age-keygen -y"]).output().expect("bash runs");
+    String::from_utf8(output.stdout).expect("text").trim().to_owned()
 }
 
 #[tokio::main]
@@ -89,24 +98,30 @@ async fn main() -> ExitCode {
     )
     .await;
     let (destination, _) = cluster.local_destination().await;
-    let job = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;
+    let held = cluster.source("postgres", source.config()).await;
+    let job = cluster.job(&held, &[&destination], json!({})).await;
+    let recipient = recipient();
+    let encryption = json!({ "encryption": { "recipients": [recipient] } });
+    let encrypted = cluster.job(&held, &[&destination], encryption).await;
 
     let mut report = Report::new(
         "A dump of a large database",
         &format!(
             "{megabytes} MiB, half text and half noise, dumped by a worker to a local folder and by hand \
-             (`pg_dump -Fc -Z0 | zstd -3`), in turn, three times."
+             (`pg_dump -Fc -Z0 | zstd -3`), in turn, three times; and the same encrypted (`| age -r`)."
         ),
     );
     report.line("| run | wall s | CPU s | stored MiB | MiB/s of the dump |");
     report.line("| --- | ---: | ---: | ---: | ---: |");
-    let (mut worker, mut hand) = (Vec::new(), Vec::new());
+    let (mut worker, mut hand, mut worker_age, mut hand_age) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     // In turn, so that a cache that warms up favours neither.
     for round in 1..=3 {
         let file = cluster.scratch.join("by-hand.zst");
         for (name, measured, all) in [
-            ("pg_dump, zstd by hand", by_hand(&source, &file), &mut hand),
+            ("pg_dump, zstd by hand", by_hand(&source, &file, None), &mut hand),
             ("worker", by_worker(&cluster, &job).await, &mut worker),
+            ("pg_dump, zstd, age by hand", by_hand(&source, &file, Some(&recipient)), &mut hand_age),
+            ("worker, encrypted", by_worker(&cluster, &encrypted).await, &mut worker_age),
         ] {
             report.line(format!(
                 "| {name}, round {round} | {:.1} | {:.1} | {:.0} | {:.0} |",
@@ -123,14 +138,16 @@ async fn main() -> ExitCode {
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
-    let ratio = |of: fn(&Measured) -> f64| median(&worker, of) / median(&hand, of);
+    let ratio = |one: &[Measured], other: &[Measured], of: fn(&Measured) -> f64| median(one, of) / median(other, of);
     let peak = peak_mib(&cluster.workers[0]);
     report.line("");
     report.line(format!(
-        "Worker to by hand, medians: wall {:.2}, CPU {:.2}, stored {:.3}. Peak memory of the worker (VmHWM): {peak:.1} MiB, promised under {MOST_MEMORY_MIB} MiB.",
-        ratio(|m| m.wall),
-        ratio(|m| m.cpu),
-        ratio(|m| m.stored_mib)
+        "Worker to by hand, medians: wall {:.2}, CPU {:.2}, stored {:.3}; encrypted: wall {:.2}, CPU {:.2}. Peak memory of the worker (VmHWM): {peak:.1} MiB, promised under {MOST_MEMORY_MIB} MiB.",
+        ratio(&worker, &hand, |m| m.wall),
+        ratio(&worker, &hand, |m| m.cpu),
+        ratio(&worker, &hand, |m| m.stored_mib),
+        ratio(&worker_age, &hand_age, |m| m.wall),
+        ratio(&worker_age, &hand_age, |m| m.cpu)
     ));
     report.write();
     if peak < MOST_MEMORY_MIB { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -59,22 +59,24 @@ pub fn recipient(text: &str) -> Result<x25519::Recipient, &'static str> {
 
 const SECRET_PREFIX: &str = "AGE-SECRET-KEY-";
 
-/// The identity among those in `text`, as `age-keygen` writes them, that opens what is encrypted to `recipients`; else what is
-/// wrong.
+/// Length of an identity as text.
+const SECRET_LENGTH: usize = 74;
+
+/// The identity among those in `text` that opens what is encrypted to `recipients`; else what is wrong. The text is that of a
+/// key file, whose lines may have been lost on the way: a form's field has none.
 pub fn identity(text: &SecretString, recipients: &[String]) -> Result<SecretString, String> {
-    let lines = text.expose_secret().lines().map(str::trim);
+    let text = text.expose_secret().to_ascii_uppercase();
     let mut known = 0;
-    for line in lines.filter(|line| !line.is_empty() && !line.starts_with('#')) {
-        let identity: x25519::Identity = line
-            .parse()
-            .map_err(|_| "is not an age identity: it begins with AGE-SECRET-KEY-1, and `age-keygen` writes it")?;
+    for (at, _) in text.match_indices(SECRET_PREFIX) {
+        let identity = text.get(at..at + SECRET_LENGTH).and_then(|text| text.parse::<x25519::Identity>().ok());
+        let identity = identity.ok_or("holds an age identity with a mistake in it: was all of it copied?")?;
         known += 1;
         if recipients.contains(&identity.to_public().to_string()) {
             return Ok(identity.to_string());
         }
     }
     match known {
-        0 => Err("holds no age identity, a line that begins with AGE-SECRET-KEY-1".to_owned()),
+        0 => Err(format!("holds no age identity, which begins with {SECRET_PREFIX}1 and is written by `age-keygen`")),
         _ => Err(format!("does not open this backup, which is encrypted to {}", recipients.join(", "))),
     }
 }
@@ -107,7 +109,7 @@ mod tests {
 
     #[test]
     fn of_a_file_of_identities_the_one_that_opens_is_taken_and_no_other_leaves_it() {
-        let ((first, _), (second, recipient), (_, strange)) = (pair(), pair(), pair());
+        let ((first, first_recipient), (second, recipient), (_, strange)) = (pair(), pair(), pair());
         let file = format!(
             "# created: today\n# public key: {recipient}\n{}\n\n{}\n",
             first.expose_secret(),
@@ -115,6 +117,10 @@ mod tests {
         );
         let found = identity(&file.clone().into(), &[strange.clone(), recipient]).expect("opens");
         assert_eq!(found.expose_secret(), second.expose_secret());
+        let flat = file.replace('\n', "");
+        assert!(identity(&flat.into(), &[first_recipient]).is_ok(), "a form's field has one line");
+        let cut = first.expose_secret()[..70].to_owned();
+        assert!(identity(&cut.into(), std::slice::from_ref(&strange)).is_err_and(|why| why.contains("mistake")));
         let error = identity(&file.into(), std::slice::from_ref(&strange)).expect_err("does not open");
         assert!(error.contains(&strange) && !error.contains(SECRET_PREFIX), "{error}");
         for nothing in ["", "# only words", "age1xyz"] {

@@ -349,12 +349,23 @@ impl Delivery {
     }
 }
 
-/// Takes what is due, at most so much. Nobody else takes it within `hold`, which is longer than a try.
-pub async fn take_due(conn: &mut PgConnection, most: i64, hold: Duration) -> Result<Vec<Delivery>, sqlx::Error> {
+/// Takes what is due, but of those that are `busy`, and at most so much of each. Nobody else takes it within `hold`, which
+/// is longer than a try.
+pub async fn take_due(
+    conn: &mut PgConnection,
+    busy: &[WebhookId],
+    most: i64,
+    hold: Duration,
+) -> Result<Vec<Delivery>, sqlx::Error> {
     sqlx::query_as!(
         Delivery,
         r#"with due as materialized (
-               select id from webhook_deliveries where due_at <= now() order by due_at limit $1 for update skip locked
+               select d.id
+                 from webhooks w
+                cross join lateral (select id from webhook_deliveries d
+                                     where d.webhook_id = w.id and d.due_at <= now()
+                                     order by d.due_at limit $1 for update skip locked) d
+                where w.id <> all ($3)
            )
            update webhook_deliveries d
               set attempts = d.attempts + 1, due_at = clock_timestamp() + $2 * interval '1 millisecond'
@@ -367,6 +378,7 @@ pub async fn take_due(conn: &mut PgConnection, most: i64, hold: Duration) -> Res
                      (select e.tracestate from executions e where e.id = d.execution_id) as tracestate"#,
         most,
         millis(hold),
+        busy as _,
     )
     .fetch_all(conn)
     .await

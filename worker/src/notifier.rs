@@ -2,12 +2,16 @@
 //! nobody else takes meanwhile. Told at least once: a worker that dies between an answer and its record lets another tell
 //! it again, with the same `webhook-id`.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 
 use common::{
     db::{ANSWER_TIMEOUT, DbError},
     error::Chain,
     execution::{self, Execution},
+    id::WebhookId,
     metrics,
     queue::{Notice, heard},
     telemetry::{
@@ -20,6 +24,8 @@ use futures::future::join_all;
 use reqwest::{Client, redirect::Policy};
 use secrecy::ExposeSecret;
 use serde_json::json;
+use sqlx::PgConnection;
+use tokio::{sync::broadcast::Receiver, task::JoinSet};
 
 use crate::service::Shared;
 
@@ -27,8 +33,8 @@ use crate::service::Shared;
 const TRY: Duration = Duration::from_secs(10);
 /// How long a delivery is one worker's: a try and the record of it.
 const HOLD: Duration = Duration::from_secs(30);
-/// Deliveries that are told at once.
-const AT_ONCE: i64 = 16;
+/// Deliveries that a webhook is told at once by one worker.
+const AT_ONCE: i64 = 4;
 /// Shortest time between two looks: runs end by the hundred in a second, and who is told can wait that long.
 const GATHER: Duration = Duration::from_millis(200);
 /// Longest pause between two tries.
@@ -46,33 +52,55 @@ pub async fn run(shared: Shared) {
         }
     };
     let mut notices = shared.wakeups.subscribe();
+    // One that does not answer keeps nobody else waiting: each has a task of its own.
+    let (mut busy, mut telling) = (Vec::new(), JoinSet::new());
     loop {
-        match tell_due(&shared, &client).await {
-            // There may be more.
-            Ok(told) if told == AT_ONCE => {}
-            Ok(_) => {
-                let tick = shared.config.timing.ticker.mul_f64(rand::random_range(0.75..1.25));
-                let wanted = |notice: &Notice| matches!(notice, Notice::Changed(_) | Notice::Test);
-                heard(&mut notices, tick, wanted).await;
-                tokio::time::sleep(GATHER).await;
+        match take_due(&shared, &busy).await {
+            Ok(due) => {
+                for (webhook, deliveries) in due {
+                    busy.push(webhook);
+                    telling.spawn(tell_all(shared.clone(), client.clone(), webhook, deliveries));
+                }
             }
-            Err(error) => {
-                tracing::debug!(error = %Chain(&error), "webhooks are told later");
-                tokio::time::sleep(shared.config.timing.ticker).await;
-            }
+            Err(error) => tracing::debug!(error = %Chain(&error), "webhooks are told later"),
+        }
+        tokio::select! {
+            Some(told) = telling.join_next() => match told {
+                Ok(webhook) => busy.retain(|other| *other != webhook),
+                Err(error) => {
+                    tracing::error!(%error, "a bug in the worker: a webhook was not told; it is tried again");
+                    busy.clear();
+                }
+            },
+            () = something_to_tell(&shared, &mut notices) => {}
         }
     }
 }
 
-/// Tells what is due, once; gives how much that was.
-async fn tell_due(shared: &Shared, client: &Client) -> Result<i64, DbError> {
-    let due = shared.db.within(ANSWER_TIMEOUT, async |conn| webhook::take_due(conn, AT_ONCE, HOLD).await).await?;
-    let tested = due.iter().any(|delivery| delivery.execution_id.is_none());
-    join_all(due.iter().map(|delivery| tell(shared, client, delivery))).await;
-    if tested {
+/// Waits until a run may have ended, or for a tick.
+async fn something_to_tell(shared: &Shared, notices: &mut Receiver<Notice>) {
+    let tick = shared.config.timing.ticker.mul_f64(rand::random_range(0.75..1.25));
+    heard(notices, tick, |notice| matches!(notice, Notice::Changed(_) | Notice::Test)).await;
+    tokio::time::sleep(GATHER).await;
+}
+
+/// Takes what is due of those that are not busy.
+async fn take_due(shared: &Shared, busy: &[WebhookId]) -> Result<BTreeMap<WebhookId, Vec<Delivery>>, DbError> {
+    let take = async |conn: &mut PgConnection| webhook::take_due(conn, busy, AT_ONCE, HOLD).await;
+    let mut due: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for delivery in shared.db.within(ANSWER_TIMEOUT, take).await? {
+        due.entry(delivery.webhook_id).or_default().push(delivery);
+    }
+    Ok(due)
+}
+
+/// Tells one webhook what was taken for it.
+async fn tell_all(shared: Shared, client: Client, webhook: WebhookId, deliveries: Vec<Delivery>) -> WebhookId {
+    join_all(deliveries.iter().map(|delivery| tell(&shared, &client, delivery))).await;
+    if deliveries.iter().any(|delivery| delivery.execution_id.is_none()) {
         shared.wakeups.tell(Notice::Test);
     }
-    Ok(i64::try_from(due.len()).unwrap_or(AT_ONCE))
+    webhook
 }
 
 /// Tells one, and records what became of it. Where that fails, it is due again when its hold is over.

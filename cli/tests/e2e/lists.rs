@@ -18,6 +18,8 @@ async fn one_more(cluster: &Cluster) {
     let job = cluster.job(&source, &[&destination], json!({})).await;
     cluster.trigger(&job).await;
     cluster.key(&["jobs:read"]).await;
+    let webhook = json!({ "name": "On call", "url": "https://hooks.example.com/x" });
+    cluster.ok("POST", "/api/webhooks", Some(webhook)).await;
     let name = unique("user");
     let body = json!({ "name": name, "password": PASSWORD, "permissions": ["jobs:read"] });
     cluster.ok("POST", "/api/users", Some(body)).await;

@@ -39,6 +39,7 @@ impl Told {
 #[derive(Default)]
 struct Inner {
     told: Vec<Told>,
+    hangs: bool,
     answers: VecDeque<StatusCode>,
 }
 
@@ -70,6 +71,11 @@ impl Hooks {
         self.inner.lock().expect("unpoisoned").answers.extend(answers);
     }
 
+    /// Takes a message and never answers.
+    pub fn hang(&self) {
+        self.inner.lock().expect("unpoisoned").hangs = true;
+    }
+
     /// What came.
     pub fn told(&self) -> Vec<Told> {
         self.inner.lock().expect("unpoisoned").told.clone()
@@ -82,8 +88,16 @@ impl Hooks {
     }
 }
 
-async fn take(State(inner): State<Arc<Mutex<Inner>>>, headers: HeaderMap, body: String) -> StatusCode {
-    let mut inner = inner.lock().expect("unpoisoned");
-    inner.told.push(Told { headers, body });
-    inner.answers.pop_front().unwrap_or(StatusCode::NO_CONTENT)
+/// Every answer names another address, for whoever takes it for a redirect.
+async fn take(
+    State(inner): State<Arc<Mutex<Inner>>>,
+    headers: HeaderMap,
+    body: String,
+) -> (StatusCode, [(&'static str, &'static str); 1]) {
+    let (hangs, answer) = {
+        let mut inner = inner.lock().expect("unpoisoned");
+        inner.told.push(Told { headers, body });
+        (inner.hangs, inner.answers.pop_front().unwrap_or(StatusCode::NO_CONTENT))
+    };
+    if hangs { std::future::pending().await } else { (answer, [("location", "/elsewhere")]) }
 }

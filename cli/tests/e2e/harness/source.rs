@@ -96,6 +96,13 @@ pub fn psql(database: &str, query: &str) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
+/// Whether a database holds a text anywhere, as text or as bytes.
+pub fn holds(database: &str, text: &str) -> bool {
+    let dump = shell(&format!("pg_dump '{}'", postgres_url(database))).stdout;
+    let dump = String::from_utf8_lossy(&dump);
+    dump.contains(text) || dump.contains(&hex::encode(text))
+}
+
 /// Runs a shell pipeline that must succeed.
 pub fn shell(script: &str) -> Output {
     let output =
