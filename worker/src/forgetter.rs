@@ -10,7 +10,8 @@ use common::{
         idempotency::forget_old_keys,
         restore,
     },
-    session, setting, webhook,
+    session, setting,
+    webhook::delivery,
 };
 
 use crate::service::Shared;
@@ -40,7 +41,7 @@ async fn forget(shared: &Shared) -> Result<Batch, DbError> {
     let db = &shared.db;
     db.within(LIMIT, async |conn| forget_old_keys(conn).await).await?;
     db.within(LIMIT, async |conn| session::forget_old(conn).await).await?;
-    db.within(LIMIT, async |conn| webhook::forget_tests(conn).await).await?;
+    db.within(LIMIT, async |conn| delivery::forget_tests(conn).await).await?;
     db.within(LIMIT, async |conn| restore::erase_identities(conn).await).await?;
     let settings = db.within(LIMIT, async |conn| setting::read(conn).await).await?;
     let logs = db.within(LIMIT, async |conn| history::forget_logs(conn, settings.keep_logs_days).await).await?;

@@ -18,7 +18,10 @@ use common::{
         Span, TraceContext,
         span::{self, SpanKind},
     },
-    webhook::{self, Address, Delivery},
+    webhook::{
+        Address,
+        delivery::{self, Delivery},
+    },
 };
 use futures::future::join_all;
 use reqwest::{Client, redirect::Policy};
@@ -86,7 +89,7 @@ async fn something_to_tell(shared: &Shared, notices: &mut Receiver<Notice>) {
 
 /// Takes what is due of those that are not busy.
 async fn take_due(shared: &Shared, busy: &[WebhookId]) -> Result<BTreeMap<WebhookId, Vec<Delivery>>, DbError> {
-    let take = async |conn: &mut PgConnection| webhook::take_due(conn, busy, AT_ONCE, HOLD).await;
+    let take = async |conn: &mut PgConnection| delivery::take_due(conn, busy, AT_ONCE, HOLD).await;
     let mut due: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for delivery in shared.db.within(ANSWER_TIMEOUT, take).await? {
         due.entry(delivery.webhook_id).or_default().push(delivery);
@@ -108,7 +111,7 @@ async fn tell(shared: &Shared, client: &Client, delivery: &Delivery) {
     let recorded = match try_once(shared, client, delivery).await {
         Ok(()) => {
             metrics::get().delivery("delivered");
-            shared.db.within(ANSWER_TIMEOUT, async |conn| webhook::delivered(conn, delivery).await).await
+            shared.db.within(ANSWER_TIMEOUT, async |conn| delivery::delivered(conn, delivery).await).await
         }
         Err(error) => failed(shared, delivery, &error).await,
     };
@@ -120,7 +123,7 @@ async fn tell(shared: &Shared, client: &Client, delivery: &Delivery) {
 async fn failed(shared: &Shared, delivery: &Delivery, error: &str) -> Result<(), DbError> {
     let pause = pause(shared.config.timing.ticker, delivery.attempt);
     let gone =
-        shared.db.within(ANSWER_TIMEOUT, async |conn| webhook::failed(conn, delivery, error, pause).await).await?;
+        shared.db.within(ANSWER_TIMEOUT, async |conn| delivery::failed(conn, delivery, error, pause).await).await?;
     metrics::get().delivery(if gone { "given_up" } else { "failed" });
     let Delivery { webhook_id, webhook_name, event, attempt, .. } = delivery;
     let execution = delivery.execution_id.map(|id| id.to_string());

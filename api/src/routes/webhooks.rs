@@ -12,7 +12,10 @@ use common::{
     label::Labels,
     permission::Permission,
     queue::{Notice, heard},
-    webhook::{self, Address, Filter, Tested, Webhook, WebhookDraft, WebhookEvent},
+    webhook::{
+        self, Address, Filter, Webhook, WebhookDraft, WebhookEvent,
+        delivery::{self, Tested},
+    },
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
@@ -238,10 +241,10 @@ pub async fn test(
     // Registered before the question, or a quick answer is missed.
     let mut notices = state.wakeups.subscribe();
     let asked = Instant::now();
-    let test = state.ask(async |conn| webhook::ask_test(conn, webhook.id).await).await?.ok_or_else(not_found)?;
+    let test = state.ask(async |conn| delivery::ask_test(conn, webhook.id).await).await?.ok_or_else(not_found)?;
     state.wakeups.tell(Notice::Test);
     let result = loop {
-        match state.ask(async |conn| webhook::tested(conn, test).await).await? {
+        match state.ask(async |conn| delivery::tested(conn, test).await).await? {
             Tested::Done(result) => break Ok(result),
             Tested::Waiting if asked.elapsed() > TESTED_WITHIN => {
                 break Err(ApiError::new(
@@ -256,7 +259,7 @@ pub async fn test(
             }
         }
     };
-    let _ = state.ask(async |conn| webhook::withdraw(conn, test).await).await;
+    let _ = state.ask(async |conn| delivery::withdraw(conn, test).await).await;
     let result = result?;
     Ok(data(&WebhookTest { ok: result.is_ok(), error: result.err() }))
 }
