@@ -164,8 +164,11 @@ pub async fn update(
     let old = find(&state, &id).await?;
     allowed(&caller)?;
     let draft = body.draft(Some(&old))?;
-    let secret = address(&state, &old).await?.secret;
-    let changed = body.address().map(|(address, hint)| (Address { secret, ..address }, hint));
+    // Only then: one that does not open any more can still be switched off.
+    let changed = match body.address() {
+        Some((new, hint)) => Some((Address { secret: address(&state, &old).await?.secret, ..new }, hint)),
+        None => None,
+    };
     let updated = state
         .change(&caller, async |conn| {
             let address = changed.as_ref().map(|(address, hint)| (address, hint.as_str()));
