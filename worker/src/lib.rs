@@ -3,6 +3,7 @@
 //! What is absent on purpose: no HTTP but what tells webhooks, no state that another process would miss, no retry inside a run (a retry
 //! is a row that waits), no transaction that stays open over a dump or an upload.
 
+pub mod back_off;
 pub mod backend;
 pub mod config;
 pub mod failure;

@@ -30,7 +30,7 @@ use serde_json::json;
 use sqlx::PgConnection;
 use tokio::{sync::broadcast::Receiver, task::JoinSet};
 
-use crate::service::Shared;
+use crate::{back_off::back_off, service::Shared};
 
 /// Longest time of one try.
 const TRY: Duration = Duration::from_secs(10);
@@ -121,7 +121,7 @@ async fn tell(shared: &Shared, client: &Client, delivery: &Delivery) {
 }
 
 async fn failed(shared: &Shared, delivery: &Delivery, error: &str) -> Result<(), DbError> {
-    let pause = pause(shared.config.timing.ticker, delivery.attempt);
+    let pause = back_off(shared.config.timing.ticker, delivery.attempt, MOST_PAUSE);
     let gone =
         shared.db.within(ANSWER_TIMEOUT, async |conn| delivery::failed(conn, delivery, error, pause).await).await?;
     metrics::get().delivery(if gone { "given_up" } else { "failed" });
@@ -133,12 +133,6 @@ async fn failed(shared: &Shared, delivery: &Delivery, error: &str) -> Result<(),
         tracing::warn!(webhook = %webhook_id, name = webhook_name, event, execution, attempt, error, "a webhook could not be told");
     }
     Ok(())
-}
-
-/// Doubles with each try, with jitter so that what failed together parts.
-fn pause(first: Duration, attempt: i32) -> Duration {
-    let doublings = u32::try_from(attempt - 1).unwrap_or(0).min(16);
-    first.saturating_mul(1 << doublings).min(MOST_PAUSE).mul_f64(rand::random_range(0.8..1.2))
 }
 
 async fn try_once(shared: &Shared, client: &Client, delivery: &Delivery) -> Result<(), String> {
@@ -204,19 +198,5 @@ async fn send(
             Err(format!("it answers {status}, a redirect, which is not followed: give the address that it leads to"))
         }
         status => Err(format!("it answers {status}")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_pause_doubles_up_to_an_hour() {
-        let second = Duration::from_secs(1);
-        for (attempt, least, most) in [(1, 0.8, 1.2), (2, 1.6, 2.4), (5, 12.8, 19.2), (40, 2_880.0, 4_320.0)] {
-            let pause = pause(second, attempt).as_secs_f64();
-            assert!((least..=most).contains(&pause), "try {attempt}: {pause} s");
-        }
     }
 }

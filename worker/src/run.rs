@@ -33,6 +33,7 @@ use nix::sys::signal::Signal;
 use tracing::Instrument;
 
 use crate::{
+    back_off::back_off,
     backend::Claimed,
     failure::{Class, RunError, of_stop},
     finisher,
@@ -48,6 +49,9 @@ use crate::{
 
 /// What a tool gets between SIGTERM and SIGKILL when somebody cancels: all of it is to be over within two seconds.
 const CANCEL_GRACE: Duration = Duration::from_millis(1_200);
+
+/// Longest pause before a failed run is tried again.
+const MOST_RETRY_PAUSE: Duration = Duration::from_secs(600);
 
 /// Runs a claim to its end.
 pub async fn run(shared: Shared, claimed: Claimed) {
@@ -287,14 +291,8 @@ fn failed(lease: &Lease, error: RunError, shared: &Shared, attempt: i32) -> Endi
     let failure = error.into_failure(lease.stage());
     match class {
         Class::GiveUp => Ending::Failed(failure),
-        Class::Retry => Ending::Retry(failure, retry_pause(shared.config.retry_pause, attempt)),
+        Class::Retry => Ending::Retry(failure, back_off(shared.config.retry_pause, attempt, MOST_RETRY_PAUSE)),
     }
-}
-
-/// Doubles with each attempt, at most ten minutes, with jitter so that runs which failed together part.
-fn retry_pause(first: Duration, attempt: i32) -> Duration {
-    let doublings = u32::try_from(attempt - 1).unwrap_or(0).min(16);
-    first.saturating_mul(1 << doublings).min(Duration::from_secs(600)).mul_f64(rand::random_range(0.8..1.2))
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -203,12 +203,7 @@ pub async fn rotate(
     allowed(&caller)?;
     let new = Address::new(address(&state, &old).await?.url);
     let hint = old.url.clone();
-    let draft = WebhookDraft {
-        name: old.name.clone(),
-        events: old.events.clone(),
-        labels: old.labels.clone(),
-        enabled: old.enabled,
-    };
+    let draft = WebhookDraft::from(&old);
     let updated = state
         .change(&caller, async |conn| {
             let updated = webhook::update(conn, &state.key, old.id, &draft, Some((&new, &hint))).await?;

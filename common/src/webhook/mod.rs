@@ -171,6 +171,18 @@ pub struct WebhookDraft {
     pub enabled: bool,
 }
 
+impl From<&Webhook> for WebhookDraft {
+    /// A change that changes nothing.
+    fn from(webhook: &Webhook) -> Self {
+        Self {
+            name: webhook.name.clone(),
+            events: webhook.events.clone(),
+            labels: webhook.labels.clone(),
+            enabled: webhook.enabled,
+        }
+    }
+}
+
 /// Stores a new one.
 pub async fn create(
     conn: &mut PgConnection,
