@@ -20,7 +20,10 @@ use common::{
     job,
     label::Labels,
     queue::Notice,
-    telemetry::{Span, TraceContext, span::SpanKind},
+    telemetry::{
+        Span, TraceContext,
+        span::{SpanKind, flush_soon},
+    },
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -243,6 +246,8 @@ impl Accepted {
             body["reused"] = true.into();
         }
         if let Some(until) = wait {
+            // The span of the request is open until then; the rest need not be.
+            flush_soon();
             // Acknowledged already: what goes wrong with the waiting must not look like a failed trigger.
             if let Ok(seen) = waiting::until_over(state, caller, self.id, until).await {
                 body["data"] = seen.data.clone();

@@ -244,6 +244,52 @@ async fn a_claim_is_sent_at_once_and_does_not_wait_for_a_batch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_trigger_is_sent_at_once_so_that_the_trace_is_whole_though_its_api_process_was_killed() {
+    let receiver = Receiver::start().await;
+    let hour = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 3_600_000);
+    let mut cluster = hour.start().await;
+    let job = plain_job(&cluster, json!({})).await;
+    cluster.workers.clear();
+    let id = trigger(&cluster, &job, &format!("00-{TRACE}-{CALLER}-01")).await;
+    let of_trigger = [("POST /api/jobs/{id}/run", 1), ("auth", 1), ("rate_limit", 1), ("enqueue", 1)];
+    receiver.holds(TRACE, &of_trigger, SOON).await;
+    cluster.apis[1].0.kill().await;
+    cluster.apis.truncate(1);
+    cluster.add_worker(&[("OTEL_BSP_SCHEDULE_DELAY", "100".to_owned())]).await;
+    let run = cluster.ended(&id, SOON).await;
+    assert_eq!(run["status"], "Success", "{run:#}");
+    assert_whole(&receiver.holds(TRACE, &[("attempt", 1), ("commit", 1)], SOON).await, CALLER);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trigger_that_waits_for_the_end_is_sent_before_it() {
+    let receiver = Receiver::start().await;
+    let hour = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 3_600_000);
+    let cluster = hour.limit(0).start().await;
+    let job = plain_job(&cluster, json!({})).await;
+    let url = format!("{}/api/jobs/{job}/run", cluster.url(0));
+    let request = cluster.http.post(url).bearer_auth(&cluster.admin_key).json(&json!({ "wait": 60 }));
+    let waiting = tokio::spawn(request.header("traceparent", format!("00-{TRACE}-{CALLER}-01")).send());
+    receiver.holds(TRACE, &[("auth", 1), ("rate_limit", 1), ("enqueue", 1)], SOON).await;
+    assert!(!waiting.is_finished(), "nobody claims it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_firing_is_sent_at_once_and_does_not_wait_for_a_batch() {
+    let receiver = Receiver::start().await;
+    let cluster = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 3_600_000).limit(0).start().await;
+    let job = plain_job(&cluster, json!({ "schedule": "0 0 1 1 *" })).await;
+    let due = "update jobs set next_run_at = clock_timestamp() - interval '1 second'";
+    sqlx::query(due).execute(&cluster.pool).await.expect("updates");
+    let run = until("it fires", SOON, || async {
+        let runs = cluster.ok("GET", &format!("/api/executions?jobId={job}"), None).await;
+        runs.get(0).cloned()
+    })
+    .await;
+    receiver.holds(run["traceId"].as_str().expect("a trace"), &[("schedule.fire", 1)], SOON).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_tool_that_fails_is_told_with_its_exit_status_and_last_words_and_the_next_attempt_links_to_it() {
     let receiver = Receiver::start().await;
     let script = "echo PGDMP; echo 'pg_dump: error: the disk of the server is on fire' >&2; exit 3";

@@ -25,7 +25,7 @@ use crate::{
     label::Labels,
     telemetry::{
         Span, TraceContext,
-        span::{SpanContext, SpanKind},
+        span::{SpanContext, SpanKind, flush_soon},
     },
     time::as_text,
 };
@@ -117,6 +117,9 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Vec<Firing>, sqlx::Erro
             firing.tell(span);
         }
     }
+    drop(spans);
+    // Whoever claims the runs names them as parents.
+    flush_soon();
     Ok(firings)
 }
 
