@@ -89,5 +89,5 @@ async fn a_batch_is_small_and_only_one_process_at_a_time_forgets_logs() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_a_client_or_a_worker_does_walks_the_history() {
-    assert_nothing_walks(60_000, 4_000).await;
+    assert_nothing_walks(60_000, 12_000).await;
 }

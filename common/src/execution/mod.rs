@@ -418,6 +418,9 @@ pub struct Filter {
 }
 
 /// A page of executions, newest first.
+///
+/// Which they are is found first, from an index alone: for whole rows PostgreSQL takes the index of all executions for as
+/// cheap as that of a status, and walks over everything that waits to find the newest failures.
 pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execution>, sqlx::Error> {
     let rows = sqlx::query_as!(
         Row,
@@ -428,17 +431,20 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter) -> Result<Page<Execu
                   (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template,
                   e.source_id as "source_id: SourceId", e.pool, e.serial, e.run_at,
                   e.previous_token is not null as "tried!"
-             from executions e left join execution_leases l on l.execution_id = e.id
-            where ($1::uuid is null or e.job_id = $1)
-              and ($2::uuid[] is null or e.job_id = any ($2))
-              and ($3::text is null or e.status = $3)
-              and ($4::text is null or e.outcome = $4)
-              and ($9::text is null or e.outcome is distinct from $9)
-              and ($5::timestamptz is null or e.queued_at >= $5)
-              and ($6::timestamptz is null or e.queued_at < $6)
-              and ($7::bigint is null or e.seq < $7)
-            order by e.seq desc
-            limit $8"#,
+             from (select p.seq from executions p
+                    where ($1::uuid is null or p.job_id = $1)
+                      and ($2::uuid[] is null or p.job_id = any ($2))
+                      and ($3::text is null or p.status = $3)
+                      and ($4::text is null or p.outcome = $4)
+                      and ($9::text is null or p.outcome is distinct from $9)
+                      and ($5::timestamptz is null or p.queued_at >= $5)
+                      and ($6::timestamptz is null or p.queued_at < $6)
+                      and ($7::bigint is null or p.seq < $7)
+                    order by p.seq desc
+                    limit $8) page
+             join executions e on e.seq = page.seq
+             left join execution_leases l on l.execution_id = e.id
+            order by e.seq desc"#,
         filter.job_id as _,
         filter.only.as_deref() as _,
         filter.status.map(Status::as_str),

@@ -33,12 +33,13 @@ impl Audited for Cluster {
 const AUDIT: &str = "
     create table lease_audit (
         id bigserial, at timestamptz not null default clock_timestamp(), change int not null, job_id uuid not null,
-        execution_id uuid not null, max_concurrency int not null, source_id uuid not null, type text not null, source_limit int
+        execution_id uuid not null, worker text not null, max_concurrency int not null, source_id uuid not null,
+        type text not null, source_limit int
     );
     create function audit_lease() returns trigger language plpgsql as $$
     begin
-        insert into lease_audit (change, job_id, execution_id, max_concurrency, source_id, type, source_limit)
-        select case tg_op when 'INSERT' then 1 else -1 end, l.job_id, l.execution_id, g.max_concurrency, l.source_id, l.type,
+        insert into lease_audit (change, job_id, execution_id, worker, max_concurrency, source_id, type, source_limit)
+        select case tg_op when 'INSERT' then 1 else -1 end, l.job_id, l.execution_id, l.worker, g.max_concurrency, l.source_id, l.type,
                case l.type when 'Restore' then s.max_concurrent_restores else s.max_concurrent_runs end
           from queue_gate g, (select (coalesce(new, old)).*) l left join sources s on s.id = l.source_id;
         return null;
