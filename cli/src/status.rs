@@ -1,6 +1,6 @@
 //! `dbackup status`: the cluster at a glance, from its database.
 
-use std::{fmt::Write, path::PathBuf};
+use std::{collections::BTreeMap, fmt::Write, path::PathBuf};
 
 use common::{
     cluster::{self, Cluster, HeldSlot},
@@ -45,6 +45,7 @@ fn table(cluster: &Cluster) -> String {
         &["WORKER", "STATE", "SLOTS", "POOLS", "ENGINES", "VERSION", "HOST", "SINCE", "LAST SEEN"],
         &workers,
     );
+    text += &aligned("no tools", &["TOOL", "VERSION", "PATH", "WORKERS"], &tools(&cluster.workers));
     let slots: Vec<Vec<String>> = cluster.slots.iter().map(slot).collect();
     text += &aligned("no runs", &["SLOT", "EXECUTION", "JOB", "WORKER", "STAGE", "PROGRESS", "AGE", "LEASE"], &slots);
     text
@@ -78,6 +79,20 @@ fn worker(worker: &Worker) -> Vec<String> {
         time(worker.since),
         time(worker.last_seen_at),
     ]
+}
+
+/// Workers that have the same tool share a line, so that one that lags behind shows.
+fn tools(workers: &[Worker]) -> Vec<Vec<String>> {
+    let mut tools: BTreeMap<[&str; 3], Vec<&str>> = BTreeMap::new();
+    for worker in workers {
+        for tool in worker.tools.iter() {
+            tools.entry([&tool.name, &tool.version, &tool.path]).or_default().push(&worker.name);
+        }
+    }
+    let line = |(tool, workers): ([&str; 3], Vec<&str>)| {
+        tool.into_iter().map(str::to_owned).chain([workers.join(",")]).collect()
+    };
+    tools.into_iter().map(line).collect()
 }
 
 fn slot(slot: &HeldSlot) -> Vec<String> {
