@@ -82,7 +82,7 @@ async fn the_rights_to_put_and_to_abort_suffice_for_s3() {
 }
 
 /// A run into S3 that a proxy holds when parts of it are uploaded.
-async fn held_upload(cluster: &Cluster, server: &S3Server) -> (Proxy, String) {
+pub async fn held_upload(cluster: &Cluster, server: &S3Server) -> (Proxy, String) {
     let source = PostgresSource::with_rows(250_000).await;
     let proxy = Proxy::start(source.port).await;
     let s3 = s3_destination(cluster, server.config()).await;

@@ -5,14 +5,18 @@ use std::time::Duration;
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::harness::{
-    Cluster, SOON, files,
-    held::Held,
-    postgres_port,
-    process::{is_alive, stands_still},
-    proxy::{Mode, Proxy},
-    source::PostgresSource,
-    until,
+use crate::{
+    destinations::held_upload,
+    harness::{
+        Cluster, SOON, files,
+        held::Held,
+        postgres_port,
+        process::{is_alive, stands_still},
+        proxy::{Mode, Proxy},
+        s3::S3Server,
+        source::PostgresSource,
+        until,
+    },
 };
 
 fn children(cluster: &Cluster) -> Vec<Pid> {
@@ -63,6 +67,28 @@ async fn five_dumps_outlive_an_outage_of_the_database_without_a_rescue() {
         let log = cluster.ok("GET", &format!("/api/executions/{}?includeLogs=true", runs[0]), None).await;
         assert!(log.to_string().contains("the run stands still"), "{mode:?}: the log tells of it: {log:#}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_to_s3_stands_still_in_an_outage_and_goes_on_with_the_parts_that_it_has() {
+    let database = Proxy::start(postgres_port()).await;
+    let cluster = Cluster::build().workers(1).database_at(database.port).start().await;
+    let server = S3Server::start(cluster.scratch.join("s3"), None).await;
+    let (source, run) = held_upload(&cluster, &server).await;
+    let (uploads, tool) = (server.open_uploads(), children(&cluster)[0]);
+    assert_eq!(uploads.len(), 1, "{uploads:?}");
+
+    database.set(Mode::Cut);
+    until("the dump stands still", SOON, || async { stands_still(tool).then_some(()) }).await;
+    all_leases_are_over(&cluster, 1).await;
+    source.set(Mode::Pass);
+    assert_eq!((server.open_uploads(), server.objects()), (uploads, vec![]), "it went on without a lease");
+
+    database.set(Mode::Pass);
+    let ended = cluster.ended(&run, Duration::from_secs(60)).await;
+    assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(1)), "{ended:#}");
+    assert_eq!(count_what_was_lost(&cluster).await, 0);
+    assert_eq!((server.objects().len(), server.open_uploads()), (2, vec![]));
 }
 
 #[tokio::test(flavor = "multi_thread")]

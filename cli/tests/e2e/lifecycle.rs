@@ -113,6 +113,21 @@ async fn a_second_signal_ends_a_draining_worker_at_once_with_the_status_of_its_d
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn processes_start_and_work_on_a_schema_that_a_later_version_has_brought_up_to_date() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    let later = "insert into _sqlx_migrations (version, description, success, checksum, execution_time)
+                 values (9999, 'of a later version', true, '\\x00', 0)";
+    sqlx::query(later).execute(&cluster.pool).await.expect("inserts");
+    cluster.restart_api(0).await;
+    cluster.add_worker(&[]).await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    let run = cluster.backup(&job).await;
+    assert_eq!(run["status"], "Success", "{run:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn readyz_follows_the_database_and_livez_does_not() {
     let cluster = Cluster::build().workers(0).start().await;
     let database = Proxy::start(postgres_port()).await;
