@@ -13,7 +13,7 @@ use crate::{
         audit::{self, Audited},
         until,
     },
-    project::{A_WHILE, BACKUPS, Project, compose},
+    project::{A_WHILE, BACKUPS, Project, SKEWED, compose},
     stages::Stage,
 };
 
@@ -83,7 +83,7 @@ impl Store {
 }
 
 /// Everything that is wrong; empty when all is well.
-pub async fn everything(project: &Project, local: &str, stages: &[Stage], acknowledged: &[String]) -> Vec<String> {
+pub async fn everything(project: &Project, local: &str, stages: &[Stage]) -> Vec<String> {
     until("nothing is left to sweep", A_WHILE, || async {
         (project.number("select count(*) from staged_objects where swept_at is null").await == 0).then_some(())
     })
@@ -103,12 +103,36 @@ pub async fn everything(project: &Project, local: &str, stages: &[Stage], acknow
     let unlike = "select count(*) from executions e where (status = 'Success') <> exists (select from artifacts a where a.execution_id = e.id)";
     none("runs with a success and no backup, or the reverse", project.number(unlike).await);
     let ended = "select count(*) from executions where ended_at is not null and id = any($1::uuid[])";
-    let ended: i64 = sqlx::query_scalar(ended).bind(acknowledged).fetch_one(&project.pool).await.expect("a number");
+    let acknowledged = project.acknowledged.lock().expect("not poisoned").clone();
+    let ended: i64 = sqlx::query_scalar(ended).bind(&acknowledged).fetch_one(&project.pool).await.expect("a number");
     none("acknowledged triggers that did not end", i64::try_from(acknowledged.len()).expect("a number") - ended);
     let mut stores = vec![Store::local(local).await];
     stores.extend(stages.iter().filter_map(Store::of_stage));
     for store in stores {
         wrong.extend(store.check(project).await);
     }
+    wrong
+}
+
+/// What was to be disturbed all the while and was not: a run in which nothing was wrong proves nothing then.
+pub async fn disturbances(project: &Project) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let limits = "select count(distinct max_concurrency) from lease_audit";
+    let limits = project.number(limits).await;
+    if limits != 10 {
+        wrong.push(format!("leases came and went under {limits} different limits, and not under each from 1 to 10"));
+    }
+    let full =
+        "select count(distinct max_concurrency) from lease_history where change = 1 and running = max_concurrency";
+    let full = project.number(full).await;
+    if full < 5 {
+        wrong.push(format!("only {full} of the limits were ever reached"));
+    }
+    let skewed = format!("select count(*) from lease_audit where change = 1 and worker like '{SKEWED}-%'");
+    let skewed = project.number(&skewed).await;
+    if skewed == 0 {
+        wrong.push("the worker whose clock is wrong ran nothing".to_owned());
+    }
+    println!("leases under {limits} limits, {full} of them reached; {skewed} of the worker whose clock is wrong");
     wrong
 }

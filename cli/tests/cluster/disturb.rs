@@ -44,7 +44,13 @@ pub async fn workers(project: &Project, stages: &Arc<Vec<Stage>>, times: usize) 
     while let Some(lane) = lanes.join_next().await {
         lane.expect("a lane ends well");
     }
-    shared.done.lock().expect("not poisoned").clone()
+    let done = shared.done.lock().expect("not poisoned").clone();
+    assert_eq!(done.values().sum::<usize>(), times, "{done:?}");
+    // Of few, some lane may have had one alone.
+    if times >= 40 {
+        assert_eq!(done.len(), 2 * stages.len(), "killed and paused in each stage: {done:?}");
+    }
+    done
 }
 
 /// Waits until an execution is in the stage on a worker that nobody else disturbs; gives its container. `None` when the

@@ -2,7 +2,10 @@
 //! changes the limit every second.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,8 +23,8 @@ const AGAIN: Duration = Duration::from_millis(250);
 /// What the clients saw.
 #[derive(Default)]
 pub struct Tally {
-    /// Executions whose trigger was acknowledged.
-    pub acknowledged: Mutex<Vec<String>>,
+    /// Triggers that were acknowledged.
+    acknowledged: AtomicUsize,
     /// 503 with Retry-After: what the API may say when its database is away.
     pub refused: Mutex<Vec<String>>,
     /// Every other failure.
@@ -41,7 +44,7 @@ impl Tally {
 
     /// How many triggers were acknowledged.
     pub fn acknowledged(&self) -> usize {
-        self.acknowledged.lock().expect("not poisoned").len()
+        self.acknowledged.load(Ordering::Relaxed)
     }
 
     /// How many requests were refused.
@@ -121,7 +124,8 @@ async fn trigger(project: &Project, job: &str, tally: &Tally) -> String {
             Ok(answer) if answer.status() == 200 => {
                 let answer: Value = answer.json().await.unwrap_or_default();
                 if let Some(execution) = answer["executionId"].as_str() {
-                    tally.acknowledged.lock().expect("not poisoned").push(execution.to_owned());
+                    project.acknowledge(execution);
+                    tally.acknowledged.fetch_add(1, Ordering::Relaxed);
                     return execution.to_owned();
                 }
                 tally.failed.lock().expect("not poisoned").push(format!("an answer was cut: {answer}"));

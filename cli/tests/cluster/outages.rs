@@ -13,13 +13,34 @@ use crate::{
     stages::Stage,
 };
 
-/// Dump tools of a container that run: neither gone nor frozen.
-async fn running_tools(container: &str) -> usize {
+/// Dump tools of a container: how many run, and how many are frozen. Those that are gone and not yet waited for are
+/// neither.
+async fn tools(container: &str) -> (usize, usize) {
     let processes = docker(&["top", container, "-eo", "pid,stat,comm"]).await;
-    let runs = |line: &&str| {
-        line.contains("pg_dump") && !line.split_whitespace().nth(1).is_some_and(|s| s.starts_with(['T', 'Z']))
-    };
-    processes.lines().filter(runs).count()
+    let states: Vec<_> = processes
+        .lines()
+        .filter(|line| line.contains("pg_dump"))
+        .filter_map(|line| line.split_whitespace().nth(1))
+        .filter(|state| !state.starts_with('Z'))
+        .collect();
+    let frozen = states.iter().filter(|state| state.starts_with('T')).count();
+    (states.len() - frozen, frozen)
+}
+
+async fn running_tools(container: &str) -> usize {
+    tools(container).await.0
+}
+
+/// Those of all workers.
+async fn all_tools(project: &Project) -> (usize, usize) {
+    let mut all = (0, 0);
+    for service in ["worker", "worker-skewed"] {
+        for container in project.containers(service).await {
+            let (running, frozen) = tools(&container).await;
+            all = (all.0 + running, all.1 + frozen);
+        }
+    }
+    all
 }
 
 /// A worker without PostgreSQL, but with its source, stops its dump before anybody takes over.
@@ -94,15 +115,16 @@ pub async fn killed_api(project: &Project, source: &str, local: &str) {
     let (mut triggers, mut failed) = (0, 0);
     acknowledged(&load, 100).await;
     for container in project.containers("api").await {
-        let before = load.tally.failed().len();
+        let before = load.tally.failed().len() + load.tally.refused();
         docker(&["kill", "--signal", "KILL", &container]).await;
         acknowledged(&load, 100).await;
         docker(&["start", &container]).await;
         project.healthy(&container).await;
         acknowledged(&load, 100).await;
-        let failures = load.tally.failed();
-        let under_way = failures.len() - before;
-        assert!(under_way <= CLIENTS, "more than what was under way failed: {failures:#?}");
+        // A request that was refused has failed too.
+        let (failures, refused) = (load.tally.failed(), load.tally.refused());
+        let under_way = failures.len() + refused - before;
+        assert!(under_way <= CLIENTS, "more than what was under way failed: {refused} refused, {failures:#?}");
         failed += under_way;
     }
     let tally = load.end().await;
@@ -204,7 +226,15 @@ pub async fn stopped_postgres(project: &Project, local: &str, job: &str, rate: u
     let answer = project.request("GET", "/api/jobs", None).send().await.expect("answers");
     let answer: serde_json::Value = answer.json().await.expect("JSON");
     assert_eq!(answer["code"], "database_away", "{answer}");
+    until("every dump is frozen", A_WHILE, || async {
+        let (running, frozen) = all_tools(project).await;
+        (running == 0 && frozen >= 5).then_some(())
+    })
+    .await;
+    let after = stopped.elapsed();
     tokio::time::sleep_until((stopped + Duration::from_secs(60)).into()).await;
+    let (running, frozen) = all_tools(project).await;
+    assert!(running == 0 && frozen >= 5, "{running} run and {frozen} are frozen after a minute");
     compose(&["start", "postgres"]).await;
     acknowledged(&load, 40).await;
     stages.iter().for_each(Stage::open);
@@ -215,6 +245,12 @@ pub async fn stopped_postgres(project: &Project, local: &str, job: &str, rate: u
     let tally = load.end().await;
     assert_eq!(tally.failed(), Vec::<String>::new(), "a failure that is no 503 with Retry-After");
     assert_eq!(ends, vec![("Success".to_owned(), 0); 5], "how the five dumps ended, and their rescues");
+    for execution in &held {
+        let attempts =
+            project.number(&format!("select attempt::bigint from executions where id = '{execution}'")).await;
+        assert_eq!(attempts, 1, "{execution} was given back, and began anew");
+    }
+    println!("  {frozen} dumps were frozen {:.1} s after the stop", after.as_secs_f64());
     println!("  {} triggers, {} requests refused with Retry-After", tally.acknowledged(), tally.refused());
     drained(project).await;
 }

@@ -1,6 +1,10 @@
 //! The Compose project under test: Docker's own commands, the address of its proxy, its database.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use sqlx::{PgPool, postgres::PgPoolOptions};
@@ -12,6 +16,8 @@ use crate::harness::{audit::Audited, id, unique, until};
 pub const A_WHILE: Duration = Duration::from_secs(120);
 /// The pool of every worker, and that of the workers with a right clock.
 pub const POOLS: [&str; 2] = ["default", "stores"];
+/// Host name of the worker whose clock is an hour wrong, with which its name begins.
+pub const SKEWED: &str = "skewed";
 /// Where the volume of all workers is mounted.
 pub const BACKUPS: &str = "/var/backups/dbackup";
 
@@ -30,6 +36,8 @@ pub struct Project {
     pub here: IpAddr,
     /// The server that is backed up.
     pub source: IpAddr,
+    /// Executions whose trigger was acknowledged, to whomever.
+    pub acknowledged: Arc<Mutex<Vec<String>>>,
     name: String,
 }
 
@@ -82,6 +90,7 @@ impl Project {
             pool: pool.connect(&database).await.expect("connects to the database"),
             here: format!("10.215.{net}.1").parse().expect("an address"),
             source: format!("10.215.{net}.10").parse().expect("an address"),
+            acknowledged: Arc::default(),
             name: variable("COMPOSE_PROJECT_NAME"),
         }
     }
@@ -91,9 +100,13 @@ impl Project {
         compose(&["ps", "--quiet", service]).await.lines().map(str::to_owned).collect()
     }
 
-    /// The container that a worker's name is from: its host's name is the beginning of the container's id.
+    /// The container that a worker's name is from: its host's name is the beginning of the container's id, but for the
+    /// one whose clock is wrong.
     pub async fn container_of(&self, worker: &str) -> String {
         let host = worker.split('-').next().unwrap_or_default();
+        if host == SKEWED {
+            return self.containers("worker-skewed").await.remove(0);
+        }
         docker(&["inspect", "--format", "{{.Id}}", host]).await
     }
 
@@ -156,7 +169,14 @@ impl Project {
     /// Triggers a job; gives the execution's id.
     pub async fn trigger(&self, job: &str) -> String {
         let answer = self.ok("POST", &format!("/api/jobs/{job}/run"), None).await;
-        answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
+        let execution = answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned();
+        self.acknowledge(&execution);
+        execution
+    }
+
+    /// Notes a trigger that was acknowledged: at the end it is looked for.
+    pub fn acknowledge(&self, execution: &str) {
+        self.acknowledged.lock().expect("not poisoned").push(execution.to_owned());
     }
 
     /// Waits until an execution has ended; gives how, and how often it was rescued.

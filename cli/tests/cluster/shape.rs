@@ -1,0 +1,172 @@
+//! What docker-compose.yml promises of its containers, as Docker itself tells it, and what the proxy must let live.
+
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use serde_json::Value;
+
+use crate::{
+    harness::until,
+    project::{A_WHILE, BACKUPS, Project, compose, docker},
+    stages::Stage,
+};
+
+/// A service, how many containers it has, and whether they run all the time.
+const SERVICES: [(&str, usize, bool); 7] = [
+    ("secrets", 1, false),
+    ("postgres", 1, true),
+    ("redis", 1, true),
+    ("migrate", 1, false),
+    ("api", 2, true),
+    ("worker", 3, true),
+    ("proxy", 1, true),
+];
+/// They begin as root, to take over folders. What serves in the end does not.
+const BEGIN_AS_ROOT: [&str; 2] = ["secrets", "postgres"];
+/// Longest wait that a client may ask for.
+const WAIT: Duration = Duration::from_secs(60);
+/// Longer than anything in the proxy that could cut an answer off.
+const STREAM: Duration = Duration::from_secs(95);
+
+/// Every container is confined as the file says, and none has a secret in its environment.
+pub async fn confines(project: &Project) {
+    let mut secrets = Vec::new();
+    for (service, path) in [
+        ("postgres", "/run/secrets/password"),
+        ("api", "/run/dbackup/database-url"),
+        ("api", "/run/dbackup/encryption-key"),
+    ] {
+        secrets.push(compose(&["exec", "-T", service, "cat", path]).await);
+    }
+    let mut wrong = Vec::new();
+    for (service, count, lasts) in SERVICES {
+        let containers = compose(&["ps", "--all", "--quiet", service]).await;
+        let containers: Vec<&str> = containers.lines().collect();
+        if containers.len() != count {
+            wrong.push(format!("{service}: {} containers", containers.len()));
+        }
+        for container in containers {
+            let about: Value = serde_json::from_str(&docker(&["inspect", container]).await).expect("JSON");
+            wrong
+                .extend(unconfined(service, lasts, &about[0], &secrets).into_iter().map(|w| format!("{service}: {w}")));
+            if lasts {
+                project.healthy(container).await;
+                let users = docker(&["top", container, "-eo", "pid,uid,comm"]).await;
+                let root = users.lines().skip(1).filter(|line| line.split_whitespace().nth(1) == Some("0"));
+                wrong.extend(root.map(|line| format!("{service}: a process of root: {line}")));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    println!("  {} services confined as promised", SERVICES.len());
+}
+
+fn unconfined(service: &str, lasts: bool, about: &Value, secrets: &[String]) -> Vec<String> {
+    let (host, config) = (&about["HostConfig"], &about["Config"]);
+    let mut wrong = Vec::new();
+    let mut must = |holds: bool, what: &str| {
+        if !holds {
+            wrong.push(what.to_owned());
+        }
+    };
+    let has = |list: &Value, item: &str| list.as_array().is_some_and(|list| list.iter().any(|i| i == item));
+    must(host["ReadonlyRootfs"] == true, "its root file system can be written to");
+    must(host["Memory"].as_i64().is_some_and(|bytes| bytes > 0), "its memory has no limit");
+    must(host["NanoCpus"].as_i64().is_some_and(|cpus| cpus > 0), "its processors have no limit");
+    must(has(&host["CapDrop"], "ALL"), "it keeps capabilities");
+    must(has(&host["SecurityOpt"], "no-new-privileges:true"), "it may gain privileges");
+    must(host["RestartPolicy"]["Name"] == if lasts { "unless-stopped" } else { "no" }, "its restart policy");
+    let user = config["User"].as_str().unwrap_or_default();
+    must(BEGIN_AS_ROOT.contains(&service) || !["", "0", "root"].contains(&user), "it begins as root");
+    if ["api", "worker", "postgres", "proxy"].contains(&service) {
+        must(config["StopTimeout"] == 45, "its time to stop is not 45 s");
+    }
+    let environment = config["Env"].to_string();
+    must(!secrets.iter().any(|secret| environment.contains(secret.as_str())), "a secret is in its environment");
+    let mounts = about["Mounts"].as_array().into_iter().flatten();
+    for mount in mounts.filter(|mount| mount["Destination"] == BACKUPS) {
+        must(mount["RW"] == (service == "worker"), "who may write to the backups");
+    }
+    wrong
+}
+
+/// A client's wait and a stream of events outlive every time-out of the proxy, and what a client says of its own address
+/// counts for nothing.
+pub async fn proxied(project: &Project, stage: &Stage) {
+    let (held, _) = stage.hold_one(project).await;
+    let (waited, streamed) = tokio::join!(waits(project, &held), streams(project));
+    stage.open();
+    assert_eq!(project.ended(&held).await.0, "Success");
+    let address = forged(project, &stage.job).await;
+    println!("  a client waited for {waited:.0?}, events came for {streamed:.0?}, a client's address is {address}");
+}
+
+async fn waits(project: &Project, execution: &str) -> Duration {
+    let asked = Instant::now();
+    let run = project.ok("GET", &format!("/api/executions/{execution}?wait={}", WAIT.as_secs()), None).await;
+    assert_eq!(run["status"], "Running", "{run}");
+    let waited = asked.elapsed();
+    assert!(waited >= WAIT - Duration::from_secs(1), "answered after {waited:?}");
+    waited
+}
+
+async fn streams(project: &Project) -> Duration {
+    let client = reqwest::Client::builder().build().expect("a client");
+    let request = client.get(format!("{}/api/events", project.url)).bearer_auth(&project.key);
+    let answer = request.send().await.expect("answers");
+    assert_eq!(answer.status(), 200);
+    let (opened, mut events) = (Instant::now(), answer.bytes_stream());
+    while opened.elapsed() < STREAM {
+        let event = tokio::time::timeout(A_WHILE, events.next()).await.expect("no event and no comment came");
+        event.unwrap_or_else(|| panic!("the stream ended after {:?}", opened.elapsed())).expect("the stream broke");
+    }
+    opened.elapsed()
+}
+
+/// The address that the audit log has of a trigger whose client claims another.
+async fn forged(project: &Project, job: &str) -> String {
+    const CLAIMED: &str = "203.0.113.9";
+    let request = project.request("POST", &format!("/api/jobs/{job}/run"), None).header("X-Forwarded-For", CLAIMED);
+    let answer: Value = request.send().await.expect("answers").json().await.expect("JSON");
+    let execution = answer["executionId"].as_str().expect("an id");
+    project.acknowledge(execution);
+    let entries = project.ok("GET", &format!("/api/audit?targetId={execution}"), None).await;
+    let address = entries[0]["address"].as_str().unwrap_or_else(|| panic!("{entries}")).to_owned();
+    let network = "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}";
+    for proxy in project.containers("proxy").await {
+        let of_proxy = docker(&["inspect", "--format", network, &proxy]).await;
+        assert!(!of_proxy.split_whitespace().any(|own| own == address), "the proxy's own address counts: {address}");
+    }
+    assert_ne!(address, CLAIMED, "a client may name its own address");
+    address
+}
+
+/// `--scale worker=5`: two more take part, and go again.
+pub async fn scales(project: &Project) {
+    let scale = async |count: &str| {
+        let flags = ["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale"];
+        compose(&[&flags[..], &[&format!("worker={count}"), "worker"]].concat()).await;
+    };
+    let active = async || {
+        let cluster = project.ok("GET", "/api/cluster", None).await;
+        cluster["workers"].as_array().into_iter().flatten().filter(|worker| worker["state"] == "Active").count()
+    };
+    let before = active().await;
+    scale("5").await;
+    until("two more workers take part", A_WHILE, || async { (active().await == before + 2).then_some(()) }).await;
+    scale("3").await;
+    until("they are gone", A_WHILE, || async { (active().await == before).then_some(()) }).await;
+    println!("  {before} workers, {} with --scale worker=5, and {before} again", before + 2);
+}
+
+/// The clock of the one worker is an hour ahead, and the others' are right.
+pub async fn skewed(project: &Project) {
+    for (service, ahead) in [("worker", 0), ("worker-skewed", 3_600)] {
+        for container in project.containers(service).await {
+            let clock: i64 = docker(&["exec", &container, "date", "+%s"]).await.parse().expect("a number");
+            let here = chrono::Utc::now().timestamp();
+            assert!((clock - here - ahead).abs() < 30, "the clock of {service} is {} s ahead", clock - here);
+        }
+    }
+    println!("  the clock of one worker is an hour ahead");
+}
