@@ -39,6 +39,7 @@ mod samples;
 mod schedules;
 mod sessions;
 mod sources;
+mod standby;
 mod tls;
 mod trace;
 mod triggers;

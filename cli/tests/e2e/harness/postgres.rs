@@ -11,7 +11,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use sqlx::{Connection, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::{SOON, unique, until};
 
@@ -43,6 +43,53 @@ fn program(name: &str) -> Command {
 impl OwnPostgres {
     /// Makes and starts one on a free port.
     pub async fn start() -> Self {
+        let mut server = Self::unmade();
+        let made = program("initdb")
+            .args(["-U", "postgres", "-A", "trust", "-N", "--locale=C.UTF-8", "-D"])
+            .arg(&server.folder)
+            .status();
+        assert!(made.expect("initdb runs").success(), "initdb");
+        server.bring_back().await;
+        server
+    }
+
+    /// Makes and starts a standby of this server, which it follows through `port`, and has every commit wait for it.
+    pub async fn standby(&self, port: u16) -> Self {
+        let mut standby = Self::unmade();
+        let address = format!("host=127.0.0.1 port={port} user=postgres");
+        let copied = program("pg_basebackup")
+            .args(["--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast", "-d", &address, "-D"])
+            .arg(&standby.folder)
+            .status();
+        assert!(copied.expect("pg_basebackup runs").success(), "pg_basebackup");
+        standby.bring_back().await;
+        self.execute("alter system set synchronous_standby_names = '*'").await;
+        self.execute("select pg_reload_conf()").await;
+        until("the standby is synchronous", SOON, || async {
+            self.count("select count(*) from pg_stat_replication where sync_state = 'sync'").await.eq(&1).then_some(())
+        })
+        .await;
+        standby
+    }
+
+    /// Makes a standby the server that others write to.
+    pub async fn promote(&self) {
+        assert_eq!(self.count("select pg_promote()::int::bigint").await, 1, "it was not promoted");
+    }
+
+    /// Runs a statement.
+    pub async fn execute(&self, statement: &str) {
+        let mut conn = PgConnection::connect(&self.url("postgres")).await.expect("connects");
+        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut conn).await.expect("runs");
+    }
+
+    /// One number from it.
+    pub async fn count(&self, query: &str) -> i64 {
+        let mut conn = PgConnection::connect(&self.url("postgres")).await.expect("connects");
+        sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&mut conn).await.expect("answers")
+    }
+
+    fn unmade() -> Self {
         let folder = std::env::temp_dir().join(unique("dbackup-postgres"));
         std::fs::create_dir(&folder).expect("a folder");
         std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).expect("its mode");
@@ -50,17 +97,10 @@ impl OwnPostgres {
             let user = nix::unistd::User::from_name("postgres").expect("answers").expect("a user postgres");
             std::os::unix::fs::chown(&folder, Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("gives it away");
         }
-        let made = program("initdb")
-            .args(["-U", "postgres", "-A", "trust", "-N", "--locale=C.UTF-8", "-D"])
-            .arg(&folder)
-            .status();
-        assert!(made.expect("initdb runs").success(), "initdb");
         let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = free.local_addr().expect("an address").port();
         drop(free);
-        let mut server = Self { folder, port, child: None };
-        server.bring_back().await;
-        server
+        Self { folder, port, child: None }
     }
 
     /// Where it listens.

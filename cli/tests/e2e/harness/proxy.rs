@@ -36,6 +36,7 @@ pub struct Proxy {
     /// Where clients connect.
     pub port: u16,
     mode: watch::Sender<Mode>,
+    target: watch::Sender<SocketAddr>,
     passed: Arc<AtomicU64>,
 }
 
@@ -53,12 +54,19 @@ impl Proxy {
         let (mode, watched) = watch::channel(Mode::Pass);
         let passed = Arc::new(AtomicU64::new(0));
         let counter = passed.clone();
+        let (target, targeted) = watch::channel(target);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                let target = *targeted.borrow();
                 tokio::spawn(connection(client, target, watched.clone(), counter.clone()));
             }
         });
-        Self { port, mode, passed }
+        Self { port, mode, target, passed }
+    }
+
+    /// Leads connections from now on to another port of this machine.
+    pub fn lead_to(&self, port: u16) {
+        self.target.send_replace((IpAddr::from([127, 0, 0, 1]), port).into());
     }
 
     /// Changes what it does, for open connections too. Counting starts anew.
