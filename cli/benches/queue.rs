@@ -19,6 +19,7 @@ use std::{
 use common::execution::{
     Stage, claim,
     finish::{Ending, Failure, finish},
+    history::{self, Batch},
 };
 use harness::{
     Cluster, claimant,
@@ -142,6 +143,24 @@ impl Drop for DumpOfItself {
     }
 }
 
+/// Executions a second that retention goes through, in batches of this size.
+async fn forgets(
+    cluster: &Cluster,
+    size: i64,
+    forget: impl AsyncFn(&mut PgConnection, i32) -> Result<Batch, sqlx::Error>,
+) -> f64 {
+    /// Older than most of the history.
+    const DAYS: i32 = 5;
+    let mut conn = PgConnection::connect(&postgres_url(&cluster.database)).await.expect("connects");
+    let (began, mut gone) = (Instant::now(), 0);
+    while began.elapsed() < LONG && forget(&mut conn, DAYS).await.expect("forgets") == Batch::Full {
+        gone += size;
+    }
+    #[allow(clippy::cast_precision_loss, reason = "a figure for people")]
+    let gone = gone as f64;
+    gone / began.elapsed().as_secs_f64()
+}
+
 async fn with_history(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
     let rows: u32 = std::env::var("DBACKUP_BENCH_HISTORY").map_or(5_000_000, |v| v.parse().expect("a number"));
     sql(&cluster.database, &format!("update queue_gate set max_concurrency = {LIMIT}")).await;
@@ -171,10 +190,16 @@ async fn with_history(cluster: &mut Cluster, job: &str, report: &mut Report) -> 
             claims.apart / claims.bare
         ));
     }
-    let history = full.exact / empty.exact;
+    let logs = forgets(cluster, history::LOGS_OF, history::forget_logs).await;
+    let executions = forgets(cluster, history::EXECUTIONS, history::forget_executions).await;
     report.line("");
-    report.line(format!("Exact claims with history, beside those without: {history:.2} (aim: at least 0.90)."));
-    empty.exact >= empty.bare / 2.0 && history >= 0.9
+    report.line(format!(
+        "Retention forgets the logs of {logs:.0} executions/s, and {executions:.0} executions/s that left no backup, in one process."
+    ));
+    let ratio = full.exact / empty.exact;
+    report.line("");
+    report.line(format!("Exact claims with history, beside those without: {ratio:.2} (aim: at least 0.90)."));
+    [&empty, &full].iter().all(|claims| claims.exact >= claims.bare / 2.0) && ratio >= 0.9
 }
 
 #[tokio::main]
@@ -182,7 +207,8 @@ async fn main() -> ExitCode {
     let mut report = Report::new(
         "The queue",
         "Each figure is the better of two runs of eight seconds. A claim is a batch of at most 16. Runs that end while another \
-         end is being recorded share the next transaction; \"each end apart\" gives every one its own, as the bare claims do.",
+         end is being recorded share the next transaction; \"each end apart\" gives every one its own, as the bare claims do, \
+         beside which it is the like for like.",
     );
     let mut cluster = Cluster::build().workers(1).limit(0).start().await;
     let job = with_job(&cluster).await;

@@ -9,9 +9,9 @@
 use sqlx::{Connection, PgConnection};
 
 /// Executions whose logs go in one batch; a run has at most some thousand lines.
-const LOGS_OF: i64 = 200;
+pub const LOGS_OF: i64 = 200;
 /// Executions that go in one batch.
-const EXECUTIONS: i64 = 500;
+pub const EXECUTIONS: i64 = 500;
 /// Groups that go in one batch.
 const GROUPS: i64 = 500;
 
