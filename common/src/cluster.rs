@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
 use crate::{
     id::{ExecutionId, JobId, SourceId, WorkerId},
@@ -195,17 +195,23 @@ pub async fn numbers(conn: &mut PgConnection) -> Result<Numbers, sqlx::Error> {
     })
 }
 
+/// PostgreSQL does not know that what waits lies close together. With 200,000 of it in five million rows it takes a walk
+/// over all of them, by two processes more, for cheaper than the index.
+const BY_INDEX: &str = "begin read only; set local enable_seqscan = off; set local max_parallel_workers_per_gather = 0";
+
 /// What waits, counted: by the index of what is Pending, so history costs nothing, but each row that waits is looked
-/// at (some 0.2 s for 200,000).
+/// at (some 0.2 s for 200,000). Not within a transaction.
 pub async fn queue(conn: &mut PgConnection) -> Result<Queue, sqlx::Error> {
+    let mut tx = conn.begin_with(BY_INDEX).await?;
     let pools = sqlx::query_as!(
         PoolQueue,
         r#"select pool, count(*) as "pending!", count(*) filter (where run_at <= clock_timestamp()) as "due!",
                   (extract(epoch from clock_timestamp() - min(queued_at)) * 1000)::bigint as "oldest_wait_ms!"
              from executions where status = 'Pending' group by pool order by pool"#
     )
-    .fetch_all(conn)
+    .fetch_all(&mut *tx)
     .await?;
+    tx.commit().await?;
     Ok(Queue {
         pending: pools.iter().map(|pool| pool.pending).sum(),
         due: pools.iter().map(|pool| pool.due).sum(),

@@ -1,5 +1,6 @@
 //! Handlers, a file for each noun.
 
+mod accepted;
 pub mod api_keys;
 pub mod audit;
 pub mod cluster;

@@ -23,7 +23,8 @@ use tokio::time::Instant;
 
 use super::{
     Check,
-    executions::{Accepted, How, enqueue_span, find, idempotency, key_reused, not_found, queue_full, told, wait_until},
+    accepted::{Accepted, How, enqueue_span, idempotency, key_reused, queue_full, told},
+    executions::{find, not_found, wait_until},
 };
 use crate::{
     auth::Caller,

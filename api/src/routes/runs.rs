@@ -14,7 +14,10 @@ use common::{
 };
 use serde::Deserialize;
 
-use super::executions::{Accepted, How, RunBody, accepted_of, enqueue_span, idempotency, key_reused, told};
+use super::{
+    accepted::{Accepted, How, accepted_of, enqueue_span, idempotency, key_reused, told},
+    executions::RunBody,
+};
 use crate::{
     auth::Caller,
     error::ApiError,

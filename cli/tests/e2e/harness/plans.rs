@@ -49,9 +49,8 @@ impl Plan {
         let plan: Value = serde_json::from_str(plan).expect("auto_explain writes JSON");
         let query = plan["Query Text"].as_str().expect("a statement has a text");
         let query = query.split_whitespace().collect::<Vec<_>>().join(" ");
-        let mut told = Self { query, walked: Vec::new(), read: BTreeMap::new(), whole: Value::Null };
+        let mut told = Self { query, walked: Vec::new(), read: BTreeMap::new(), whole: plan["Plan"].clone() };
         told.add(&plan["Plan"]);
-        told.whole = plan["Plan"].clone();
         Some(told)
     }
 
