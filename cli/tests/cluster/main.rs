@@ -1,6 +1,7 @@
 //! The Compose cluster: whether its containers are as its file promises; then disturbed in every way that its README
-//! promises to survive, while the limit changes every second and one worker's clock is an hour wrong. At the end the database's own record is read: the limit was never
-//! exceeded, every acknowledged trigger ended, nothing was published twice, and what is recorded lies in the stores.
+//! promises to survive, while the limit changes every second and one worker's clock is an hour wrong. At the end the
+//! database's own record is read: the limit was never exceeded, every acknowledged trigger ended, nothing was published
+//! twice, and what is recorded lies in the stores.
 //!
 //! `make cluster-test` starts the project and this; `ARGS="--disturbances 20 --only redis"` for a part of it.
 

@@ -34,7 +34,8 @@ async fn half_a_day_away(cluster: &Cluster, zone: &str) -> (String, DateTime<Utc
     (schedule, moment.parse().unwrap_or_else(|e| panic!("{moment}: {e}")))
 }
 
-async fn set_due(cluster: &Cluster, job: &str) {
+/// Has its schedule fire now.
+pub async fn set_due(cluster: &Cluster, job: &str) {
     sqlx::query("update jobs set next_run_at = clock_timestamp() - interval '1 second' where id::text = $1")
         .bind(job)
         .execute(&cluster.pool)

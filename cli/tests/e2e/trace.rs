@@ -19,6 +19,7 @@ use crate::{
         source::{PASSWORD, PostgresSource},
         until,
     },
+    schedules::set_due,
     webhooks::webhook,
 };
 
@@ -28,6 +29,21 @@ const CALLER: &str = "00f067aa0ba902b7";
 /// A cluster that sends its spans at once, or nearly.
 pub fn traced(receiver: &Receiver) -> crate::harness::Builder {
     Cluster::build().env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint).env("OTEL_BSP_SCHEDULE_DELAY", 100)
+}
+
+/// A cluster whose processes send nothing of themselves but what they send at once.
+fn seldom(receiver: &Receiver) -> crate::harness::Builder {
+    traced(receiver).env("OTEL_BSP_SCHEDULE_DELAY", 3_600_000)
+}
+
+/// Has a job's schedule fire; gives the run.
+async fn fired(cluster: &Cluster, job: &str) -> Value {
+    set_due(cluster, job).await;
+    until("it fires", SOON, || async {
+        let runs = cluster.ok("GET", &format!("/api/executions?jobId={job}"), None).await;
+        runs.get(0).cloned()
+    })
+    .await
 }
 
 /// Triggers a job as a pipeline that traces itself; gives the execution's id.
@@ -237,7 +253,7 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_is_sent_at_once_and_does_not_wait_for_a_batch() {
     let receiver = Receiver::start().await;
-    let cluster = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 600_000).start().await;
+    let cluster = seldom(&receiver).start().await;
     let job = plain_job(&cluster, json!({})).await;
     let run = cluster.backup(&job).await;
     receiver.holds(run["traceId"].as_str().expect("a trace"), &[("claim", 1)], Duration::from_secs(5)).await;
@@ -246,8 +262,7 @@ async fn a_claim_is_sent_at_once_and_does_not_wait_for_a_batch() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trigger_is_sent_at_once_so_that_the_trace_is_whole_though_its_api_process_was_killed() {
     let receiver = Receiver::start().await;
-    let hour = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 3_600_000);
-    let mut cluster = hour.start().await;
+    let mut cluster = seldom(&receiver).start().await;
     let job = plain_job(&cluster, json!({})).await;
     cluster.workers.clear();
     let id = trigger(&cluster, &job, &format!("00-{TRACE}-{CALLER}-01")).await;
@@ -264,8 +279,7 @@ async fn a_trigger_is_sent_at_once_so_that_the_trace_is_whole_though_its_api_pro
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trigger_that_waits_for_the_end_is_sent_before_it() {
     let receiver = Receiver::start().await;
-    let hour = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 3_600_000);
-    let cluster = hour.limit(0).start().await;
+    let cluster = seldom(&receiver).limit(0).start().await;
     let job = plain_job(&cluster, json!({})).await;
     let url = format!("{}/api/jobs/{job}/run", cluster.url(0));
     let request = cluster.http.post(url).bearer_auth(&cluster.admin_key).json(&json!({ "wait": 60 }));
@@ -277,15 +291,9 @@ async fn a_trigger_that_waits_for_the_end_is_sent_before_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_firing_is_sent_at_once_and_does_not_wait_for_a_batch() {
     let receiver = Receiver::start().await;
-    let cluster = traced(&receiver).env("OTEL_BSP_SCHEDULE_DELAY", 3_600_000).limit(0).start().await;
+    let cluster = seldom(&receiver).limit(0).start().await;
     let job = plain_job(&cluster, json!({ "schedule": "0 0 1 1 *" })).await;
-    let due = "update jobs set next_run_at = clock_timestamp() - interval '1 second'";
-    sqlx::query(due).execute(&cluster.pool).await.expect("updates");
-    let run = until("it fires", SOON, || async {
-        let runs = cluster.ok("GET", &format!("/api/executions?jobId={job}"), None).await;
-        runs.get(0).cloned()
-    })
-    .await;
+    let run = fired(&cluster, &job).await;
     receiver.holds(run["traceId"].as_str().expect("a trace"), &[("schedule.fire", 1)], SOON).await;
 }
 
@@ -367,13 +375,9 @@ async fn a_schedules_run_is_a_trace_of_its_own_that_begins_with_the_firing() {
     let receiver = Receiver::start().await;
     let cluster = traced(&receiver).start().await;
     let job = plain_job(&cluster, json!({ "schedule": "0 0 1 1 *" })).await;
-    let due = "update jobs set next_run_at = clock_timestamp() - interval '1 second'";
-    sqlx::query(due).execute(&cluster.pool).await.expect("updates");
-    let run = until("it fires and ends", SOON, || async {
-        let runs = cluster.ok("GET", &format!("/api/executions?jobId={job}&status=Success"), None).await;
-        runs.get(0).cloned()
-    })
-    .await;
+    let run = fired(&cluster, &job).await;
+    let run = cluster.ended(run["id"].as_str().expect("an id"), SOON).await;
+    assert_eq!(run["status"], "Success", "{run:#}");
     let trace = run["traceId"].as_str().expect("a trace");
     let spans = receiver.holds(trace, &[("schedule.fire", 1), ("claim", 1), ("attempt", 1)], SOON).await;
     assert_whole(&spans, "");

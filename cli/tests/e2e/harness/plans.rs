@@ -22,8 +22,8 @@ pub async fn explain(cluster: &Cluster) {
     }
 }
 
-/// What a process needs to put them into its log, whole.
-pub const TOLD: [(&str, &str); 2] = [("RUST_LOG", "info,sqlx::postgres::notice=info"), ("DBACKUP_LOG_FORMAT", "json")];
+/// The `RUST_LOG` with which a process puts them into its log.
+pub const TOLD: &str = "info,sqlx::postgres::notice=info";
 
 /// A statement that was carried out.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Plan {
 
     fn parse(line: &str) -> Option<Self> {
         let line: Value = serde_json::from_str(line).ok()?;
-        let (_, plan) = line["fields"]["message"].as_str().or(line["message"].as_str())?.split_once("plan:\n")?;
+        let (_, plan) = line["fields"]["message"].as_str()?.split_once("plan:\n")?;
         let plan: Value = serde_json::from_str(plan).expect("auto_explain writes JSON");
         let query = plan["Query Text"].as_str().expect("a statement has a text");
         let query = query.split_whitespace().collect::<Vec<_>>().join(" ");
