@@ -8,7 +8,7 @@ use std::{
 use axum::{
     body::Body,
     extract::{ConnectInfo, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header, uri::Authority},
     middleware::Next,
     response::Response,
 };
@@ -91,30 +91,21 @@ fn trace_context(headers: &HeaderMap) -> TraceContext {
     TraceContext { traceparent: parent, tracestate: (!states.is_empty()).then(|| states.join(",")) }
 }
 
+/// Methods that a span names; others are `_OTHER`.
+const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"];
+
 /// The span of a request, which continues its caller's, by the conventions of OpenTelemetry for HTTP servers. The query is
 /// left out: what a client puts there is not ours to spread.
 fn span_of(request: &Request, route: Option<&str>, address: IpAddr, https: bool) -> Span {
     let parent = trace_context(request.headers()).span();
-    let method = match request.method() {
-        known @ (&Method::GET
-        | &Method::HEAD
-        | &Method::POST
-        | &Method::PUT
-        | &Method::PATCH
-        | &Method::DELETE
-        | &Method::OPTIONS
-        | &Method::CONNECT
-        | &Method::TRACE) => known.as_str(),
-        _ => "_OTHER",
-    };
+    let method = KNOWN.into_iter().find(|known| *known == request.method().as_str()).unwrap_or("_OTHER");
     let named = if method == "_OTHER" { "HTTP" } else { method };
     let name = route.map_or_else(|| named.to_owned(), |route| format!("{named} {route}"));
     let mut span = Span::root(&parent, SpanKind::Server, name);
     if !span.is_recording() {
         return span;
     }
-    let text = |name: HeaderName| request.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
-    span.set("http.request.method", method.to_owned());
+    span.set("http.request.method", method);
     if method == "_OTHER" {
         span.set("http.request.method_original", request.method().as_str().to_owned());
     }
@@ -125,14 +116,15 @@ fn span_of(request: &Request, route: Option<&str>, address: IpAddr, https: bool)
     span.set("url.scheme", if https { "https" } else { "http" });
     span.set("client.address", address.to_string());
     span.set("network.protocol.version", if request.version() == Version::HTTP_10 { "1.0" } else { "1.1" });
-    if let Some(host) = text(header::HOST).and_then(|host| host.parse::<Authority>().ok()) {
+    let headers = request.headers();
+    if let Some(host) = headers.get(header::HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok()) {
         span.set("server.address", host.host().to_owned());
         if let Some(port) = host.port_u16() {
             span.set("server.port", i64::from(port));
         }
     }
-    if let Some(agent) = text(header::USER_AGENT) {
-        span.set("user_agent.original", agent);
+    if let Some(agent) = headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok()) {
+        span.set("user_agent.original", agent.to_owned());
     }
     span
 }

@@ -12,6 +12,9 @@ mod load;
 mod report;
 
 use std::{
+    io::Write,
+    net::{TcpListener, TcpStream},
+    os::fd::AsRawFd,
     process::ExitCode,
     sync::{
         Arc,
@@ -22,18 +25,15 @@ use std::{
 
 use harness::{Cluster, history::with_job};
 use load::{CLIENTS, forget_pending, lift_caps, rate, request};
+use nix::sys::socket::{MsgFlags, recv};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use prost::Message;
 use report::Report;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    net::{TcpListener, TcpStream},
-};
 
 /// Length of one measurement, and how often the two take turns: many short ones, since what else the machine does changes
 /// within seconds, and must meet both alike.
-const LONG: Duration = Duration::from_millis(1500);
-const ROUNDS: usize = 31;
+const LONG: Duration = Duration::from_secs(1);
+const ROUNDS: usize = 121;
 /// Triggers a second that tracing may cost: a twentieth.
 const AIM: f64 = 0.95;
 
@@ -44,40 +44,46 @@ struct Came {
     bytes: AtomicU64,
 }
 
-/// A collector that is as light as can be, since it shares the machine with what is measured: it reads every request whole,
-/// and decodes the first of a connection and every fiftieth after it to count the spans by.
-async fn collector() -> (String, Arc<Came>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+/// A collector that is as light as can be, since it shares the machine with what is measured: threads that wait until a
+/// whole body is there, and decode the first of a connection and every fiftieth after it to count the spans by.
+fn collector() -> (String, Arc<Came>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
     let came = Arc::new(Came::default());
     let counting = came.clone();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(take(stream, counting.clone()));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let counting = counting.clone();
+            std::thread::spawn(move || take(&stream, &counting));
         }
     });
     (endpoint, came)
 }
 
-async fn take(stream: TcpStream, came: Arc<Came>) {
-    let mut stream = BufReader::with_capacity(256 << 10, stream);
-    let (mut body, mut each, mut number) = (Vec::new(), 0, 0_u32);
+/// Reads what is there, or with `flags` of `MSG_WAITALL` all of `into`; whether it came.
+fn receive(stream: &TcpStream, into: &mut [u8], flags: MsgFlags) -> usize {
+    recv(stream.as_raw_fd(), into, flags).unwrap_or(0)
+}
+
+fn take(mut stream: &TcpStream, came: &Came) {
+    let (mut head, mut body, mut each, mut number) = (vec![0; 4 << 10], Vec::new(), 0, 0_u32);
     loop {
-        let mut length = 0;
-        loop {
-            let mut line = String::new();
-            if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
+        // The exporter writes the head first: it is looked at, and then taken, so that the body is read in one piece.
+        let end = loop {
+            let there = receive(stream, &mut head, MsgFlags::MSG_PEEK);
+            if there == 0 {
                 return;
             }
-            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                length = value.trim().parse().expect("a length");
+            if let Some(at) = memchr::memmem::find(&head[..there], b"\r\n\r\n") {
+                break at + 4;
             }
-            if line == "\r\n" {
-                break;
-            }
-        }
+        };
+        receive(stream, &mut head[..end], MsgFlags::MSG_WAITALL);
+        let text = std::str::from_utf8(&head[..end]).expect("text").to_ascii_lowercase();
+        let length = text.split("\r\n").find_map(|line| line.strip_prefix("content-length: ")).expect("a length");
+        let length: usize = length.parse().expect("a length");
         body.resize(length, 0);
-        stream.read_exact(&mut body).await.expect("a whole body");
+        assert_eq!(receive(stream, &mut body, MsgFlags::MSG_WAITALL), length, "a whole body");
         if number.is_multiple_of(50) {
             let request = ExportTraceServiceRequest::decode(&body[..]).expect("OTLP");
             let spans: usize = request.resource_spans.iter().flat_map(|r| &r.scope_spans).map(|s| s.spans.len()).sum();
@@ -86,7 +92,7 @@ async fn take(stream: TcpStream, came: Arc<Came>) {
         number += 1;
         came.bytes.fetch_add(length as u64, Ordering::Relaxed);
         came.spans.fetch_add((length / each.max(1)) as u64, Ordering::Relaxed);
-        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.expect("answers");
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").expect("answers");
     }
 }
 
@@ -107,7 +113,7 @@ async fn main() -> ExitCode {
             LONG.as_secs_f64()
         ),
     );
-    let (endpoint, came) = collector().await;
+    let (endpoint, came) = collector();
     let mut cluster = Cluster::build().workers(1).limit(0).start().await;
     let job = with_job(&cluster).await;
     cluster.workers.clear();

@@ -8,6 +8,7 @@
 pub mod attempt;
 mod context;
 mod export;
+mod plan;
 pub mod span;
 
 pub use context::TraceContext;
@@ -21,6 +22,7 @@ use std::{
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
+use self::plan::Plan;
 use crate::config::ConfigError;
 
 /// Longest time that a process which stops waits for its last spans to be taken. A collector that is slow or away must
@@ -39,7 +41,7 @@ impl Telemetry {
     /// or `json`. Traces are configured by the `OTEL_*` variables, and exported only where those name a collector.
     /// `service` is the `service.name` unless `OTEL_SERVICE_NAME` is set. To be called on the process's runtime.
     pub fn start(service: &'static str) -> Result<Self, ConfigError> {
-        let exporting = export::Exporting::from_env(service)?;
+        let plan = Plan::from_env(service)?;
         let filter = match std::env::var("RUST_LOG") {
             Ok(text) => EnvFilter::try_new(&text).map_err(|e| ConfigError(format!("RUST_LOG: {e}")))?,
             // PostgreSQL's notices ("already exists, skipping") are news to nobody.
@@ -63,7 +65,7 @@ impl Telemetry {
             .with(log)
             .try_init()
             .map_err(|e| ConfigError(format!("logging could not start: {e}")))?;
-        span::start(exporting);
+        span::start(plan)?;
         Ok(Self(guard))
     }
 

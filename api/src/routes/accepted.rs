@@ -38,8 +38,6 @@ pub fn enqueue_span(caller: &Caller) -> Span {
         span.set("messaging.system", "dbackup");
         span.set("messaging.operation.type", "send");
         span.set("messaging.operation.name", "enqueue");
-        span.set("db.system.name", "postgresql");
-        span.set("db.collection.name", "executions");
     }
     span
 }

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::harness::{
-    Builder, Cluster, SOON,
+    Builder, Cluster, Process, SOON,
     otlp::{self, Receiver},
     source::PostgresSource,
     until,
@@ -87,6 +87,19 @@ async fn the_process_is_named_as_the_operator_wants() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_span_keeps_no_more_than_the_variables_allow_and_says_how_much_was_left_out() {
+    let receiver = Receiver::start().await;
+    let limited = Cluster::build().env("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", 3).env("OTEL_SPAN_LINK_COUNT_LIMIT", 0);
+    let spans = is_traced(&receiver, limited).await;
+    let of = |name: &str| &spans.iter().find(|span| span.span.name == name).expect("it is there").span;
+    let (request, attempt) = (of("POST /api/jobs/{id}/run"), of("attempt"));
+    assert_eq!(request.attributes.len(), 3);
+    assert_eq!(request.attributes[0].key, "http.request.method", "what is noted first stays");
+    assert!(request.dropped_attributes_count > 0, "{request:?}");
+    assert_eq!((attempt.links.len(), attempt.dropped_links_count), (0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_sent_when_the_exporter_is_none_or_the_sdk_disabled() {
     let receiver = Receiver::start().await;
     for (name, value) in [("OTEL_TRACES_EXPORTER", "none"), ("OTEL_SDK_DISABLED", "true")] {
@@ -122,6 +135,36 @@ async fn a_process_sends_what_it_has_at_its_end() {
     }
     let trace = run["traceId"].as_str().expect("a trace");
     receiver.holds(trace, &[("enqueue", 1), ("attempt", 1)], Duration::from_secs(1)).await;
+}
+
+/// Policy and niceness of the threads of a process whose names begin so, by `/proc` (proc(5)).
+fn scheduling(process: &Process, name: &str) -> Vec<(u32, i32)> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid())).expect("a process");
+    // A thread may end meanwhile.
+    let stats = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+    let of_name = stats.filter_map(|stat| {
+        let (before, after) = stat.rsplit_once(") ").expect("a name in brackets");
+        let named = before.split_once('(').is_some_and(|(_, of)| of.starts_with(name));
+        let field = |number: usize| {
+            after.split(' ').nth(number - 3).and_then(|text| text.parse::<i32>().ok()).expect("a number")
+        };
+        named.then(|| (field(41).unsigned_abs(), field(19)))
+    });
+    of_name.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_threads_that_export_never_interrupt_those_that_answer_and_yield_to_them() {
+    const BATCH: u32 = 3;
+    let receiver = Receiver::start().await;
+    let cluster = Cluster::build().env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint).start().await;
+    for process in cluster.workers.iter().chain(cluster.apis.iter().map(|(api, _)| api)) {
+        for name in ["OpenTelemetry", "reqwest"] {
+            assert_eq!(scheduling(process, name), [(BATCH, 5)], "{name}");
+        }
+        let answering = scheduling(process, "tokio");
+        assert!(!answering.is_empty() && answering.iter().all(|of| *of == (0, 0)), "{answering:?}");
+    }
 }
 
 /// The longest of some triggers, and the longest of their runs, with the time that the processes took to stop.

@@ -1,96 +1,90 @@
 //! Spans of OpenTelemetry. Nothing is kept of one whose trace is not sampled, so those cost next to nothing; and with no
 //! collector configured no trace is.
+//!
+//! A span is handed to OpenTelemetry's batches when it ends. Its tracer would make it too, but gives ids of its own to
+//! all, and takes longer than is needed where the parent is always known and has decided whether it is sampled.
 
 use std::{
     borrow::Cow,
-    cell::Cell,
     sync::{
-        OnceLock,
+        Arc, OnceLock,
         mpsc::{SyncSender, sync_channel},
     },
     time::{Duration, SystemTime},
 };
 
 use opentelemetry::{
-    Context, InstrumentationScope, Key, Value,
-    trace::{Link, Span as _, SpanBuilder, SpanId, Status, TraceContextExt, TraceId, Tracer as _, TracerProvider as _},
+    InstrumentationScope, Key, Value,
+    trace::{Event, Link, SpanId, Status, TraceFlags, TraceId},
 };
-use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, SdkTracer, SdkTracerProvider};
+use opentelemetry_sdk::trace::{
+    BatchSpanProcessor, Config, IdGenerator, RandomIdGenerator, Sampler, SamplingDecision, ShouldSample, SpanData,
+    SpanEvents, SpanLimits, SpanLinks, SpanProcessor,
+};
 
 pub use opentelemetry::{
     KeyValue,
     trace::{SpanContext, SpanKind},
 };
 
-use super::{STOP_PATIENCE, export::Exporting};
+use super::{STOP_PATIENCE, export::batches, plan::Plan};
+use crate::config::ConfigError;
 
 /// Shortest time between two flushes that were asked for: many claims at once share one.
 const FLUSH_GATHER: Duration = Duration::from_millis(50);
 
-/// What all spans of a process go through.
+/// Attributes of a request, about: what it would take to make room for them one by one.
+const ATTRIBUTES: usize = 12;
+
+/// What all spans of a process go through, where there is a collector.
 struct Tracing {
-    provider: SdkTracerProvider,
-    tracer: SdkTracer,
-    /// Wakes the thread that flushes; `None` without a collector.
-    flush: Option<SyncSender<()>>,
+    batches: Arc<BatchSpanProcessor>,
+    /// Says what becomes of a trace that begins here.
+    sampler: Sampler,
+    scope: InstrumentationScope,
+    limits: SpanLimits,
+    /// Wakes the thread that flushes.
+    flush: SyncSender<()>,
 }
 
 static TRACING: OnceLock<Tracing> = OnceLock::new();
 
-/// Takes the spans of this process from now on.
-pub(super) fn start(exporting: Exporting) {
-    let exports = exporting.exports();
-    let provider = exporting.provider(Ids::default());
+/// Takes the spans of this process from now on. To be called on the process's runtime.
+pub(super) fn start(plan: Plan) -> Result<(), ConfigError> {
+    let sampler = plan.sampler.clone();
+    let Some(batches) = batches(plan)?.map(Arc::new) else { return Ok(()) };
     let scope = InstrumentationScope::builder("dbackup").with_version(env!("CARGO_PKG_VERSION")).build();
-    let tracer = provider.tracer_with_scope(scope);
-    let flush = exports.then(|| start_flushing(provider.clone())).flatten();
-    let _ = TRACING.set(Tracing { provider, tracer, flush });
+    let flush = start_flushing(batches.clone())?;
+    let _ = TRACING.set(Tracing { batches, sampler, scope, limits: Config::default().span_limits, flush });
+    Ok(())
 }
 
 /// Sends what is left. Blocks, for at most [`STOP_PATIENCE`].
 pub(super) fn stop() {
     if let Some(tracing) = TRACING.get() {
-        let _ = tracing.provider.shutdown_with_timeout(STOP_PATIENCE);
+        let _ = tracing.batches.shutdown_with_timeout(STOP_PATIENCE);
     }
 }
 
 /// A thread of its own, since a flush waits for the collector: whoever asks for one must not.
-fn start_flushing(provider: SdkTracerProvider) -> Option<SyncSender<()>> {
+fn start_flushing(batches: Arc<BatchSpanProcessor>) -> Result<SyncSender<()>, ConfigError> {
     // Room for one: a flush that is asked for while another waits to begin is the same.
     let (sender, asked) = sync_channel(1);
     let flushing = std::thread::Builder::new().name("trace-flush".to_owned()).spawn(move || {
         while asked.recv().is_ok() {
             // It ends within the SDK's own five seconds. What could not be sent is told by the exporter.
-            let _ = provider.force_flush();
+            let _ = batches.force_flush();
             std::thread::sleep(FLUSH_GATHER);
         }
     });
-    flushing.ok().map(|_| sender)
+    flushing.map_err(|error| ConfigError(format!("traces: a thread could not be started: {error}")))?;
+    Ok(sender)
 }
 
 /// Has the spans that have ended sent now and not with the next batch, without waiting for it.
 pub fn flush_soon() {
-    if let Some(flush) = TRACING.get().and_then(|tracing| tracing.flush.as_ref()) {
-        let _ = flush.try_send(());
-    }
-}
-
-thread_local! {
-    /// The id of the next span of this thread, when it must be a certain one.
-    static NEXT_ID: Cell<Option<SpanId>> = const { Cell::new(None) };
-}
-
-/// Random ids, but for a span whose id others must be able to name: the SDK takes ids from nowhere else.
-#[derive(Debug, Default)]
-pub(super) struct Ids(RandomIdGenerator);
-
-impl IdGenerator for Ids {
-    fn new_trace_id(&self) -> TraceId {
-        self.0.new_trace_id()
-    }
-
-    fn new_span_id(&self) -> SpanId {
-        NEXT_ID.take().unwrap_or_else(|| self.0.new_span_id())
+    if let Some(tracing) = TRACING.get() {
+        let _ = tracing.flush.try_send(());
     }
 }
 
@@ -104,7 +98,7 @@ pub fn now() -> SystemTime {
 #[derive(Debug)]
 pub struct Span {
     /// `None` when nothing is kept of it.
-    recording: Option<opentelemetry_sdk::trace::Span>,
+    recording: Option<SpanData>,
     context: SpanContext,
 }
 
@@ -112,37 +106,38 @@ impl Span {
     /// A span that begins a trace, or continues the one that came with a request. It has ids whether it is sampled or
     /// not.
     pub fn root(parent: &SpanContext, kind: SpanKind, name: impl Into<Cow<'static, str>>) -> Self {
-        let Some(tracing) = TRACING.get() else { return Self::unkept(SpanContext::NONE) };
-        Self::build(tracing, SpanBuilder::from_name(name).with_kind(kind), parent)
+        let (name, ids) = (name.into(), RandomIdGenerator::default());
+        let (trace, sampled) = if parent.is_valid() {
+            (parent.trace_id(), parent.is_sampled())
+        } else {
+            let trace = ids.new_trace_id();
+            (trace, TRACING.get().is_some_and(|tracing| tracing.begins(trace, &kind, &name)))
+        };
+        // Without a collector nothing is sampled: a flag that says otherwise would have others record the children of
+        // spans that nobody has.
+        let tracing = TRACING.get().filter(|_| sampled);
+        let context = context_under(parent, trace, ids.new_span_id(), tracing.is_some());
+        let mut recording = tracing.map(|tracing| tracing.data(&context, parent, kind, name));
+        if let Some(span) = &mut recording {
+            span.attributes.reserve(ATTRIBUTES);
+        }
+        Self { recording, context }
     }
 
     /// A span under another that begins now. Under one that is not sampled nothing is kept, and its context is that of
     /// the parent.
     pub fn child(parent: &SpanContext, kind: SpanKind, name: &'static str) -> Self {
-        Self::start(parent, SpanBuilder::from_name(name).with_kind(kind))
+        Self::under(parent, kind, name, None)
     }
 
-    fn start(parent: &SpanContext, builder: SpanBuilder) -> Self {
-        match TRACING.get() {
-            Some(tracing) if parent.is_sampled() => Self::build(tracing, builder, parent),
-            _ => Self::unkept(parent.clone()),
-        }
-    }
-
-    fn build(tracing: &Tracing, builder: SpanBuilder, parent: &SpanContext) -> Self {
-        // A context of its own: what is current in this thread is nobody's parent here. One that is not valid must not
-        // be in it: the sampler would take it for a parent that is not sampled.
-        let context = match parent.is_valid() {
-            true => Context::new().with_remote_span_context(parent.clone()),
-            false => Context::new(),
+    /// The same, with a certain id if there is one.
+    fn under(parent: &SpanContext, kind: SpanKind, name: &'static str, id: Option<SpanId>) -> Self {
+        let Some(tracing) = TRACING.get().filter(|_| parent.is_sampled()) else {
+            return Self { recording: None, context: parent.clone() };
         };
-        let span = tracing.tracer.build_with_context(builder, &context);
-        let context = span.span_context().clone();
-        Self { recording: span.is_recording().then_some(span), context }
-    }
-
-    fn unkept(context: SpanContext) -> Self {
-        Self { recording: None, context }
+        let id = id.unwrap_or_else(|| RandomIdGenerator::default().new_span_id());
+        let context = context_under(parent, parent.trace_id(), id, true);
+        Self { recording: Some(tracing.data(&context, parent, kind, name.into())), context }
     }
 
     /// What children and links name, and what is sent on.
@@ -158,7 +153,7 @@ impl Span {
     /// Notes an attribute.
     pub fn set(&mut self, key: impl Into<Key>, value: impl Into<Value>) {
         if let Some(span) = &mut self.recording {
-            span.set_attribute(KeyValue::new(key, value));
+            span.attributes.push(KeyValue::new(key, value));
         }
     }
 
@@ -175,17 +170,79 @@ impl Span {
     /// Notes something that happened at this moment.
     pub fn event(&mut self, name: &'static str, attributes: Vec<KeyValue>) {
         if let Some(span) = &mut self.recording {
-            span.add_event(name, attributes);
+            span.events.events.push(Event::new(name, now(), attributes, 0));
         }
     }
 
     /// Marks it as failed: a stable word for programs, a text for people.
     pub fn fail(&mut self, error_type: impl Into<Value>, text: impl Into<Cow<'static, str>>) {
+        self.set("error.type", error_type);
         if let Some(span) = &mut self.recording {
-            span.set_attribute(KeyValue::new("error.type", error_type));
-            span.set_status(Status::error(text));
+            span.status = Status::error(text);
         }
     }
+
+    fn end(&mut self, at: SystemTime) {
+        if let (Some(mut span), Some(tracing)) = (self.recording.take(), TRACING.get()) {
+            // A clock that was set back in between must not make a span of negative length.
+            span.end_time = at.max(span.start_time);
+            keep_within(&tracing.limits, &mut span);
+            tracing.batches.on_end(span);
+        }
+    }
+}
+
+impl Drop for Span {
+    fn drop(&mut self) {
+        if self.is_recording() {
+            self.end(now());
+        }
+    }
+}
+
+fn context_under(parent: &SpanContext, trace: TraceId, id: SpanId, sampled: bool) -> SpanContext {
+    let flags = TraceFlags::NOT_SAMPLED.with_sampled(sampled);
+    SpanContext::new(trace, id, flags, false, parent.trace_state().clone())
+}
+
+impl Tracing {
+    /// Whether a trace that begins here is sampled.
+    fn begins(&self, trace: TraceId, kind: &SpanKind, name: &str) -> bool {
+        let sampled = self.sampler.should_sample(None, trace, name, kind, &[], &[]);
+        sampled.decision == SamplingDecision::RecordAndSample
+    }
+
+    /// Of a span that begins now.
+    fn data(&self, context: &SpanContext, parent: &SpanContext, kind: SpanKind, name: Cow<'static, str>) -> SpanData {
+        let begins = now();
+        SpanData {
+            span_context: context.clone(),
+            parent_span_id: parent.span_id(),
+            parent_span_is_remote: parent.is_valid() && parent.is_remote(),
+            span_kind: kind,
+            name,
+            start_time: begins,
+            end_time: begins,
+            attributes: Vec::new(),
+            dropped_attributes_count: 0,
+            events: SpanEvents::default(),
+            links: SpanLinks::default(),
+            status: Status::Unset,
+            instrumentation_scope: self.scope.clone(),
+        }
+    }
+}
+
+/// By the `OTEL_SPAN_…_COUNT_LIMIT` variables: what was noted last goes first.
+fn keep_within(limits: &SpanLimits, span: &mut SpanData) {
+    fn keep<T>(all: &mut Vec<T>, most: u32, dropped: &mut u32) {
+        let over = all.len().saturating_sub(usize::try_from(most).unwrap_or(usize::MAX));
+        all.truncate(all.len() - over);
+        *dropped += u32::try_from(over).unwrap_or(u32::MAX);
+    }
+    keep(&mut span.attributes, limits.max_attributes_per_span, &mut span.dropped_attributes_count);
+    keep(&mut span.events.events, limits.max_events_per_span, &mut span.events.dropped_count);
+    keep(&mut span.links.links, limits.max_links_per_span, &mut span.links.dropped_count);
 }
 
 /// A span that is over when it is written: its times are known.
@@ -205,22 +262,15 @@ pub(super) struct Past {
 impl Past {
     /// Writes it under `parent`, where that is sampled.
     pub fn write(self, parent: &SpanContext) {
-        let links = self.link.filter(SpanContext::is_valid).map(Link::with_context).into_iter().collect();
-        let builder = SpanBuilder::from_name(self.name)
-            .with_kind(self.kind)
-            .with_start_time(self.from)
-            .with_attributes(self.attributes)
-            .with_links(links);
-        NEXT_ID.set(self.id);
-        let mut span = Span::start(parent, builder);
-        // Taken by the span, unless nothing is kept of it.
-        NEXT_ID.set(None);
+        let mut span = Span::under(parent, self.kind, self.name, self.id);
+        if let Some(data) = &mut span.recording {
+            data.start_time = self.from;
+            data.attributes = self.attributes;
+            data.links.links.extend(self.link.filter(SpanContext::is_valid).map(Link::with_context));
+        }
         if let Some((code, text)) = self.error {
             span.fail(code, text);
         }
-        if let Some(mut span) = span.recording.take() {
-            // A clock that was set back in between must not make a span of negative length.
-            span.end_with_timestamp(self.to.max(self.from));
-        }
+        span.end(self.to);
     }
 }
