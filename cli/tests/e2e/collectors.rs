@@ -5,11 +5,14 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::harness::{
-    Builder, Cluster, Process, SOON,
-    otlp::{self, Receiver},
-    source::PostgresSource,
-    until,
+use crate::{
+    harness::{
+        Builder, Cluster, Process, SOON,
+        otlp::{self, Receiver},
+        source::PostgresSource,
+        until,
+    },
+    trace::trigger,
 };
 
 async fn job(cluster: &Cluster) -> String {
@@ -100,24 +103,46 @@ async fn a_span_keeps_no_more_than_the_variables_allow_and_says_how_much_was_lef
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sent_when_the_exporter_is_none_or_the_sdk_disabled() {
+async fn nothing_is_sent_when_the_exporter_is_none_or_the_sdk_disabled_and_then_nobody_else_is_told_to() {
     let receiver = Receiver::start().await;
     for (name, value) in [("OTEL_TRACES_EXPORTER", "none"), ("OTEL_SDK_DISABLED", "true")] {
-        let mut cluster = Cluster::build()
-            .env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)
-            .env("OTEL_BSP_SCHEDULE_DELAY", 100)
-            .env(name, value)
-            .start()
-            .await;
-        let run = cluster.backup(&job(&cluster).await).await;
-        assert!(run["traceId"].is_string(), "a trace id is there all the same");
-        // What they have they send at their end.
-        for worker in &mut cluster.workers {
-            worker.signal(Signal::SIGTERM);
-            worker.end(SOON).await;
-        }
-        assert_eq!(receiver.spans().len(), 0, "{name}");
+        let cluster = silent_by(&receiver, name, value).await;
+        let job = job(&cluster).await;
+        // A flag that says otherwise would have others record the children of spans that nobody has.
+        let sampling = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let id = trigger(&cluster, &job, sampling).await;
+        let run = cluster.ended(&id, SOON).await;
+        assert_eq!(run["traceId"], "4bf92f3577b34da6a3ce929d0e0e4736", "a trace id is there all the same");
+        let stored: String = sqlx::query_scalar("select traceparent from executions where id = $1::uuid")
+            .bind(&id)
+            .fetch_one(&cluster.pool)
+            .await
+            .expect("a traceparent");
+        assert!(stored.ends_with("-00"), "{name}: {stored}");
+        assert_nothing_came(cluster, &receiver).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trace_that_begins_here_is_not_sent_where_the_sampler_says_so() {
+    let receiver = Receiver::start().await;
+    let cluster = silent_by(&receiver, "OTEL_TRACES_SAMPLER", "always_off").await;
+    cluster.backup(&job(&cluster).await).await;
+    assert_nothing_came(cluster, &receiver).await;
+}
+
+async fn silent_by(receiver: &Receiver, name: &str, value: &str) -> Cluster {
+    let cluster = Cluster::build().env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint);
+    cluster.env("OTEL_BSP_SCHEDULE_DELAY", 100).env(name, value).start().await
+}
+
+/// Not even at their end, when they send what they have.
+async fn assert_nothing_came(mut cluster: Cluster, receiver: &Receiver) {
+    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
+        process.signal(Signal::SIGTERM);
+        process.end(SOON).await;
+    }
+    assert_eq!(receiver.spans().len(), 0, "{:?}", receiver.spans());
 }
 
 #[tokio::test(flavor = "multi_thread")]

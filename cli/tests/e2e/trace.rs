@@ -47,7 +47,7 @@ async fn fired(cluster: &Cluster, job: &str) -> Value {
 }
 
 /// Triggers a job as a pipeline that traces itself; gives the execution's id.
-async fn trigger(cluster: &Cluster, job: &str, traceparent: &str) -> String {
+pub async fn trigger(cluster: &Cluster, job: &str, traceparent: &str) -> String {
     let request = cluster.http.post(format!("{}/api/jobs/{job}/run", cluster.url(1))).bearer_auth(&cluster.admin_key);
     let request = request.header("traceparent", traceparent).header("tracestate", "vendor=opaque");
     let response = request.send().await.expect("answers");
