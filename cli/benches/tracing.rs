@@ -60,7 +60,7 @@ fn collector() -> (String, Arc<Came>) {
     (endpoint, came)
 }
 
-/// Reads what is there, or with `flags` of `MSG_WAITALL` all of `into`; whether it came.
+/// Reads what is there, or with `MSG_WAITALL` as much as there is room for; how much came, 0 at the end.
 fn receive(stream: &TcpStream, into: &mut [u8], flags: MsgFlags) -> usize {
     recv(stream.as_raw_fd(), into, flags).unwrap_or(0)
 }
