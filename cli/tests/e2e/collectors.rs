@@ -12,7 +12,7 @@ use crate::{
         source::PostgresSource,
         until,
     },
-    trace::trigger,
+    trace::{CALLER, TRACE, traced, trigger},
 };
 
 async fn job(cluster: &Cluster) -> String {
@@ -106,13 +106,12 @@ async fn a_span_keeps_no_more_than_the_variables_allow_and_says_how_much_was_lef
 async fn nothing_is_sent_when_the_exporter_is_none_or_the_sdk_disabled_and_then_nobody_else_is_told_to() {
     let receiver = Receiver::start().await;
     for (name, value) in [("OTEL_TRACES_EXPORTER", "none"), ("OTEL_SDK_DISABLED", "true")] {
-        let cluster = silent_by(&receiver, name, value).await;
+        let cluster = traced(&receiver).env(name, value).start().await;
         let job = job(&cluster).await;
         // A flag that says otherwise would have others record the children of spans that nobody has.
-        let sampling = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-        let id = trigger(&cluster, &job, sampling).await;
+        let id = trigger(&cluster, &job, &format!("00-{TRACE}-{CALLER}-01")).await;
         let run = cluster.ended(&id, SOON).await;
-        assert_eq!(run["traceId"], "4bf92f3577b34da6a3ce929d0e0e4736", "a trace id is there all the same");
+        assert_eq!(run["traceId"], TRACE, "a trace id is there all the same");
         let stored: String = sqlx::query_scalar("select traceparent from executions where id = $1::uuid")
             .bind(&id)
             .fetch_one(&cluster.pool)
@@ -126,22 +125,24 @@ async fn nothing_is_sent_when_the_exporter_is_none_or_the_sdk_disabled_and_then_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trace_that_begins_here_is_not_sent_where_the_sampler_says_so() {
     let receiver = Receiver::start().await;
-    let cluster = silent_by(&receiver, "OTEL_TRACES_SAMPLER", "always_off").await;
+    let cluster = traced(&receiver).env("OTEL_TRACES_SAMPLER", "always_off").start().await;
     cluster.backup(&job(&cluster).await).await;
     assert_nothing_came(cluster, &receiver).await;
 }
 
-async fn silent_by(receiver: &Receiver, name: &str, value: &str) -> Cluster {
-    let cluster = Cluster::build().env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint);
-    cluster.env("OTEL_BSP_SCHEDULE_DELAY", 100).env(name, value).start().await
+/// Stops all processes at once, and waits for their end.
+async fn stop(cluster: &mut Cluster) {
+    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
+        process.signal(Signal::SIGTERM);
+    }
+    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
+        process.end(SOON).await;
+    }
 }
 
 /// Not even at their end, when they send what they have.
 async fn assert_nothing_came(mut cluster: Cluster, receiver: &Receiver) {
-    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
-        process.signal(Signal::SIGTERM);
-        process.end(SOON).await;
-    }
+    stop(&mut cluster).await;
     assert_eq!(receiver.spans().len(), 0, "{:?}", receiver.spans());
 }
 
@@ -154,10 +155,7 @@ async fn a_process_sends_what_it_has_at_its_end() {
         .start()
         .await;
     let run = cluster.backup(&job(&cluster).await).await;
-    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
-        process.signal(Signal::SIGTERM);
-        process.end(SOON).await;
-    }
+    stop(&mut cluster).await;
     let trace = run["traceId"].as_str().expect("a trace");
     receiver.holds(trace, &[("enqueue", 1), ("attempt", 1)], Duration::from_secs(1)).await;
 }
@@ -182,7 +180,7 @@ fn scheduling(process: &Process, name: &str) -> Vec<(u32, i32)> {
 async fn the_threads_that_export_never_interrupt_those_that_answer_and_yield_to_them() {
     const BATCH: u32 = 3;
     let receiver = Receiver::start().await;
-    let cluster = Cluster::build().env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint).start().await;
+    let cluster = traced(&receiver).start().await;
     for process in cluster.workers.iter().chain(cluster.apis.iter().map(|(api, _)| api)) {
         for name in ["OpenTelemetry", "reqwest"] {
             assert_eq!(scheduling(process, name), [(BATCH, 5)], "{name}");
@@ -205,12 +203,7 @@ async fn times(cluster: Builder) -> (Duration, Duration, Duration) {
         run = run.max(began.elapsed());
     }
     let began = Instant::now();
-    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
-        process.signal(Signal::SIGTERM);
-    }
-    for process in cluster.workers.iter_mut().chain(cluster.apis.iter_mut().map(|(api, _)| api)) {
-        process.end(SOON).await;
-    }
+    stop(&mut cluster).await;
     (trigger, run, began.elapsed())
 }
 

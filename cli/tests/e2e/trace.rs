@@ -23,8 +23,10 @@ use crate::{
     webhooks::webhook,
 };
 
-const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
-const CALLER: &str = "00f067aa0ba902b7";
+/// A trace of a caller.
+pub const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+/// The caller's span in it.
+pub const CALLER: &str = "00f067aa0ba902b7";
 
 /// A cluster that sends its spans at once, or nearly.
 pub fn traced(receiver: &Receiver) -> crate::harness::Builder {

@@ -23,12 +23,12 @@ use super::plan::{Plan, Protocol};
 use crate::config::ConfigError;
 
 /// What takes the spans that have ended; `None` without a collector. To be called on the process's runtime.
-pub(super) fn batches(plan: Plan) -> Result<Option<BatchSpanProcessor>, ConfigError> {
+pub(super) fn batches(plan: &Plan) -> Result<Option<BatchSpanProcessor>, ConfigError> {
     let Some(protocol) = plan.protocol else { return Ok(None) };
     in_background(move || {
-        let told = Told { exporter: exporter(&plan, protocol)?, failing: AtomicBool::new(false) };
+        let told = Told { exporter: exporter(plan, protocol)?, failing: AtomicBool::new(false) };
         let mut batches = BatchSpanProcessor::builder(told).build();
-        batches.set_resource(&resource(plan.service));
+        batches.set_resource(&resource(plan.service.clone()));
         Ok(Some(batches))
     })
 }

@@ -33,9 +33,6 @@ use crate::config::ConfigError;
 /// Shortest time between two flushes that were asked for: many claims at once share one.
 const FLUSH_GATHER: Duration = Duration::from_millis(50);
 
-/// Attributes of a request, about: what it would take to make room for them one by one.
-const ATTRIBUTES: usize = 12;
-
 /// What all spans of a process go through, where there is a collector.
 struct Tracing {
     batches: Arc<BatchSpanProcessor>,
@@ -51,11 +48,11 @@ static TRACING: OnceLock<Tracing> = OnceLock::new();
 
 /// Takes the spans of this process from now on. To be called on the process's runtime.
 pub(super) fn start(plan: Plan) -> Result<(), ConfigError> {
-    let sampler = plan.sampler.clone();
-    let Some(batches) = batches(plan)?.map(Arc::new) else { return Ok(()) };
+    let Some(batches) = batches(&plan)?.map(Arc::new) else { return Ok(()) };
     let scope = InstrumentationScope::builder("dbackup").with_version(env!("CARGO_PKG_VERSION")).build();
     let flush = start_flushing(batches.clone())?;
-    let _ = TRACING.set(Tracing { batches, sampler, scope, limits: Config::default().span_limits, flush });
+    let _ =
+        TRACING.set(Tracing { batches, sampler: plan.sampler, scope, limits: Config::default().span_limits, flush });
     Ok(())
 }
 
@@ -107,21 +104,15 @@ impl Span {
     /// not.
     pub fn root(parent: &SpanContext, kind: SpanKind, name: impl Into<Cow<'static, str>>) -> Self {
         let (name, ids) = (name.into(), RandomIdGenerator::default());
-        let (trace, sampled) = if parent.is_valid() {
-            (parent.trace_id(), parent.is_sampled())
-        } else {
-            let trace = ids.new_trace_id();
-            (trace, TRACING.get().is_some_and(|tracing| tracing.begins(trace, &kind, &name)))
-        };
+        let trace = if parent.is_valid() { parent.trace_id() } else { ids.new_trace_id() };
         // Without a collector nothing is sampled: a flag that says otherwise would have others record the children of
         // spans that nobody has.
-        let tracing = TRACING.get().filter(|_| sampled);
+        let tracing = TRACING.get().filter(|tracing| match parent.is_valid() {
+            true => parent.is_sampled(),
+            false => tracing.begins(trace, &kind, &name),
+        });
         let context = context_under(parent, trace, ids.new_span_id(), tracing.is_some());
-        let mut recording = tracing.map(|tracing| tracing.data(&context, parent, kind, name));
-        if let Some(span) = &mut recording {
-            span.attributes.reserve(ATTRIBUTES);
-        }
-        Self { recording, context }
+        Self { recording: tracing.map(|tracing| tracing.data(&context, parent, kind, name)), context }
     }
 
     /// A span under another that begins now. Under one that is not sampled nothing is kept, and its context is that of
