@@ -48,9 +48,9 @@ impl Answers for Desk {
         Ok(outcomes)
     }
 
-    fn settle(&self) -> impl Future<Output = Result<(), ApiError>> + Send + 'static {
+    fn settle(&self) -> Option<impl Future<Output = Result<(), ApiError>> + Send + 'static> {
         let flusher = self.flusher.clone();
-        async move { flusher.ask(()).await }
+        Some(async move { flusher.ask(()).await })
     }
 }
 

@@ -22,9 +22,9 @@ pub trait Answers: Send + 'static {
         questions: &[Self::Question],
     ) -> impl Future<Output = Result<Vec<Self::Answer>, DbError>> + Send;
 
-    /// Waits until what was answered may be told. The next group is answered meanwhile.
-    fn settle(&self) -> impl Future<Output = Result<(), Self::Error>> + Send + 'static {
-        std::future::ready(Ok(()))
+    /// Waits until what was answered may be told, where it may not be at once. The next group is answered meanwhile.
+    fn settle(&self) -> Option<impl Future<Output = Result<(), Self::Error>> + Send + 'static> {
+        None::<std::future::Ready<_>>
     }
 }
 
@@ -65,6 +65,13 @@ impl<A: Answers> Grouped<A> {
 async fn answer_all<A: Answers>(mut answers: A, most: usize, mut receiver: mpsc::Receiver<Waiting<A>>) {
     let mut waiting = Vec::new();
     while receiver.recv_many(&mut waiting, most).await > 0 {
+        // Whoever was woken together with the first asks in a moment, and shall come along.
+        tokio::task::yield_now().await;
+        while waiting.len() < most
+            && let Ok(another) = receiver.try_recv()
+        {
+            waiting.push(another);
+        }
         let (questions, askers): (Vec<_>, Vec<_>) = waiting.drain(..).map(|w| (w.question, w.asker)).unzip();
         match answers.answer(&questions).await {
             Ok(all) => tell::<A>(askers, all, answers.settle()),
@@ -85,11 +92,15 @@ async fn answer_all<A: Answers>(mut answers: A, most: usize, mut receiver: mpsc:
 fn tell<A: Answers>(
     askers: Vec<Asker<A>>,
     answers: Vec<A::Answer>,
-    settled: impl Future<Output = Result<(), A::Error>> + Send + 'static,
+    settled: Option<impl Future<Output = Result<(), A::Error>> + Send + 'static>,
 ) {
+    let answered = |askers: Vec<Asker<A>>| {
+        askers.into_iter().zip(answers).for_each(|(asker, answer)| drop(asker.send(Ok(answer))));
+    };
+    let Some(settled) = settled else { return answered(askers) };
     tokio::spawn(async move {
         match settled.await {
-            Ok(()) => askers.into_iter().zip(answers).for_each(|(asker, answer)| drop(asker.send(Ok(answer)))),
+            Ok(()) => answered(askers),
             Err(error) => refuse::<A>(askers, &error),
         }
     });

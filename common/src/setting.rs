@@ -114,9 +114,12 @@ impl Settings {
     /// With the rows of `settings` as one object. One that this version does not understand counts as absent.
     pub(crate) fn with_stored(self, stored: Option<Value>) -> Self {
         let Some(Value::Object(stored)) = stored else { return self };
-        stored.into_iter().fold(self, |settings, (name, value)| {
-            let one = Map::from_iter([(name, value)]);
-            settings.changed(&one).unwrap_or(settings)
+        // One by one only where not all are understood: this is done for every group of triggers.
+        self.changed(&stored).unwrap_or_else(|_| {
+            stored.into_iter().fold(self, |settings, (name, value)| {
+                let one = Map::from_iter([(name, value)]);
+                settings.changed(&one).unwrap_or(settings)
+            })
         })
     }
 

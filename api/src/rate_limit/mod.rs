@@ -138,7 +138,7 @@ impl RateLimiter {
         if let Some(shared) = &self.shared {
             let key = format!("dbackup:{}:limit:{}:{}", self.instance, class.name(), subject.name());
             // Boxed, as in Db::within.
-            if let Some(decision) = Box::pin(shared.check(&key, rule)).await {
+            if let Some(decision) = Box::pin(shared.check(key, rule)).await {
                 metrics::get().decided(class.name(), "redis", decision.allowed);
                 return decision;
             }

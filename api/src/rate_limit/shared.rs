@@ -1,7 +1,9 @@
 //! The limits of all API processes together: a sliding log in Redis. One round trip, one atomic script, Redis's own
-//! clock. Not GCRA, which lets almost twice the limit through a window.
+//! clock. Not GCRA, which lets almost twice the limit through a window. Requests that arrive while others are being counted
+//! are counted together, those of one client by one call: it costs Redis hardly more than a single one.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicU32, Ordering},
@@ -9,13 +11,20 @@ use std::{
     time::Duration,
 };
 
-use common::{metrics, setting::RateLimit};
+use common::{
+    db::DbError,
+    grouped::{Answers, Grouped},
+    metrics,
+    setting::RateLimit,
+};
+use futures::future::join_all;
 use redis::{AsyncConnectionConfig, Client, Script, aio::MultiplexedConnection};
 use secrecy::ExposeSecret;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{Decision, RedisConfig};
+use crate::error::ApiError;
 
 /// Failures in a row after which Redis is left alone until a probe succeeds.
 const FAILURES: u32 = 3;
@@ -24,27 +33,38 @@ const PROBE: Duration = Duration::from_millis(500);
 /// Longest time of a probe, which may have to connect.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// KEYS[1] the log; ARGV limit, window in microseconds, a name unique to the request. Gives whether it passes, how many
-/// more would, and the microseconds until one more does (of one that passed: until the oldest leaves the window).
-/// Scores are whole microseconds below 2^53, so Lua's numbers hold them exactly.
+/// Requests counted together, at most; Lua takes some thousands of arguments.
+const GROUP: usize = 256;
+
+/// KEYS[1] the log; ARGV limit, window in microseconds, a name unique to the call, and how many requests. Gives how many
+/// of them pass, how many more would after those, and the microseconds until one more does (where all passed: until the
+/// oldest leaves the window). Scores are whole microseconds below 2^53, so Lua's numbers hold them exactly.
 const SLIDING_LOG: &str = r"
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local limit, window = tonumber(ARGV[1]), tonumber(ARGV[2])
+local limit, window, asked = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[4])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now - window))
 local used = redis.call('ZCARD', KEYS[1])
-local allowed, rank = 0, used - limit
-if used < limit then
-  allowed, rank, used = 1, 0, used + 1
-  redis.call('ZADD', KEYS[1], string.format('%d', now), ARGV[3])
+local passed = math.max(math.min(asked, limit - used), 0)
+if passed > 0 then
+  local score, entries = string.format('%d', now), {}
+  for i = 1, passed do
+    entries[2 * i - 1], entries[2 * i] = score, ARGV[3] .. i
+  end
+  redis.call('ZADD', KEYS[1], unpack(entries))
   redis.call('PEXPIRE', KEYS[1], math.ceil(window / 1000))
+  used = used + passed
 end
+local rank = math.max(used - limit, 0)
 local entry = redis.call('ZRANGE', KEYS[1], rank, rank, 'WITHSCORES')
-return { allowed, math.max(limit - used, 0), tonumber(entry[2]) + window - now }
+return { passed, math.max(limit - used, 0), tonumber(entry[2]) + window - now }
 ";
 
 /// Asks Redis, and knows when not to.
-pub struct SharedLimiter(Arc<Inner>);
+pub struct SharedLimiter {
+    inner: Arc<Inner>,
+    counter: Grouped<Counter>,
+}
 
 struct Inner {
     timeout: Duration,
@@ -56,7 +76,7 @@ struct Inner {
 }
 
 impl SharedLimiter {
-    /// Starts the connecting task.
+    /// Starts the tasks that connect and count.
     pub fn start(config: &RedisConfig, stop: CancellationToken) -> Self {
         let inner = Arc::new(Inner {
             timeout: config.timeout,
@@ -72,38 +92,66 @@ impl SharedLimiter {
             }
             Err(error) => tracing::error!(%error, "REDIS_URL is not understood: every process limits by itself"),
         }
-        Self(inner)
+        let counter = Grouped::start(Counter(inner.clone()), GROUP);
+        Self { inner, counter }
     }
 
     /// Counts one request; `None` when Redis does not answer in time.
-    pub async fn check(&self, key: &str, rule: RateLimit) -> Option<Decision> {
-        let mut connection = self.0.connection()?;
-        let mut call = self.0.script.key(key);
-        call.arg(rule.limit)
-            .arg(u64::from(rule.window_seconds) * 1_000_000)
-            .arg(uuid::Uuid::now_v7().simple().to_string());
-        let answer = tokio::time::timeout(self.0.timeout, call.invoke_async::<(u8, u32, u64)>(&mut connection)).await;
-        match answer {
-            Ok(Ok((allowed, remaining, reset))) => {
-                self.0.failures.store(0, Ordering::Relaxed);
-                let reset = Duration::from_micros(reset);
-                let window = Duration::from_secs(rule.window_seconds.into());
-                Some(Decision { allowed: allowed == 1, limit: rule.limit, remaining, window, reset })
-            }
-            Ok(Err(error)) => {
-                self.0.failed(&error.to_string());
-                None
-            }
-            Err(_) => {
-                self.0.failed(&format!("no answer within {} ms", self.0.timeout.as_millis()));
-                None
-            }
+    pub async fn check(&self, key: String, rule: RateLimit) -> Option<Decision> {
+        if !self.is_up() {
+            return None;
         }
+        let request = Counted { key, rule, until: Instant::now() + self.inner.timeout };
+        self.counter.ask(request).await.ok().flatten()
     }
 
     /// Whether Redis decides now.
     pub fn is_up(&self) -> bool {
-        self.0.connection().is_some()
+        self.inner.connection.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+}
+
+/// A request to be counted.
+struct Counted {
+    key: String,
+    rule: RateLimit,
+    /// After that its process decides by itself.
+    until: Instant,
+}
+
+/// Counts groups of requests.
+struct Counter(Arc<Inner>);
+
+impl Answers for Counter {
+    type Question = Counted;
+    type Answer = Option<Decision>;
+    type Error = ApiError;
+
+    async fn answer(&mut self, requests: &[Counted]) -> Result<Vec<Option<Decision>>, DbError> {
+        let undecided = vec![None; requests.len()];
+        // The first has waited longest.
+        let (Some(first), Some(connection)) = (requests.first(), self.0.connection()) else { return Ok(undecided) };
+        let mut same: HashMap<(&str, RateLimit), Vec<usize>> = HashMap::new();
+        for (place, request) in requests.iter().enumerate() {
+            same.entry((&request.key, request.rule)).or_default().push(place);
+        }
+        let count = async |(key, rule), places: Vec<usize>| {
+            let decisions = self.0.count(connection.clone(), key, rule, places.len()).await?;
+            Ok::<_, redis::RedisError>(places.into_iter().zip(decisions).collect::<Vec<_>>())
+        };
+        let all = join_all(same.into_iter().map(|(which, places)| count(which, places)));
+        let Ok(counted) = tokio::time::timeout_at(first.until, all).await else {
+            self.0.failed(requests.len(), &format!("no answer within {} ms", self.0.timeout.as_millis()));
+            return Ok(undecided);
+        };
+        let mut decisions = undecided;
+        for counted in counted {
+            match counted {
+                Ok(counted) => counted.into_iter().for_each(|(place, decision)| decisions[place] = Some(decision)),
+                Err(error) => self.0.failed(1, &error.to_string()),
+            }
+        }
+        Ok(decisions)
     }
 }
 
@@ -112,8 +160,34 @@ impl Inner {
         self.connection.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn failed(&self, why: &str) {
-        if self.failures.fetch_add(1, Ordering::Relaxed) + 1 < FAILURES {
+    /// Counts so many requests of one client, those that pass first.
+    async fn count(
+        &self,
+        mut connection: MultiplexedConnection,
+        key: &str,
+        rule: RateLimit,
+        requests: usize,
+    ) -> redis::RedisResult<impl Iterator<Item = Decision> + use<>> {
+        let mut call = self.script.key(key);
+        call.arg(rule.limit)
+            .arg(u64::from(rule.window_seconds) * 1_000_000)
+            .arg(uuid::Uuid::now_v7().simple().to_string())
+            .arg(requests);
+        let (passed, left, reset) = call.invoke_async::<(usize, u32, u64)>(&mut connection).await?;
+        self.failures.store(0, Ordering::Relaxed);
+        let (window, reset) = (Duration::from_secs(rule.window_seconds.into()), Duration::from_micros(reset));
+        Ok((1..=requests).map(move |n| Decision {
+            allowed: n <= passed,
+            limit: rule.limit,
+            remaining: left + u32::try_from(passed.saturating_sub(n)).unwrap_or(u32::MAX),
+            window,
+            reset,
+        }))
+    }
+
+    fn failed(&self, requests: usize, why: &str) {
+        let requests = u32::try_from(requests).unwrap_or(u32::MAX);
+        if self.failures.fetch_add(requests, Ordering::Relaxed).saturating_add(requests) < FAILURES {
             return;
         }
         // Only the one who takes the connection away tells of it.

@@ -9,8 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::future::join_all;
 use reqwest::Response;
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use crate::harness::{Cluster, SOON, redis::Redis, source::PostgresSource, until};
 
@@ -297,7 +302,7 @@ async fn without_redis_nothing_fails_each_process_limits_by_itself_and_redis_dec
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_frozen_redis_costs_three_requests_its_time_out_and_the_others_nothing() {
+async fn a_frozen_redis_costs_three_requests_its_time_out_or_those_that_come_at_once_and_the_others_nothing() {
     let redis = Redis::start().await;
     let builder = Cluster::build().workers(0).rate_limits(json!({ "read": { "limit": 1_000_000 } }));
     // Long, so that a request that waits for it is told from one that does not.
@@ -313,6 +318,77 @@ async fn a_frozen_redis_costs_three_requests_its_time_out_and_the_others_nothing
     assert_eq!(waited, 3);
     redis.thaw();
     counted_in(&cluster, "redis").await;
+    redis.freeze();
+    let at_once = (0..50).map(|_| async {
+        let began = Instant::now();
+        assert_eq!(call(&cluster, 0, "GET", "/api/session", "192.0.2.1").await.status(), 200);
+        began.elapsed()
+    });
+    let longest = join_all(at_once).await.into_iter().max().expect("some");
+    assert!(longest < Duration::from_millis(3_500), "who is counted after others waits no longer: {longest:?}");
+    redis.thaw();
+}
+
+/// Whether a process has taken all that its clients have sent: the kernel holds no byte for it.
+fn has_read_everything(url: &str) -> bool {
+    let port: u16 = url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
+    let sockets = std::fs::read_to_string("/proc/net/tcp").expect("proc");
+    // Local address, remote address, state, and the bytes to send and to read: proc(5).
+    let mut columns = sockets.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    columns.all(|c| !c[1].ends_with(&format!(":{port:04X}")) || c[4].ends_with(":00000000"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_arrive_together_are_counted_by_one_call_and_each_is_told_what_is_left_after_it() {
+    const LIMIT: usize = 30;
+    let redis = Redis::start().await;
+    let cluster = {
+        let builder = Cluster::build().workers(0).contract_limits().env("DBACKUP_REDIS_TIMEOUT_MS", 10_000);
+        builder.env("DBACKUP_TRUSTED_PROXIES", "127.0.0.1").env("REDIS_URL", redis.url()).start().await
+    };
+    counted_in(&cluster, "redis").await;
+    set_limits(&cluster, json!({ "read": { "limit": LIMIT, "windowSeconds": 60 } })).await;
+    let calls = || -> usize {
+        let stats = redis.cli(&["info", "commandstats"]);
+        let line = stats.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls=")).expect("it was called");
+        line.split(',').next().and_then(|calls| calls.parse().ok()).expect("a number")
+    };
+    let before = calls();
+    redis.freeze();
+    let mut sent = Vec::new();
+    for (client, requests) in [("192.0.2.1", 2 * LIMIT), ("192.0.2.2", LIMIT)] {
+        for n in 0..requests {
+            let address = cluster.url(n % 2).trim_start_matches("http://");
+            let mut stream = TcpStream::connect(address).await.expect("connects");
+            let key = &cluster.admin_key;
+            let head = format!("GET /api/session HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n");
+            stream.write_all(format!("{head}X-Forwarded-For: {client}\r\n\r\n").as_bytes()).await.expect("writes");
+            sent.push((client, stream));
+        }
+    }
+    for (_, url) in &cluster.apis {
+        until("every request has arrived", SOON, || async { has_read_everything(url).then_some(()) }).await;
+    }
+    redis.thaw();
+    let answers = join_all(sent.into_iter().map(|(client, mut stream)| async move {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("answers");
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse::<u16>().ok()).expect("a status");
+        let left = answer.lines().find_map(|line| line.strip_prefix("ratelimit-remaining: ")).expect("the header");
+        (client, status, left.parse::<usize>().expect("a number"))
+    }))
+    .await;
+    for (client, refused) in [("192.0.2.1", LIMIT), ("192.0.2.2", 0)] {
+        let of = |wanted: u16| answers.iter().filter(move |(who, status, _)| (*who, *status) == (client, wanted));
+        let mut left: Vec<_> = of(200).map(|(.., left)| *left).collect();
+        left.sort_unstable();
+        assert_eq!(left, (0..LIMIT).collect::<Vec<_>>(), "{client}: one for each that passed");
+        let refusals: Vec<_> = of(429).map(|(.., left)| *left).collect();
+        assert_eq!(refusals, vec![0; refused], "{client}");
+    }
+    // Of each process the first request by itself, one call for the others of each client, and as many for those that came
+    // late since their process had to ask the database whether their key still counts.
+    assert!(calls() - before <= 12, "{} calls for {} requests", calls() - before, answers.len());
 }
 
 async fn waiting_execution(cluster: &Cluster) -> String {
