@@ -184,6 +184,9 @@ pub struct SourceAccess {
     pub config: SourceConfig,
     /// Its password, when it needs one.
     pub password: Option<SecretString>,
+    /// What its sessions are called on the server, where that can be said: those of a run bear its id, so that a later
+    /// attempt finds what an earlier one has left.
+    pub session: String,
 }
 
 /// A whole source to be stored.
@@ -239,6 +242,7 @@ impl Source {
             engine: self.engine,
             password: config.secrets.remove("password"),
             config: config.typed().map_err(|_| SealError::DoesNotOpen)?,
+            session: "dbackup".to_owned(),
         })
     }
 }

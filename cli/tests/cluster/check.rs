@@ -100,7 +100,7 @@ pub async fn everything(project: &Project, local: &str, stages: &[Stage]) -> Vec
     none("runs that failed", project.number(lost).await);
     let twice = "select count(*) from (select from artifacts where database_name is not null group by execution_id having count(*) > 1) x";
     none("runs with two backups", project.number(twice).await);
-    let unlike = "select count(*) from executions e where (status = 'Success') <> exists (select from artifacts a where a.execution_id = e.id)";
+    let unlike = "select count(*) from executions e where type = 'Backup' and (status = 'Success') <> exists (select from artifacts a where a.execution_id = e.id)";
     none("runs with a success and no backup, or the reverse", project.number(unlike).await);
     let ended = "select count(*) from executions where ended_at is not null and id = any($1::uuid[])";
     let acknowledged = project.acknowledged.lock().expect("not poisoned").clone();
@@ -110,6 +110,9 @@ pub async fn everything(project: &Project, local: &str, stages: &[Stage]) -> Vec
     stores.extend(stages.iter().filter_map(Store::of_stage));
     for store in stores {
         wrong.extend(store.check(project).await);
+    }
+    for restores in stages.iter().filter_map(|stage| stage.restores.as_ref()) {
+        wrong.extend(restores.wrong(project).await);
     }
     wrong
 }

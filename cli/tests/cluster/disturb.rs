@@ -26,7 +26,7 @@ struct Shared {
     done: Mutex<BTreeMap<String, usize>>,
 }
 
-/// Disturbs so often; each stage has a lane of its own, so that up to four workers are away at once. Gives how often
+/// Disturbs so often; each stage has a lane of its own, so that every worker may be away at once. Gives how often
 /// what was done.
 pub async fn workers(project: &Project, stages: &Arc<Vec<Stage>>, times: usize) -> BTreeMap<String, usize> {
     let shared = Arc::new(Shared::default());
@@ -71,7 +71,7 @@ async fn reserve(project: &Project, stage: &Stage, shared: &Shared, execution: &
 async fn disturb(project: &Project, stage: &Stage, shared: &Shared, pause: bool) {
     let (execution, container) = loop {
         stage.close();
-        let execution = project.trigger(&stage.job).await;
+        let execution = stage.begin(project).await;
         if let Some(container) = reserve(project, stage, shared, &execution).await {
             break (execution, container);
         }

@@ -17,6 +17,7 @@ mod load;
 mod outages;
 mod project;
 mod proxy;
+mod restoring;
 mod shape;
 mod stages;
 

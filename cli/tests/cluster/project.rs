@@ -95,9 +95,9 @@ impl Project {
         }
     }
 
-    /// The ids of the containers of a service.
+    /// The ids of the containers of a service, those too that somebody has just killed.
     pub async fn containers(&self, service: &str) -> Vec<String> {
-        compose(&["ps", "--quiet", service]).await.lines().map(str::to_owned).collect()
+        compose(&["ps", "--all", "--quiet", service]).await.lines().map(str::to_owned).collect()
     }
 
     /// The container that a worker's name is from: its host's name is the beginning of the container's id, but for the
@@ -168,7 +168,11 @@ impl Project {
 
     /// Triggers a job; gives the execution's id.
     pub async fn trigger(&self, job: &str) -> String {
-        let answer = self.ok("POST", &format!("/api/jobs/{job}/run"), None).await;
+        self.accepted(self.ok("POST", &format!("/api/jobs/{job}/run"), None).await)
+    }
+
+    /// The execution's id in the answer to a trigger, which is noted.
+    pub fn accepted(&self, answer: Value) -> String {
         let execution = answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned();
         self.acknowledge(&execution);
         execution

@@ -128,8 +128,7 @@ async fn forged(project: &Project, job: &str) -> String {
     const CLAIMED: &str = "203.0.113.9";
     let request = project.request("POST", &format!("/api/jobs/{job}/run"), None).header("X-Forwarded-For", CLAIMED);
     let answer: Value = request.send().await.expect("answers").json().await.expect("JSON");
-    let execution = answer["executionId"].as_str().expect("an id");
-    project.acknowledge(execution);
+    let execution = project.accepted(answer);
     let entries = project.ok("GET", &format!("/api/audit?targetId={execution}"), None).await;
     let address = entries[0]["address"].as_str().unwrap_or_else(|| panic!("{entries}")).to_owned();
     let network = "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}";

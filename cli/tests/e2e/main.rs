@@ -23,6 +23,7 @@ mod freshness;
 mod history;
 mod key_rotation;
 mod keys;
+mod left_sessions;
 mod lifecycle;
 mod limits;
 mod lists;

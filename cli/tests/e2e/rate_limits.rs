@@ -361,7 +361,8 @@ async fn requests_that_arrive_together_are_counted_by_one_call_and_each_is_told_
             let address = cluster.url(n % 2).trim_start_matches("http://");
             let mut stream = TcpStream::connect(address).await.expect("connects");
             let key = &cluster.admin_key;
-            let head = format!("GET /api/session HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n");
+            let head =
+                format!("GET /api/session HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n");
             stream.write_all(format!("{head}X-Forwarded-For: {client}\r\n\r\n").as_bytes()).await.expect("writes");
             sent.push((client, stream));
         }

@@ -22,7 +22,7 @@ use common::{
     destination::{Destination, DestinationAccess},
     encryption,
     execution::{Stage, claim::Assignment, finish::Published, log::Level},
-    id::DestinationId,
+    id::{DestinationId, ExecutionId},
     job::Job,
     metrics,
     source::{Source, SourceAccess},
@@ -103,10 +103,13 @@ pub async fn stream(attempt: Attempt<'_>) -> Result<StagedBackup, RunError> {
     lease.set_stage(Stage::Initializing);
     let recipients = recipients(&assignment.job)?;
     let targets = open_targets(shared, assignment).await?;
-    let access = source_access(shared, &assignment.source)?;
+    let access = source_access(shared, &assignment.source, assignment.claim.execution)?;
     let dump = Dump::new(&shared.config, access);
     let mut span = lease.span(SpanKind::Client, "inspect");
     dump.describe(&mut span, None);
+    if assignment.claim.attempt > 1 {
+        dump.end_former(&lease.groups, log).await;
+    }
     let inspected = dump.inspect(&lease.groups, &log.within(&span)).await;
     let inspected = noted(&mut span, inspected)?;
     drop(span);
@@ -151,10 +154,11 @@ async fn open_target(shared: &Shared, destination: &Destination) -> Result<Targe
     Ok(Target { id: destination.id, name: destination.slug.clone(), store: Arc::new(store) })
 }
 
-/// A source with its secrets.
-fn source_access(shared: &Shared, source: &Source) -> Result<SourceAccess, RunError> {
+/// A source with its secrets, for the sessions of one run.
+fn source_access(shared: &Shared, source: &Source, run: ExecutionId) -> Result<SourceAccess, RunError> {
     let unreadable = |e| RunError::give_up("secret_unreadable", format!("source '{}': {e}", source.slug));
-    source.access(&shared.key).map_err(unreadable)
+    let access = source.access(&shared.key).map_err(unreadable)?;
+    Ok(SourceAccess { session: format!("dbackup {run}"), ..access })
 }
 
 /// A destination with its secrets.

@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -27,6 +28,8 @@ pub enum Mode {
     Hold,
     /// Pass so many bytes to the client of each connection, then hold.
     HoldAfter(u64),
+    /// The same of the bytes that each client sends.
+    HoldAfterSent(u64),
     /// Close every connection, also new ones.
     Cut,
 }
@@ -38,6 +41,9 @@ pub struct Proxy {
     mode: watch::Sender<Mode>,
     target: watch::Sender<SocketAddr>,
     passed: Arc<AtomicU64>,
+    /// How many connections there have been, and of how many the client is lost.
+    begun: Arc<AtomicU64>,
+    lost: watch::Sender<u64>,
 }
 
 impl Proxy {
@@ -55,13 +61,22 @@ impl Proxy {
         let passed = Arc::new(AtomicU64::new(0));
         let counter = passed.clone();
         let (target, targeted) = watch::channel(target);
+        let (begun, (lost, losses)) = (Arc::new(AtomicU64::new(0)), watch::channel(0));
+        let number = begun.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let target = *targeted.borrow();
-                tokio::spawn(connection(client, target, watched.clone(), counter.clone()));
+                let (target, number) = (*targeted.borrow(), number.fetch_add(1, Ordering::SeqCst));
+                let mut losses = losses.clone();
+                let lost = async move { drop(losses.wait_for(|lost| number < *lost).await) };
+                tokio::spawn(connection(client, target, watched.clone(), counter.clone(), lost));
             }
         });
-        Self { port, mode, target, passed }
+        Self { port, mode, target, passed, begun, lost }
+    }
+
+    /// The machine of those who are connected now is lost: nothing of theirs comes any more, not even their end.
+    pub fn lose_clients(&self) {
+        self.lost.send_replace(self.begun.load(Ordering::SeqCst));
     }
 
     /// Leads connections from now on to another port of this machine.
@@ -84,13 +99,22 @@ impl Proxy {
     }
 }
 
-async fn connection(client: TcpStream, target: SocketAddr, mode: watch::Receiver<Mode>, passed: Arc<AtomicU64>) {
+async fn connection(
+    client: TcpStream,
+    target: SocketAddr,
+    mode: watch::Receiver<Mode>,
+    passed: Arc<AtomicU64>,
+    lost: impl Future<Output = ()>,
+) {
     let Ok(server) = TcpStream::connect(target).await else { return };
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
+    let mut there = pin!(pump(client_read, server_write, mode.clone(), None));
+    let mut back = pin!(pump(server_read, client_write, mode, Some(passed)));
     tokio::select! {
-        () = pump(client_read, server_write, mode.clone(), None) => {}
-        () = pump(server_read, client_write, mode, Some(passed)) => {}
+        () = &mut there => {}
+        () = &mut back => {}
+        () = lost => std::future::pending().await,
     }
 }
 
@@ -108,6 +132,7 @@ async fn pump(
             Mode::Cut => return,
             Mode::Hold => None,
             Mode::HoldAfter(limit) if passed.is_some() && count >= limit => None,
+            Mode::HoldAfterSent(limit) if passed.is_none() && count >= limit => None,
             _ => Some(from.read(&mut buffer)),
         };
         let read = async {

@@ -281,7 +281,7 @@ mod tests {
     fn a_dump_stands_still_for_less_than_the_server_waits_for_it() {
         let config = serde_json::json!({ "username": "u", "databases": ["shop"] });
         let config = serde_json::from_value(config).expect("a config");
-        let access = SourceAccess { engine: Engine::Mariadb, config, password: None };
+        let access = SourceAccess { engine: Engine::Mariadb, config, password: None, session: String::new() };
         let answer = "server\t10.11.1-MariaDB\t1736937000.5\t60\ndatabase\tshop\t16384\nSsl_cipher\t\n";
         let inspected = read_answer(&access, answer, PathBuf::new(), String::new()).expect("understood");
         assert_eq!(inspected.most_frozen, Some(Duration::from_secs(50)));

@@ -101,6 +101,14 @@ impl Dump {
         Ok(inspected)
     }
 
+    /// Ends what an attempt before has left on the server. MariaDB and MySQL end it themselves: they wait for a client that
+    /// takes nothing no longer than `net_write_timeout`.
+    pub async fn end_former(&self, groups: &ProcessGroups, log: &RunLog) {
+        if self.access.engine == Engine::Postgres {
+            postgres::end_former(&self.access, &self.bins, groups, log).await;
+        }
+    }
+
     /// As [`Dump::inspect`], for a connection test: without a log, the warning apart.
     pub async fn look(&self, groups: &ProcessGroups) -> Result<(Inspected, Option<String>), RunError> {
         match self.access.engine {

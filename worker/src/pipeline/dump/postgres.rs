@@ -10,7 +10,7 @@ use common::source::{Engine, SourceAccess, TlsMode};
 use secrecy::ExposeSecret;
 
 use super::{Database, Inspected, TLS_HINT, Tool, child::Program, find_tools, missing};
-use crate::{failure::RunError, lease::ProcessGroups};
+use crate::{failure::RunError, lease::ProcessGroups, run_log::RunLog};
 
 /// First bytes of the custom format.
 pub const MAGIC: &[u8] = b"PGDMP";
@@ -19,6 +19,38 @@ const QUESTION: &str = "select current_setting('server_version_num'), current_se
      pg_database_size(current_database()), extract(epoch from clock_timestamp())::numeric(20,6), \
      (select json_agg(datname) from pg_database where datallowconn and not datistemplate)";
 
+/// Ends the sessions that earlier attempts of a run have left, and counts them. A worker whose machine was lost, or is cut
+/// off, closes no connection: the server would keep its transaction and its locks until TCP's own keep-alive gives up,
+/// after two hours. And one that only stood still commits nothing any more.
+pub const END_FORMER: &str = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+     where application_name = current_setting('application_name') and usename = current_user and pid <> pg_backend_pid()";
+
+/// Tells what became of [`END_FORMER`]. Without it a run still comes to its end, only perhaps later.
+pub fn tell_of_former(ended: Result<String, RunError>, log: &RunLog) {
+    match ended.as_deref().map(str::trim) {
+        Ok("0") => {}
+        Ok(count) => log.info(format!("{count} session(s) that an earlier attempt had left on the server are ended")),
+        Err(error) => log.warn(format!("what an earlier attempt may have left on the server was not ended: {error}")),
+    }
+}
+
+/// See [`END_FORMER`].
+pub async fn end_former(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGroups, log: &RunLog) {
+    // Whatever is wrong with these the inspection tells, too.
+    let (Ok(psql), Some(database)) = (find_psql(bins), access.config.databases.first()) else { return };
+    tell_of_former(ask(access, &psql, database, END_FORMER, groups).await, log);
+}
+
+/// The psql of the first folder that has one.
+pub fn find_psql(bins: &[PathBuf]) -> Result<PathBuf, RunError> {
+    bins.iter().map(|bin| bin.join("psql")).find(|path| path.is_file()).ok_or_else(|| absent("psql", bins))
+}
+
+/// That a tool of PostgreSQL is not there.
+pub fn absent(tool: &str, bins: &[PathBuf]) -> RunError {
+    missing(tool, bins, "DBACKUP_POSTGRES_BIN", "postgresql-client")
+}
+
 /// Asks every database for its size and the server for its version, and chooses the pg_dump: the server's own
 /// major where it is installed, else the next newer with a warning, never an older one.
 pub async fn inspect(
@@ -26,13 +58,12 @@ pub async fn inspect(
     bins: &[PathBuf],
     groups: &ProcessGroups,
 ) -> Result<(Inspected, Option<String>), RunError> {
-    let psql = bins.iter().map(|bin| bin.join("psql")).find(|path| path.is_file());
-    let psql = psql.ok_or_else(|| missing("psql", bins, "DBACKUP_POSTGRES_BIN", "postgresql-client"))?;
+    let psql = find_psql(bins)?;
     let mut databases = Vec::new();
     let mut server: Option<(u32, String, DateTime<chrono::Utc>)> = None;
     let mut all_databases = Vec::new();
     for name in &access.config.databases {
-        let answer = ask(access, &psql, name, groups).await?;
+        let answer = ask(access, &psql, name, QUESTION, groups).await?;
         // The last may hold the separator.
         let fields: Vec<&str> = answer.trim().splitn(5, '|').collect();
         let parsed = match fields[..] {
@@ -56,7 +87,7 @@ pub async fn inspect(
     };
     let tools = find_tools(bins, "pg_dump", groups).await;
     if tools.is_empty() {
-        return Err(missing("pg_dump", bins, "DBACKUP_POSTGRES_BIN", "postgresql-client"));
+        return Err(absent("pg_dump", bins));
     }
     let (tool, warning) = choose(&tools, major)?;
     Ok((
@@ -80,10 +111,16 @@ fn parse(number: &str, size: &str, at: &str) -> Option<(u32, u64, DateTime<chron
     Some((number.parse::<u32>().ok()? / 10_000, size.parse().ok()?, at))
 }
 
-async fn ask(access: &SourceAccess, psql: &Path, database: &str, groups: &ProcessGroups) -> Result<String, RunError> {
+async fn ask(
+    access: &SourceAccess,
+    psql: &Path,
+    database: &str,
+    query: &str,
+    groups: &ProcessGroups,
+) -> Result<String, RunError> {
     let mut program = Program::new(psql);
     connect(access, &mut program, database)?;
-    program.arg("-XAtqw").arg("-F|").arg("-c").arg(QUESTION);
+    program.arg("-XAtqw").arg("-F|").arg("-c").arg(query);
     let printed = program.output(groups).await?.printed();
     printed.map_err(|said| classify(&said, format!("could not sign in to '{database}': {said}")))
 }
@@ -109,7 +146,7 @@ pub fn connect(access: &SourceAccess, program: &mut Program, database: &str) -> 
         .env("PGUSER", config.username.clone())
         .env("PGDATABASE", database)
         .env("PGCONNECT_TIMEOUT", "10")
-        .env("PGAPPNAME", "dbackup")
+        .env("PGAPPNAME", access.session.clone())
         .env("PGPASSFILE", "/dev/null")
         .env(
             "PGSSLMODE",

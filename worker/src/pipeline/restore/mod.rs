@@ -86,6 +86,9 @@ pub async fn restore(all: Restoration<'_>) -> Result<Restored, RunError> {
     let mut span = lease.span(SpanKind::Client, "inspect");
     let opened = async {
         let target = Target::open(shared, lease, assignment, &manifest).await?;
+        if assignment.claim.attempt > 1 {
+            target.end_former(log).await;
+        }
         for object in &objects {
             target.check(into(assignment, object)).await?;
         }

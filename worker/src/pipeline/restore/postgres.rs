@@ -8,7 +8,7 @@ use super::target::Holds;
 use crate::{
     failure::RunError,
     lease::ProcessGroups,
-    pipeline::dump::{Tool, child::Program, find_tools, missing, postgres},
+    pipeline::dump::{Tool, child::Program, find_tools, postgres},
 };
 
 /// Databases by which a server is asked about one that is not there.
@@ -56,13 +56,12 @@ pub async fn open(
     groups: &ProcessGroups,
     dumped_by: &str,
 ) -> Result<Server, RunError> {
-    let absent = |tool| missing(tool, bins, "DBACKUP_POSTGRES_BIN", "postgresql-client");
-    let psql = bins.iter().map(|bin| bin.join("psql")).find(|path| path.is_file()).ok_or_else(|| absent("psql"))?;
+    let psql = postgres::find_psql(bins)?;
     let version = ask_server(access, &psql, "select current_setting('server_version')", None, groups).await?;
     let version = version.trim().to_owned();
     let tools = find_tools(bins, "pg_restore", groups).await;
     if tools.is_empty() {
-        return Err(absent("pg_restore"));
+        return Err(postgres::absent("pg_restore", bins));
     }
     let server = version.split(['.', ' ']).next().and_then(|major| major.parse().ok()).unwrap_or(0);
     let tool = choose(&tools, server, postgres::major_of(dumped_by).unwrap_or(0))?;
@@ -133,6 +132,11 @@ impl Server {
             Err(error) if error.code == "database_missing" => Ok(Holds::Missing),
             Err(error) => Err(error),
         }
+    }
+
+    /// See [`postgres::END_FORMER`].
+    pub async fn end_former(&self, access: &SourceAccess, groups: &ProcessGroups) -> Result<String, RunError> {
+        ask_server(access, &self.psql, postgres::END_FORMER, None, groups).await
     }
 
     /// Makes an empty database, with the server's own encoding.

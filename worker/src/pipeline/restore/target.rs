@@ -14,6 +14,7 @@ use crate::{
         dump::{
             child::{Ended, Program, Running},
             describe_exit, describe_source,
+            postgres::tell_of_former,
         },
         manifest::Manifest,
         source_access,
@@ -93,7 +94,7 @@ impl<'a> Target<'a> {
                 ),
             ));
         }
-        let access = source_access(shared, source)?;
+        let access = source_access(shared, source, assignment.claim.execution)?;
         let config = &shared.config;
         let server = match source.engine {
             Engine::Postgres => Server::Postgres(
@@ -104,6 +105,13 @@ impl<'a> Target<'a> {
             }
         };
         Ok(Self { lease, assignment, access, server })
+    }
+
+    /// Ends what an attempt before has left on the server: its transaction would be waited for.
+    pub async fn end_former(&self, log: &RunLog) {
+        if let Server::Postgres(server) = &self.server {
+            tell_of_former(server.end_former(&self.access, &self.lease.groups).await, log);
+        }
     }
 
     /// As the server says.
