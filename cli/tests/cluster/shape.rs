@@ -94,7 +94,7 @@ fn unconfined(service: &str, lasts: bool, about: &Value, secrets: &[String]) -> 
 /// counts for nothing.
 pub async fn proxied(project: &Project, stage: &Stage) {
     let (held, _) = stage.hold_one(project).await;
-    let (waited, streamed) = tokio::join!(waits(project, &held), streams(project));
+    let (waited, streamed) = tokio::join!(waits(project, &held), streams(project, &held));
     stage.open();
     assert_eq!(project.ended(&held).await.0, "Success");
     let address = forged(project, &stage.job).await;
@@ -110,9 +110,10 @@ async fn waits(project: &Project, execution: &str) -> Duration {
     waited
 }
 
-async fn streams(project: &Project) -> Duration {
+/// Of a run of which there is nothing new: between two comments the stream is silent.
+async fn streams(project: &Project, execution: &str) -> Duration {
     let client = reqwest::Client::builder().build().expect("a client");
-    let request = client.get(format!("{}/api/events", project.url)).bearer_auth(&project.key);
+    let request = client.get(format!("{}/api/executions/{execution}/events", project.url)).bearer_auth(&project.key);
     let answer = request.send().await.expect("answers");
     assert_eq!(answer.status(), 200);
     let (opened, mut events) = (Instant::now(), answer.bytes_stream());
