@@ -79,12 +79,16 @@ impl Shape {
                 merged.open.insert(name, value);
             }
         }
-        let moved = self.address.iter().any(|f| stored.open.get(*f) != merged.open.get(*f));
-        if had_secrets && moved {
+        let moved = self.address.iter().filter(|f| stored.open.get(**f) != merged.open.get(**f));
+        let moved: Vec<String> = moved.map(|field| format!("config.{field}")).collect();
+        if had_secrets && !moved.is_empty() {
             for name in merged.secrets.keys().filter(|name| !renewed.contains(name)) {
                 problems.push(FieldProblem::new(
                     format!("config.{name}"),
-                    "must be given anew, because the address changes: a stored secret is not sent to another place",
+                    format!(
+                        "must be given anew, because {} changed: a stored secret goes to no other place, and with no other protection",
+                        moved.join(" and ")
+                    ),
                 ));
             }
         }
@@ -168,10 +172,16 @@ mod tests {
     }
 
     #[test]
-    fn a_stored_secret_is_not_sent_to_another_address() {
-        for sent in [json!({"host": "evil"}), json!({"host": "evil", "password": MASK}), json!({"port": 1})] {
+    fn a_stored_secret_is_not_sent_to_another_address_and_what_changes_is_named() {
+        for (sent, named) in [
+            (json!({"host": "evil"}), "because config.host changed"),
+            (json!({"host": "evil", "password": MASK}), "because config.host changed"),
+            (json!({"port": 1}), "because config.port changed"),
+            (json!({"host": "evil", "port": 1}), "because config.host and config.port changed"),
+        ] {
             let problems = put(sent).expect_err("must be refused");
             assert_eq!(problems[0].field, "config.password");
+            assert!(problems[0].message.contains(named), "{problems:?}");
         }
     }
 

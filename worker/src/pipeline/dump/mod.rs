@@ -6,6 +6,7 @@ pub(super) mod postgres;
 pub mod tools;
 
 use std::{
+    collections::HashSet,
     path::{Path, PathBuf},
     process::ExitStatus,
     sync::Arc,
@@ -255,14 +256,14 @@ pub(super) fn describe_exit(status: ExitStatus) -> String {
 
 /// Every `name` in the folders, with its version; the same file under two names counts once.
 pub(super) async fn find_tools(bins: &[PathBuf], name: &str, groups: &ProcessGroups) -> Vec<Tool> {
-    let mut tools: Vec<Tool> = Vec::new();
+    let (mut tools, mut seen) = (Vec::new(), HashSet::new());
     for bin in bins {
-        let Ok(path) = std::fs::canonicalize(bin.join(name)) else { continue };
+        let started = bin.join(name);
+        let Ok(path) = std::fs::canonicalize(&started) else { continue };
         // Debian's /usr/bin/pg_dump is a wrapper that chooses by itself; the folders of the majors come first.
-        if tools.iter().any(|t| t.path == path) || !path.is_file() {
+        if !path.is_file() || !seen.insert(path) {
             continue;
         }
-        let started = bin.join(name);
         if let Some(version) = version_of(&started, groups).await {
             tools.push(Tool { path: started, version });
         }
@@ -286,4 +287,26 @@ pub(super) fn missing(tool: &str, bins: &[PathBuf], variable: &str, package: &st
             looked.join(", ")
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_tool_that_is_found_by_two_folders_counts_once() {
+        let scratch = std::env::temp_dir().join(format!("dbackup-tools-{}", uuid::Uuid::now_v7()));
+        let [first, second] = ["usr", "bin"].map(|name| scratch.join(name));
+        std::fs::create_dir_all(&first).expect("a folder");
+        symlink(&first, &second).expect("a second name");
+        let tool = first.join("pg_dump");
+        std::fs::write(&tool, "#!/bin/sh\necho 'pg_dump (PostgreSQL) 15.18'\n").expect("a script");
+        std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o755)).expect("executable");
+        let found = find_tools(&[second.clone(), first], "pg_dump", &ProcessGroups::default()).await;
+        std::fs::remove_dir_all(&scratch).expect("removes");
+        let expected = Tool { path: second.join("pg_dump"), version: "pg_dump (PostgreSQL) 15.18".to_owned() };
+        assert_eq!(found, [expected]);
+    }
 }
