@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Decision, RedisConfig};
 use crate::error::ApiError;
 
-/// Failures in a row after which Redis is left alone until a probe succeeds.
+/// Requests in a row that were not counted, after which Redis is left alone until a probe succeeds.
 const FAILURES: u32 = 3;
 /// Time between probes.
 const PROBE: Duration = Duration::from_millis(500);

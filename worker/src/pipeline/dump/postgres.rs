@@ -23,7 +23,7 @@ const QUESTION: &str = "select current_setting('server_version_num'), current_se
 /// off, closes no connection: the server would keep its transaction and its locks until TCP's own keep-alive gives up,
 /// after two hours. And one that only stood still commits nothing any more.
 pub const END_FORMER: &str = "select count(pg_terminate_backend(pid)) from pg_stat_activity
-     where application_name = current_setting('application_name') and usename = current_user and pid <> pg_backend_pid()";
+     where application_name = current_setting('application_name') and usename = session_user and pid <> pg_backend_pid()";
 
 /// Tells what became of [`END_FORMER`]. Without it a run still comes to its end, only perhaps later.
 pub fn tell_of_former(ended: Result<String, RunError>, log: &RunLog) {
