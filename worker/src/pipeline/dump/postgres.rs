@@ -38,7 +38,7 @@ pub fn tell_of_former(ended: Result<String, RunError>, log: &RunLog) {
 pub async fn end_former(access: &SourceAccess, bins: &[PathBuf], groups: &ProcessGroups, log: &RunLog) {
     // Whatever is wrong with these the inspection tells, too.
     let (Ok(psql), Some(database)) = (find_psql(bins), access.config.databases.first()) else { return };
-    tell_of_former(ask(access, &psql, database, END_FORMER, groups).await, log);
+    tell_of_former(ask(access, &psql, database, END_FORMER, "sign in to", groups).await, log);
 }
 
 /// The psql of the first folder that has one.
@@ -63,7 +63,7 @@ pub async fn inspect(
     let mut server: Option<(u32, String, DateTime<chrono::Utc>)> = None;
     let mut all_databases = Vec::new();
     for name in &access.config.databases {
-        let answer = ask(access, &psql, name, QUESTION, groups).await?;
+        let answer = ask(access, &psql, name, QUESTION, "sign in to", groups).await?;
         // The last may hold the separator.
         let fields: Vec<&str> = answer.trim().splitn(5, '|').collect();
         let parsed = match fields[..] {
@@ -111,18 +111,20 @@ fn parse(number: &str, size: &str, at: &str) -> Option<(u32, u64, DateTime<chron
     Some((number.parse::<u32>().ok()? / 10_000, size.parse().ok()?, at))
 }
 
-async fn ask(
+/// What psql prints, with `|` between columns; `doing` is for the error.
+pub async fn ask(
     access: &SourceAccess,
     psql: &Path,
     database: &str,
     query: &str,
+    doing: &str,
     groups: &ProcessGroups,
 ) -> Result<String, RunError> {
     let mut program = Program::new(psql);
     connect(access, &mut program, database)?;
     program.arg("-XAtqw").arg("-F|").arg("-c").arg(query);
     let printed = program.output(groups).await?.printed();
-    printed.map_err(|said| classify(&said, format!("could not sign in to '{database}': {said}")))
+    printed.map_err(|said| classify(&said, format!("could not {doing} '{database}': {said}")))
 }
 
 /// The dump of one database. It waits no longer than `lock_wait` for tables that others hold.

@@ -91,7 +91,7 @@ async fn ask_server(
     let own = access.config.databases.iter().map(String::as_str);
     let mut asked = Err(RunError::give_up("source_config", "the source names no database"));
     for entrance in MAINTENANCE.into_iter().chain(own).filter(|entrance| Some(*entrance) != but) {
-        asked = ask(access, psql, entrance, query, groups).await;
+        asked = postgres::ask(access, psql, entrance, query, "ask", groups).await;
         // One that the user may not enter, or that is not there, says nothing of the others.
         let shut = |error: &RunError| matches!(error.code, "source_auth" | "source_denied" | "database_missing");
         if !asked.as_ref().is_err_and(shut) {
@@ -99,20 +99,6 @@ async fn ask_server(
         }
     }
     asked
-}
-
-async fn ask(
-    access: &SourceAccess,
-    psql: &Path,
-    database: &str,
-    query: &str,
-    groups: &ProcessGroups,
-) -> Result<String, RunError> {
-    let mut program = Program::new(psql);
-    postgres::connect(access, &mut program, database)?;
-    program.arg("-XAtqw").arg("-c").arg(query);
-    let printed = program.output(groups).await?.printed();
-    printed.map_err(|said| postgres::classify(&said, format!("could not ask '{database}': {said}")))
 }
 
 impl Server {
@@ -123,7 +109,7 @@ impl Server {
         database: &str,
         groups: &ProcessGroups,
     ) -> Result<Holds, RunError> {
-        match ask(access, &self.psql, database, QUESTION, groups).await {
+        match postgres::ask(access, &self.psql, database, QUESTION, "ask", groups).await {
             Ok(answer) if answer.trim() == "f" => Ok(Holds::Nothing),
             Ok(answer) if answer.trim() == "t" => Ok(Holds::Something),
             Ok(answer) => {
