@@ -128,27 +128,27 @@ impl Answers for Counter {
     type Error = ApiError;
 
     async fn answer(&mut self, requests: &[Counted]) -> Result<Vec<Option<Decision>>, DbError> {
-        let undecided = vec![None; requests.len()];
+        let mut decisions = vec![None; requests.len()];
         // The first has waited longest.
-        let (Some(first), Some(connection)) = (requests.first(), self.0.connection()) else { return Ok(undecided) };
+        let (Some(first), Some(connection)) = (requests.first(), self.0.connection()) else { return Ok(decisions) };
         let mut same: HashMap<(&str, RateLimit), Vec<usize>> = HashMap::new();
         for (place, request) in requests.iter().enumerate() {
             same.entry((&request.key, request.rule)).or_default().push(place);
         }
         let count = async |(key, rule), places: Vec<usize>| {
-            let decisions = self.0.count(connection.clone(), key, rule, places.len()).await?;
-            Ok::<_, redis::RedisError>(places.into_iter().zip(decisions).collect::<Vec<_>>())
+            (self.0.count(connection.clone(), key, rule, places.len()).await, places)
         };
         let all = join_all(same.into_iter().map(|(which, places)| count(which, places)));
         let Ok(counted) = tokio::time::timeout_at(first.until, all).await else {
             self.0.failed(requests.len(), &format!("no answer within {} ms", self.0.timeout.as_millis()));
-            return Ok(undecided);
+            return Ok(decisions);
         };
-        let mut decisions = undecided;
-        for counted in counted {
+        for (counted, places) in counted {
             match counted {
-                Ok(counted) => counted.into_iter().for_each(|(place, decision)| decisions[place] = Some(decision)),
-                Err(error) => self.0.failed(1, &error.to_string()),
+                Ok(counted) => {
+                    places.into_iter().zip(counted).for_each(|(at, decision)| decisions[at] = Some(decision))
+                }
+                Err(error) => self.0.failed(places.len(), &error.to_string()),
             }
         }
         Ok(decisions)

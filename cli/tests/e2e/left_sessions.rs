@@ -13,7 +13,7 @@ use crate::{
         source::PostgresSource,
         until,
     },
-    restores::empty_database,
+    restores::{empty_database, job, restore},
 };
 
 /// The sessions of a run on its source: what each does, and in which process of the server.
@@ -54,16 +54,13 @@ async fn a_restore_waits_for_no_transaction_of_a_worker_whose_machine_was_lost()
     let proxy = Proxy::start(postgres_port()).await;
     let mut config = source.config();
     config["port"] = json!(proxy.port);
-    let (destination, _) = cluster.local_destination().await;
-    let source_id = cluster.source("postgres", config).await;
-    let job = cluster.job(&source_id, &[&destination], json!({})).await;
-    let backup = cluster.backup(&job).await["id"].as_str().expect("an id").to_owned();
+    let (job, _) = job(&cluster, "postgres", config, json!({})).await;
+    let backup = cluster.backup(&job).await;
     let into = empty_database(&source).await;
     // In the midst of the data: the table that it fills is made, and can be seen by nobody.
     proxy.set(Mode::HoldAfterSent(1_000_000));
-    let order = cluster.ok("POST", &format!("/api/executions/{backup}/restore"), Some(json!({ "into": into }))).await;
-    let restore = order["executionId"].as_str().expect("an id");
-    taken_over(&mut cluster, restore, &proxy).await;
+    let restore = restore(&cluster, &backup, json!({ "into": into })).await;
+    taken_over(&mut cluster, &restore, &proxy).await;
     source.assert_same(&into).await;
 }
 

@@ -17,12 +17,21 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::harness::{Cluster, SOON, redis::Redis, source::PostgresSource, until};
+use crate::harness::{Builder, Cluster, SOON, redis::Redis, source::PostgresSource, until};
 
 /// A cluster behind a proxy that is believed: the tests say who they are.
 async fn behind_a_proxy(redis: &Redis) -> Cluster {
+    counting(proxied(redis)).await
+}
+
+fn proxied(redis: &Redis) -> Builder {
     let builder = Cluster::build().workers(0).contract_limits();
-    let cluster = builder.env("DBACKUP_TRUSTED_PROXIES", "127.0.0.1").env("REDIS_URL", redis.url()).start().await;
+    builder.env("DBACKUP_TRUSTED_PROXIES", "127.0.0.1").env("REDIS_URL", redis.url())
+}
+
+/// Starts it, and waits until Redis counts.
+async fn counting(builder: Builder) -> Cluster {
+    let cluster = builder.start().await;
     counted_in(&cluster, "redis").await;
     cluster
 }
@@ -238,11 +247,7 @@ async fn without_redis_nothing_fails_each_process_limits_by_itself_and_redis_dec
     let window = Duration::from_secs(2);
     let mut redis = Redis::start().await;
     // The real time-out: what a dead Redis may cost a request.
-    let cluster = {
-        let builder = Cluster::build().workers(0).contract_limits().env("DBACKUP_REDIS_TIMEOUT_MS", 500);
-        builder.env("DBACKUP_TRUSTED_PROXIES", "127.0.0.1").env("REDIS_URL", redis.url()).start().await
-    };
-    counted_in(&cluster, "redis").await;
+    let cluster = counting(proxied(&redis).env("DBACKUP_REDIS_TIMEOUT_MS", 500)).await;
     set_limits(&cluster, json!({ "read": { "limit": LIMIT, "windowSeconds": 2 } })).await;
     let stop = Arc::new(AtomicBool::new(false));
     let callers: Vec<_> = (0..4)
@@ -342,11 +347,7 @@ fn has_read_everything(url: &str) -> bool {
 async fn requests_that_arrive_together_are_counted_by_one_call_and_each_is_told_what_is_left_after_it() {
     const LIMIT: usize = 30;
     let redis = Redis::start().await;
-    let cluster = {
-        let builder = Cluster::build().workers(0).contract_limits().env("DBACKUP_REDIS_TIMEOUT_MS", 10_000);
-        builder.env("DBACKUP_TRUSTED_PROXIES", "127.0.0.1").env("REDIS_URL", redis.url()).start().await
-    };
-    counted_in(&cluster, "redis").await;
+    let cluster = counting(proxied(&redis).env("DBACKUP_REDIS_TIMEOUT_MS", 10_000)).await;
     set_limits(&cluster, json!({ "read": { "limit": LIMIT, "windowSeconds": 60 } })).await;
     let calls = || -> usize {
         let stats = redis.cli(&["info", "commandstats"]);

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Asks for a restore; gives the execution's id.
-async fn restore(cluster: &Cluster, backup: &Value, body: Value) -> String {
+pub async fn restore(cluster: &Cluster, backup: &Value, body: Value) -> String {
     let backup = backup["id"].as_str().expect("an id");
     let answer = cluster.ok("POST", &format!("/api/executions/{backup}/restore"), Some(body)).await;
     answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
@@ -47,7 +47,7 @@ pub async fn empty_database(source: &PostgresSource) -> String {
 }
 
 /// A job on a source; gives its id.
-async fn job(cluster: &Cluster, engine: &str, config: Value, more: Value) -> (String, PathBuf) {
+pub async fn job(cluster: &Cluster, engine: &str, config: Value, more: Value) -> (String, PathBuf) {
     let (destination, root) = cluster.local_destination().await;
     let source = cluster.source(engine, config).await;
     (cluster.job(&source, &[&destination], more).await, root)
