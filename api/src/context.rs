@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Instant,
 };
 
@@ -91,12 +92,15 @@ fn trace_context(headers: &HeaderMap) -> TraceContext {
     TraceContext { traceparent: parent, tracestate: (!states.is_empty()).then(|| states.join(",")) }
 }
 
+/// Attributes of a span of a request, usually.
+const ATTRIBUTES: usize = 11;
+
 /// Methods that a span names; others are `_OTHER`.
 const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"];
 
 /// The span of a request, which continues its caller's, by the conventions of OpenTelemetry for HTTP servers. The query is
 /// left out: what a client puts there is not ours to spread.
-fn span_of(request: &Request, route: Option<&str>, address: IpAddr, https: bool) -> Span {
+fn span_of(request: &Request, route: Option<&Arc<str>>, address: IpAddr, https: bool) -> Span {
     let parent = trace_context(request.headers()).span();
     let method = KNOWN.into_iter().find(|known| *known == request.method().as_str()).unwrap_or("_OTHER");
     let named = if method == "_OTHER" { "HTTP" } else { method };
@@ -105,12 +109,13 @@ fn span_of(request: &Request, route: Option<&str>, address: IpAddr, https: bool)
     if !span.is_recording() {
         return span;
     }
+    span.reserve(ATTRIBUTES);
     span.set("http.request.method", method);
     if method == "_OTHER" {
         span.set("http.request.method_original", request.method().as_str().to_owned());
     }
     if let Some(route) = route {
-        span.set("http.route", route.to_owned());
+        span.set("http.route", route.clone());
     }
     span.set("url.path", request.uri().path().to_owned());
     span.set("url.scheme", if https { "https" } else { "http" });
@@ -134,16 +139,16 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
     let began = Instant::now();
     let id = request_id(request.headers());
     let method = request.method().clone();
-    let route = request.extensions().get::<MatchedPath>().map(|route| route.as_str().to_owned());
+    let route = request.extensions().get::<MatchedPath>().map(|route| Arc::<str>::from(route.as_str()));
     let peer =
         request.extensions().get::<ConnectInfo<SocketAddr>>().map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.0.ip());
     let address = client_address(peer, request.headers(), &state.trusted_proxies);
     let https = request.headers().get("x-forwarded-proto").is_some_and(|proto| proto == "https");
     let trusted = state.trusted_proxies.iter().any(|network| network.contains(&peer.to_canonical()));
-    let mut span = span_of(&request, route.as_deref(), address, https && trusted);
+    let mut span = span_of(&request, route.as_ref(), address, https && trusted);
     let trace_id = span.context().trace_id().to_string();
-    let route = route.as_deref().unwrap_or("unknown");
-    let log = tracing::info_span!("request", %method, route, request_id = %id, trace_id, client = %address);
+    let route = route.unwrap_or_else(|| Arc::from("unknown"));
+    let log = tracing::info_span!("request", %method, route = &*route, request_id = %id, trace_id, client = %address);
     let context = span.context().clone();
     let visitor = Visitor { address, tls: https && trusted, request_id: id.clone(), span: context };
     request.extensions_mut().insert(visitor);

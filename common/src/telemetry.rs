@@ -15,7 +15,7 @@ pub use context::TraceContext;
 pub use span::Span;
 
 use std::{
-    io::{BufWriter, stderr},
+    io::{self, BufWriter, Stderr, Write, stderr},
     time::Duration,
 };
 
@@ -33,6 +33,25 @@ pub const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// that is full or a machine that is busy, and neither a request nor a heartbeat may wait for it.
 const WAITING_LINES: usize = 16_384;
 
+/// Time after which what was logged meanwhile is written.
+const LINES_GATHER: Duration = Duration::from_millis(2);
+
+/// Writes what came together, the first line at once, and then waits a moment for more. Without that the thread that writes
+/// wakes for each line, and looks in vain for the next.
+struct Gathering(BufWriter<Stderr>);
+
+impl Write for Gathering {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        self.0.write(lines)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()?;
+        std::thread::sleep(LINES_GATHER);
+        Ok(())
+    }
+}
+
 /// Flushes what is left when the process ends.
 pub struct Telemetry(WorkerGuard);
 
@@ -47,9 +66,9 @@ impl Telemetry {
             // PostgreSQL's notices ("already exists, skipping") are news to nobody.
             Err(_) => EnvFilter::new("info,sqlx::postgres::notice=warn"),
         };
-        // One thread writes what has come together, at once.
-        let (writer, guard) =
-            NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).finish(BufWriter::new(stderr()));
+        let (writer, guard) = NonBlockingBuilder::default()
+            .buffered_lines_limit(WAITING_LINES)
+            .finish(Gathering(BufWriter::with_capacity(64 << 10, stderr())));
         let log = tracing_subscriber::fmt::layer().with_writer(writer);
         let log = match std::env::var("DBACKUP_LOG_FORMAT").as_deref() {
             // The list of spans would repeat the current one in every line.

@@ -72,7 +72,7 @@ pub async fn run(shared: Shared, claimed: Claimed) {
         let ending = match read {
             Some(Ok(Assigned::Run(assignment))) => {
                 let (engine, trace) = (assignment.source.engine.as_str(), Trace::stored(&assignment.briefing.trace));
-                count_wait(&assignment, trace.clone());
+                count_wait(&assignment, trace);
                 counted = Some((engine, trace, Kind::Backup));
                 backup(&shared, &lease, &assignment, &log).await
             }
@@ -124,7 +124,7 @@ fn count_wait(assignment: &Assignment, trace: Option<Trace>) {
     }
 }
 
-/// An ending in a word, for metrics.
+/// An ending in a word, for metrics and the log.
 fn outcome_of(ending: &Ending, lease: &Lease) -> &'static str {
     match (ending, lease.stop_reason()) {
         (Ending::Success(_) | Ending::Restored(_), _) => "success",
@@ -354,11 +354,17 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Finish
     if let Some(trace) = lease.trace() {
         trace.close(&ending, finished);
     }
+    let code = match &*ending {
+        Ending::Failed(failure) | Ending::Retry(failure, _) => Some(failure.code),
+        _ => None,
+    };
     match finished {
         Some(Finished::Ended) => {
-            tracing::info!(execution = %claim.execution, success = matches!(*ending, Ending::Success(_) | Ending::Restored(_)), "the run ended")
+            tracing::info!(execution = %claim.execution, outcome = outcome_of(&ending, lease), code, "the run ended")
         }
-        Some(Finished::Requeued) => tracing::info!(execution = %claim.execution, "the run waits for another attempt"),
+        Some(Finished::Requeued) => {
+            tracing::info!(execution = %claim.execution, code, "the run waits for another attempt");
+        }
         Some(Finished::Zombie) => {
             lease.note_loss();
             tracing::warn!(execution = %claim.execution, token = %claim.token, "the lease was lost: nothing was recorded")

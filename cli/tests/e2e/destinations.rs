@@ -111,7 +111,7 @@ async fn what_a_killed_worker_left_open_in_s3_is_aborted_from_the_record_alone()
     let mut cluster = Cluster::start().await;
     let server = S3Server::start(cluster.scratch.join("s3"), Some(PUT_AND_ABORT)).await;
     let (proxy, id) = held_upload(&cluster, &server).await;
-    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let victim = cluster.busy_worker();
     cluster.workers[victim].kill().await;
     proxy.set(Mode::Pass);
     let ended = cluster.ended(&id, SOON).await;

@@ -32,7 +32,7 @@ async fn a_killed_workers_run_leaves_running_within_20_s_although_all_others_are
     let mut cluster = Cluster::build().real_times().env("DBACKUP_CONCURRENCY", 1).start().await;
     let (first, second) = (Held::new(&cluster, json!({})).await, Held::new(&cluster, json!({})).await);
     let killed_run = first.run(&cluster).await;
-    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let victim = cluster.busy_worker();
     let busy_run = second.run(&cluster).await;
     let children = cluster.workers[victim].children();
     assert_eq!(children.len(), 1);
@@ -63,7 +63,7 @@ async fn a_stopped_worker_that_wakes_after_its_lease_changes_nothing() {
     let cluster = Cluster::start().await;
     let held = Held::new(&cluster, json!({})).await;
     let id = held.run(&cluster).await;
-    let stopped = cluster.workers.iter().find(|w| !w.children().is_empty()).expect("one dumps");
+    let stopped = &cluster.workers[cluster.busy_worker()];
     stopped.signal(Signal::SIGSTOP);
     // It may wait for a moment only: the other worker is free.
     until("the run is taken from it", SOON, || async {

@@ -37,7 +37,7 @@ async fn copies(cluster: &Cluster, run: &str, but: Option<i32>) -> i32 {
 async fn taken_over(cluster: &mut Cluster, run: &str, proxy: &Proxy) {
     let left = copies(cluster, run, None).await;
     proxy.lose_clients();
-    let worker = cluster.workers.iter().position(|worker| !worker.children().is_empty()).expect("one runs it");
+    let worker = cluster.busy_worker();
     cluster.workers[worker].kill().await;
     copies(cluster, run, Some(left)).await;
     proxy.set(Mode::Pass);

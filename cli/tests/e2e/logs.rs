@@ -4,7 +4,14 @@ use common::{execution::claim::Token, telemetry::attempt::claim_span_id};
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{Cluster, Process, SOON, held::Held, otlp::Receiver, proxy::Mode, source::PASSWORD, until},
+    harness::{
+        Cluster, Process, SOON,
+        held::Held,
+        otlp::Receiver,
+        proxy::Mode,
+        source::{PASSWORD, PostgresSource},
+        until,
+    },
     trace::{named, one, plain_job, traced},
 };
 
@@ -14,7 +21,7 @@ async fn stored_lines_carry_the_span_in_which_they_were_told_and_older_lines_non
     let mut cluster = traced(&receiver).start().await;
     let held = Held::new(&cluster, json!({})).await;
     let id = held.run(&cluster).await;
-    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let victim = cluster.busy_worker();
     let token = cluster.count("select token from execution_leases").await;
     // As a process of the version before writes it.
     let insert = "insert into execution_logs (execution_id, at, level, stage, message)
@@ -51,7 +58,7 @@ async fn every_line_of_the_processes_about_a_run_tells_its_trace_and_no_secret()
     let mut cluster = Cluster::build().env("RUST_LOG", "info,worker=debug,api=debug,common=debug").start().await;
     let held = Held::new(&cluster, json!({})).await;
     let id = held.run(&cluster).await;
-    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let victim = cluster.busy_worker();
     cluster.workers[victim].kill().await;
     held.proxy.set(Mode::Pass);
     let run = cluster.ended(&id, SOON).await;
@@ -74,6 +81,27 @@ async fn every_line_of_the_processes_about_a_run_tells_its_trace_and_no_secret()
     }
     for secret in [PASSWORD, &cluster.admin_key, "postgres://", &cluster.env()["DBACKUP_ENCRYPTION_KEY"]] {
         assert!(!log.contains(secret), "{secret}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_of_a_worker_tells_how_a_run_ended_and_for_what_reason_it_failed() {
+    let cluster = Cluster::start().await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = PostgresSource::with_rows(1).await;
+    let mut wrong = source.config();
+    wrong["password"] = json!("wrong");
+    let wrong = cluster.job(&cluster.source("postgres", wrong).await, &[&destination], json!({})).await;
+    let good = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;
+    for (job, outcome, code) in [(good, "success", Value::Null), (wrong, "failed", json!("source_auth"))] {
+        let id = cluster.trigger(&job).await;
+        cluster.ended(&id, SOON).await;
+        let told = until("the end is logged", SOON, || async {
+            let log = cluster.logs();
+            lines_about(&log, &id).into_iter().find(|(line, _)| line.contains("the run ended")).map(|(_, json)| json)
+        })
+        .await;
+        assert_eq!((&told["fields"]["outcome"], &told["fields"]["code"]), (&json!(outcome), &code), "{told}");
     }
 }
 

@@ -112,7 +112,7 @@ async fn a_run_whose_worker_was_killed_is_one_story_from_the_callers_span_to_the
     held.proxy.set(Mode::HoldAfter(1_000_000));
     let id = trigger(&cluster, &held.job, &format!("00-{TRACE}-{CALLER}-01")).await;
     held.proxy.passes(1_000_000).await;
-    let victim = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let victim = cluster.busy_worker();
     let lost = cluster.text("select worker from execution_leases").await;
     // As the last heartbeat told.
     let dumping = "select count(*) from execution_leases where stage = 'Dumping'";
@@ -392,7 +392,7 @@ async fn a_worker_that_wakes_after_its_lease_writes_no_second_closing_span() {
     let mut cluster = traced(&receiver).start().await;
     let held = Held::new(&cluster, json!({})).await;
     let id = held.run(&cluster).await;
-    let stopped = cluster.workers.iter().position(|w| !w.children().is_empty()).expect("one dumps");
+    let stopped = cluster.busy_worker();
     cluster.workers[stopped].signal(Signal::SIGSTOP);
     until("the run is taken from it", SOON, || async {
         (cluster.count("select rescues::bigint from executions").await == 1).then_some(())

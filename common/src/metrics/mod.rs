@@ -7,10 +7,15 @@
 mod known;
 mod page;
 
-use std::{sync::LazyLock, time::Duration};
+use std::{
+    fmt::Write,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
+use opentelemetry::trace::TraceId;
 use prometheus_client::{
-    encoding::EncodeLabelSet,
+    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
     metrics::{
         exemplar::{CounterWithExemplar, HistogramWithExemplars},
         family::Family,
@@ -37,15 +42,25 @@ const RUN_SECONDS: [f64; 15] = [
 ];
 
 /// The trace of an observation, for its exemplar.
-#[derive(Clone, Debug, PartialEq, Eq, EncodeLabelSet)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, EncodeLabelSet)]
 pub struct Trace {
-    trace_id: String,
+    trace_id: Hex,
+}
+
+/// Becomes text when somebody reads it: an observation is one of very many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Hex(TraceId);
+
+impl EncodeLabelValue for Hex {
+    fn encode(&self, encoder: &mut LabelValueEncoder) -> std::fmt::Result {
+        write!(encoder, "{}", self.0)
+    }
 }
 
 impl Trace {
     /// Of a span, if its trace is kept.
     pub fn of(span: &SpanContext) -> Option<Self> {
-        (span.is_valid() && span.is_sampled()).then(|| Self { trace_id: span.trace_id().to_string() })
+        (span.is_valid() && span.is_sampled()).then(|| Self { trace_id: Hex(span.trace_id()) })
     }
 
     /// Of a stored context, if its trace is kept.
@@ -61,7 +76,7 @@ type Seconds<L> = Family<L, HistogramWithExemplars<Trace>, fn() -> HistogramWith
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Answered {
     method: &'static str,
-    route: String,
+    route: Arc<str>,
     status: u16,
 }
 
@@ -69,7 +84,7 @@ struct Answered {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Answering {
     method: &'static str,
-    route: String,
+    route: Arc<str>,
 }
 
 /// Of a decision of the rate limiter.
@@ -200,10 +215,10 @@ impl Metrics {
     }
 
     /// An answer was sent. `route` is a path of the route table, never what the client wrote.
-    pub fn answered(&self, method: &str, route: &str, status: u16, took: Duration, trace: Option<Trace>) {
-        let (method, route) = (known_method(method), route.to_owned());
+    pub fn answered(&self, method: &str, route: Arc<str>, status: u16, took: Duration, trace: Option<Trace>) {
+        let method = known_method(method);
         let answered = Answered { method, route: route.clone(), status };
-        self.requests.get_or_create(&answered).inc_by(1, trace.clone(), None);
+        self.requests.get_or_create(&answered).inc_by(1, trace, None);
         self.answers.get_or_create(&Answering { method, route }).observe(took.as_secs_f64(), trace, None);
     }
 
@@ -353,7 +368,8 @@ mod tests {
             let traceparent = Some(format!("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-{flags}"));
             Trace::stored(&TraceContext { traceparent, tracestate: None })
         };
-        assert_eq!(stored("01").map(|trace| trace.trace_id).as_deref(), Some("4bf92f3577b34da6a3ce929d0e0e4736"));
+        let id = TraceId::from_hex("4bf92f3577b34da6a3ce929d0e0e4736").expect("an id");
+        assert_eq!(stored("01"), Some(Trace { trace_id: Hex(id) }));
         assert_eq!((stored("00"), stored("nonsense"), Trace::stored(&TraceContext::default())), (None, None, None));
     }
 }

@@ -62,8 +62,9 @@ fn in_background<T: Send>(start: impl FnOnce() -> T + Send) -> T {
 }
 
 fn step_back() -> Result<(), thread_priority::Error> {
-    // Of 99, which is a niceness of 5: beside a request that wants all of a core, a quarter of it.
-    let priority = ThreadPriority::Crossplatform(34.try_into().unwrap_or_default());
+    // Of 99, which is a niceness of 10: beside a request that wants all of a core, a tenth of it. That is what the spans of
+    // requests cost that fill the rest, so none is lost; and mostly they are exported when a core is idle.
+    let priority = ThreadPriority::Crossplatform(22.try_into().unwrap_or_default());
     set_thread_priority_and_policy(thread_native_id(), priority, ThreadSchedulePolicy::Normal(Batch))
 }
 

@@ -141,6 +141,13 @@ impl Span {
         self.recording.is_some()
     }
 
+    /// Makes room for so many attributes, where it is known that there will be many.
+    pub fn reserve(&mut self, attributes: usize) {
+        if let Some(span) = &mut self.recording {
+            span.attributes.reserve_exact(attributes);
+        }
+    }
+
     /// Notes an attribute.
     pub fn set(&mut self, key: impl Into<Key>, value: impl Into<Value>) {
         if let Some(span) = &mut self.recording {

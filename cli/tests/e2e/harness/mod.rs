@@ -287,6 +287,12 @@ impl Cluster {
         self.workers.swap_remove(at);
     }
 
+    /// The worker that has a run: it has a tool.
+    #[allow(dead_code, reason = "not every test binary has a run stand still")]
+    pub fn busy_worker(&self) -> usize {
+        self.workers.iter().position(|worker| !worker.children().is_empty()).expect("a worker with a tool")
+    }
+
     /// Sets a variable of the processes that start from now on; `None` removes it.
     pub fn set_env(&mut self, name: &str, value: Option<&str>) {
         match value {

@@ -48,7 +48,7 @@ async fn a_restore_whose_worker_is_killed_is_done_by_another_and_one_that_is_can
     let first = in_the_midst(&cluster, &into, &[]).await;
     until("its stage is told", SOON, || async { (cluster.execution(&id).await["stage"] == "Restoring").then_some(()) })
         .await;
-    let worker = cluster.workers.iter().position(|worker| !worker.children().is_empty()).expect("one restores");
+    let worker = cluster.busy_worker();
     cluster.workers[worker].kill().await;
     until("another has it", SOON, || async { (cluster.execution(&id).await["attempt"] == 2).then_some(()) }).await;
     in_the_midst(&cluster, &into, &first).await;
@@ -189,7 +189,7 @@ async fn newer_tools_restore_into_an_older_server_all_of_it_or_nothing() {
     let lock = held(&into).await;
     let id = super::restore(&cluster, &backup, json!({ "into": into })).await;
     let first = in_the_midst(&cluster, &into, &[]).await;
-    let worker = cluster.workers.iter().position(|worker| !worker.children().is_empty()).expect("one restores");
+    let worker = cluster.busy_worker();
     cluster.workers[worker].kill().await;
     in_the_midst(&cluster, &into, &first).await;
     cluster.ok("POST", &format!("/api/executions/{id}/cancel"), None).await;
