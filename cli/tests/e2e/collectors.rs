@@ -183,7 +183,7 @@ async fn the_threads_that_export_never_interrupt_those_that_answer_and_yield_to_
     let cluster = traced(&receiver).start().await;
     for process in cluster.workers.iter().chain(cluster.apis.iter().map(|(api, _)| api)) {
         for name in ["OpenTelemetry", "reqwest"] {
-            assert_eq!(scheduling(process, name), [(BATCH, 5)], "{name}");
+            assert_eq!(scheduling(process, name), [(BATCH, 10)], "{name}");
         }
         let answering = scheduling(process, "tokio");
         assert!(!answering.is_empty() && answering.iter().all(|of| *of == (0, 0)), "{answering:?}");
