@@ -44,7 +44,7 @@ use crate::{
     },
     run_log::RunLog,
     service::{Shared, patiently},
-    trace::{RunTrace, noted},
+    trace::{RunTrace, ended_as, noted},
 };
 
 /// What a tool gets between SIGTERM and SIGKILL when somebody cancels: all of it is to be over within two seconds.
@@ -124,7 +124,7 @@ fn count_wait(assignment: &Assignment, trace: Option<Trace>) {
     }
 }
 
-/// An ending in a word, for metrics and the log.
+/// An ending in a word, for metrics.
 fn outcome_of(ending: &Ending, lease: &Lease) -> &'static str {
     match (ending, lease.stop_reason()) {
         (Ending::Success(_) | Ending::Restored(_), _) => "success",
@@ -360,7 +360,7 @@ async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Finish
     };
     match finished {
         Some(Finished::Ended) => {
-            tracing::info!(execution = %claim.execution, outcome = outcome_of(&ending, lease), code, "the run ended")
+            tracing::info!(execution = %claim.execution, outcome = ended_as(&ending, true), code, "the run ended")
         }
         Some(Finished::Requeued) => {
             tracing::info!(execution = %claim.execution, code, "the run waits for another attempt");

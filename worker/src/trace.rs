@@ -60,17 +60,13 @@ impl RunTrace {
             let attributes = vec![KeyValue::new("dbackup.stage", failure.stage.as_str())];
             (Some((failure.code.to_owned(), failure.error.clone())), attributes)
         };
-        let (outcome, (error, attributes)) = match ending {
-            Ending::Success(published) => {
-                ("success", (None, vec![KeyValue::new("dbackup.bytes", published.size_bytes)]))
-            }
-            Ending::Restored(restored) => {
-                ("success", (None, vec![KeyValue::new("dbackup.bytes", restored.size_bytes)]))
-            }
-            Ending::Failed(failure) => (outcome_of(failure), failed(failure)),
-            Ending::Retry(failure, _) => (if over { "failed" } else { "retry" }, failed(failure)),
-            Ending::Released => (if over { "cancelled" } else { "released" }, (None, Vec::new())),
+        let (error, attributes) = match ending {
+            Ending::Success(published) => (None, vec![KeyValue::new("dbackup.bytes", published.size_bytes)]),
+            Ending::Restored(restored) => (None, vec![KeyValue::new("dbackup.bytes", restored.size_bytes)]),
+            Ending::Failed(failure) | Ending::Retry(failure, _) => failed(failure),
+            Ending::Released => (None, Vec::new()),
         };
+        let outcome = ended_as(ending, over);
         self.attempt.close(Closing { from: self.claimed, to: span::now(), outcome, error, attributes });
     }
 }
@@ -80,11 +76,19 @@ fn log_span(claim: Claim, worker: &str, trace: &TraceContext) -> tracing::Span {
     tracing::info_span!("run", %execution, trace_id, attempt = claim.attempt, worker)
 }
 
-fn outcome_of(failure: &Failure) -> &'static str {
-    match failure.outcome {
-        Some(Outcome::Cancelled) => "cancelled",
-        Some(Outcome::TimedOut) => "timed_out",
-        _ => "failed",
+/// What became of an attempt, in a word, for its span and the log; `over` where the run ended with it.
+pub fn ended_as(ending: &Ending, over: bool) -> &'static str {
+    match ending {
+        Ending::Success(_) | Ending::Restored(_) => "success",
+        Ending::Failed(failure) => match failure.outcome {
+            Some(Outcome::Cancelled) => "cancelled",
+            Some(Outcome::TimedOut) => "timed_out",
+            _ => "failed",
+        },
+        Ending::Retry(..) if over => "failed",
+        Ending::Retry(..) => "retry",
+        Ending::Released if over => "cancelled",
+        Ending::Released => "released",
     }
 }
 

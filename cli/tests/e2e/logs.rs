@@ -89,11 +89,18 @@ async fn the_log_of_a_worker_tells_how_a_run_ended_and_for_what_reason_it_failed
     let cluster = Cluster::start().await;
     let (destination, _) = cluster.local_destination().await;
     let source = PostgresSource::with_rows(1).await;
-    let mut wrong = source.config();
+    let (mut wrong, mut away) = (source.config(), source.config());
     wrong["password"] = json!("wrong");
+    // Port 1 of this machine refuses: another attempt may succeed, but there is none.
+    away["port"] = json!(1);
+    let away = cluster.job(&cluster.source("postgres", away).await, &[&destination], json!({ "maxAttempts": 1 })).await;
     let wrong = cluster.job(&cluster.source("postgres", wrong).await, &[&destination], json!({})).await;
     let good = cluster.job(&cluster.source("postgres", source.config()).await, &[&destination], json!({})).await;
-    for (job, outcome, code) in [(good, "success", Value::Null), (wrong, "failed", json!("source_auth"))] {
+    for (job, outcome, code) in [
+        (good, "success", Value::Null),
+        (wrong, "failed", json!("source_auth")),
+        (away, "failed", json!("source_unreachable")),
+    ] {
         let id = cluster.trigger(&job).await;
         cluster.ended(&id, SOON).await;
         let told = until("the end is logged", SOON, || async {
