@@ -10,6 +10,7 @@ mod harness;
 mod load;
 #[allow(dead_code)]
 mod report;
+mod turns;
 
 use std::{
     io::Write,
@@ -29,9 +30,9 @@ use nix::sys::socket::{MsgFlags, recv};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use prost::Message;
 use report::Report;
+use turns::quartile;
 
-/// Length of one turn, and how many rounds of four the two take: one, the other twice, and the one again, so that what else
-/// the machine does meanwhile meets both alike, also where it grows or fades.
+/// Length of one turn, and how many rounds of four the two take.
 const TURN: Duration = Duration::from_millis(500);
 const ROUNDS: usize = 101;
 /// Triggers a second that tracing may cost: a twentieth.
@@ -45,7 +46,7 @@ struct Came {
 }
 
 /// A collector that is as light as can be, since it shares the machine with what is measured: threads that wait until a
-/// whole body is there, and decode the first of a connection and every fiftieth after it to count the spans by.
+/// whole body is there, and look into the first of a connection and every fiftieth after it to count the spans by.
 fn collector() -> (String, Arc<Came>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
@@ -82,9 +83,12 @@ fn take(mut stream: &TcpStream, came: &Came) {
         let text = std::str::from_utf8(&head[..end]).expect("text").to_ascii_lowercase();
         let length = text.split("\r\n").find_map(|line| line.strip_prefix("content-length: ")).expect("a length");
         let length: usize = length.parse().expect("a length");
+        // The bodies that are not looked into stay where they are: the kernel need not copy them to let go of them.
+        let look = number.is_multiple_of(50);
+        let flags = if look { MsgFlags::MSG_WAITALL } else { MsgFlags::MSG_WAITALL | MsgFlags::MSG_TRUNC };
         body.resize(length, 0);
-        assert_eq!(receive(stream, &mut body, MsgFlags::MSG_WAITALL), length, "a whole body");
-        if number.is_multiple_of(50) {
+        assert_eq!(receive(stream, &mut body, flags), length, "a whole body");
+        if look {
             let request = ExportTraceServiceRequest::decode(&body[..]).expect("OTLP");
             let spans: usize = request.resource_spans.iter().flat_map(|r| &r.scope_spans).map(|s| s.spans.len()).sum();
             each = length / spans.max(1);
@@ -94,12 +98,6 @@ fn take(mut stream: &TcpStream, came: &Came) {
         came.spans.fetch_add((length / each.max(1)) as u64, Ordering::Relaxed);
         stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").expect("answers");
     }
-}
-
-/// The value that `at` quarters of them are below.
-fn quartile(values: &mut [f64], at: usize) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() * at / 4]
 }
 
 #[tokio::main]
@@ -128,11 +126,7 @@ async fn main() -> ExitCode {
     }
     let (mut without, mut traced, mut ratios, mut triggers) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
     for round in 0..ROUNDS {
-        let mut rates = [0.0; 2];
-        for turn in [0, 1, 1, 0] {
-            let api = (turn + round) % 2;
-            rates[api] += rate(cluster.url(api), &trigger, TURN).await / 2.0;
-        }
+        let rates = turns::round(round, async |api| rate(cluster.url(api), &trigger, TURN).await).await;
         forget_pending(&cluster).await;
         triggers += rates[1] * 2.0 * TURN.as_secs_f64();
         ratios.push(rates[1] / rates[0]);

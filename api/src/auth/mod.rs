@@ -125,6 +125,7 @@ async fn in_span(
         return limited.await;
     }
     let mut span = Span::child(parent, SpanKind::Internal, "rate_limit");
+    span.reserve(2);
     let limited = limited.await;
     span.set("dbackup.rate_limit.class", class.name());
     match &limited {
