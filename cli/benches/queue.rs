@@ -47,6 +47,7 @@ const WORKERS: usize = 4;
 /// Claims in one batch of a worker.
 const BATCH: usize = 16;
 
+/// One for each worker: a new connection plans a claim anew, which is not what is measured.
 async fn connections(cluster: &Cluster) -> Vec<PgConnection> {
     let mut connections = Vec::new();
     for _ in 0..WORKERS {
@@ -56,16 +57,16 @@ async fn connections(cluster: &Cluster) -> Vec<PgConnection> {
 }
 
 /// Claims and finishes a second by so many workers, through the verbs of the service; so many ends in one transaction.
-async fn exact_claims(cluster: &Cluster, together: usize, long: Duration) -> f64 {
+async fn exact_claims(connections: &mut [PgConnection], together: usize, long: Duration) -> f64 {
     let until = Instant::now() + long;
-    let workers = connections(cluster).await.into_iter().map(async |mut conn| {
+    let workers = connections.iter_mut().map(async |conn| {
         let failure = Failure { error: "bench".to_owned(), code: "bench", outcome: None, stage: Stage::Dumping };
         let (ending, claimant, mut count) = (Ending::Failed(failure), claimant(), 0);
         while Instant::now() < until {
             let lease = Duration::from_secs(60);
-            for claims in claim::claim(&mut conn, &claimant, lease, BATCH).await.expect("claims").chunks(together) {
+            for claims in claim::claim(conn, &claimant, lease, BATCH).await.expect("claims").chunks(together) {
                 let ends: Vec<_> = claims.iter().map(|claim| (*claim, &ending)).collect();
-                count += finish(&mut conn, &ends).await.expect("finishes").len();
+                count += finish(conn, &ends).await.expect("finishes").len();
             }
         }
         count
@@ -75,9 +76,9 @@ async fn exact_claims(cluster: &Cluster, together: usize, long: Duration) -> f64
 }
 
 /// The same without any limit, lease or fencing: `SKIP LOCKED` in batches, and an update for each.
-async fn bare_claims(cluster: &Cluster) -> f64 {
+async fn bare_claims(connections: &mut [PgConnection]) -> f64 {
     let until = Instant::now() + LONG;
-    let workers = connections(cluster).await.into_iter().map(async |mut conn| {
+    let workers = connections.iter_mut().map(async |conn| {
         let mut count = 0_u32;
         while Instant::now() < until {
             let claim = "update executions set status = 'Running', attempt = attempt + 1, last_token = 0,
@@ -85,10 +86,10 @@ async fn bare_claims(cluster: &Cluster) -> f64 {
                           where id in (select id from executions where status = 'Pending'
                                         order by priority desc, seq limit $1 for update skip locked) returning id";
             let ids: Vec<uuid::Uuid> =
-                sqlx::query_scalar(claim).bind(BATCH as i64).fetch_all(&mut conn).await.expect("claims");
+                sqlx::query_scalar(claim).bind(BATCH as i64).fetch_all(&mut *conn).await.expect("claims");
             for id in ids {
                 let finish = "update executions set status = 'Failed', ended_at = clock_timestamp(), error = 'bench' where id = $1";
-                sqlx::query(finish).bind(id).execute(&mut conn).await.expect("finishes");
+                sqlx::query(finish).bind(id).execute(&mut *conn).await.expect("finishes");
                 count += 1;
             }
         }
@@ -119,15 +120,16 @@ struct Claims {
 /// All in turn, twice, so that what warms up favours neither; the better of each.
 async fn claims(cluster: &Cluster) -> Claims {
     let mut best = Claims { exact: 0.0, apart: 0.0, bare: 0.0 };
+    let mut connections = connections(cluster).await;
     for _ in 0..2 {
         add_pending(cluster, 200_000).await;
-        best.exact = best.exact.max(exact_claims(cluster, BATCH, LONG).await);
+        best.exact = best.exact.max(exact_claims(&mut connections, BATCH, LONG).await);
         forget_pending(cluster).await;
         add_pending(cluster, 200_000).await;
-        best.apart = best.apart.max(exact_claims(cluster, 1, LONG).await);
+        best.apart = best.apart.max(exact_claims(&mut connections, 1, LONG).await);
         forget_pending(cluster).await;
         add_pending(cluster, 200_000).await;
-        best.bare = best.bare.max(bare_claims(cluster).await);
+        best.bare = best.bare.max(bare_claims(&mut connections).await);
         forget_pending(cluster).await;
     }
     best
@@ -139,9 +141,11 @@ async fn side_by_side(with: &Cluster, without: &Cluster) -> Vec<f64> {
     for cluster in clusters {
         add_pending(cluster, WAITING).await;
     }
+    let mut connections = [connections(without).await, connections(with).await];
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
-        let [without, with] = turns::round(round, async |which| exact_claims(clusters[which], BATCH, TURN).await).await;
+        let rates = turns::round(round, async |which| exact_claims(&mut connections[which], BATCH, TURN).await);
+        let [without, with] = rates.await;
         ratios.push(with / without);
     }
     for cluster in clusters {
@@ -189,7 +193,7 @@ async fn forgets(
     gone / began.elapsed().as_secs_f64()
 }
 
-async fn with_history(cluster: &mut Cluster, job: &str, report: &mut Report) -> bool {
+async fn with_history(cluster: &Cluster, job: &str, report: &mut Report) -> bool {
     let rows: u32 = std::env::var("DBACKUP_BENCH_HISTORY").map_or(5_000_000, |v| v.parse().expect("a number"));
     let (without, _) = claimed_from().await;
     fill(cluster, job, rows, 0).await;
@@ -256,8 +260,8 @@ async fn main() -> ExitCode {
             TURN.as_secs_f64()
         ),
     );
-    let (mut cluster, job) = claimed_from().await;
-    let kept = with_history(&mut cluster, &job, &mut report).await;
+    let (cluster, job) = claimed_from().await;
+    let kept = with_history(&cluster, &job, &mut report).await;
     report.write();
     // They belong to no job, and one of them would be asked to run again.
     sql(&cluster.database, "delete from executions where job_slug = 'bench'").await;
