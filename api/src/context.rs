@@ -2,14 +2,13 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
     time::Instant,
 };
 
 use axum::{
     body::Body,
     extract::{ConnectInfo, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header, uri::Authority},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     middleware::Next,
     response::Response,
 };
@@ -24,6 +23,7 @@ use common::{
 use tracing::Instrument;
 
 use crate::{
+    called::{Called, called},
     client_address::client_address,
     error::{ErrorBody, INTERNAL},
     state::AppState,
@@ -93,42 +93,38 @@ fn trace_context(headers: &HeaderMap) -> TraceContext {
 }
 
 /// Attributes of a span of a request, usually.
-const ATTRIBUTES: usize = 11;
+const ATTRIBUTES: usize = 8;
 
 /// Methods that a span names; others are `_OTHER`.
 const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"];
 
+/// The method of a request, if it is one that a span names.
+fn known_method(request: &Request) -> Option<&'static str> {
+    KNOWN.into_iter().find(|known| *known == request.method().as_str())
+}
+
 /// The span of a request, which continues its caller's, by the conventions of OpenTelemetry for HTTP servers. The query is
-/// left out: what a client puts there is not ours to spread.
-fn span_of(request: &Request, route: Option<&Arc<str>>, address: IpAddr, https: bool) -> Span {
+/// left out: what a client puts there is not ours to spread. So is what the conventions only recommend and nobody learns
+/// from here, since every request pays for it: the name it came by, which is the proxy's, and the one version of HTTP.
+fn span_of(request: &Request, called: Option<Called>, address: IpAddr, https: bool) -> Span {
     let parent = trace_context(request.headers()).span();
-    let method = KNOWN.into_iter().find(|known| *known == request.method().as_str()).unwrap_or("_OTHER");
-    let named = if method == "_OTHER" { "HTTP" } else { method };
-    let name = route.map_or_else(|| named.to_owned(), |route| format!("{named} {route}"));
-    let mut span = Span::root(&parent, SpanKind::Server, name);
+    let method = known_method(request);
+    let mut span = Span::root(&parent, SpanKind::Server, called.map_or(method.unwrap_or("HTTP"), |called| called.span));
     if !span.is_recording() {
         return span;
     }
     span.reserve(ATTRIBUTES);
-    span.set("http.request.method", method);
-    if method == "_OTHER" {
+    span.set("http.request.method", method.unwrap_or("_OTHER"));
+    if method.is_none() {
         span.set("http.request.method_original", request.method().as_str().to_owned());
     }
-    if let Some(route) = route {
-        span.set("http.route", route.clone());
+    if let Some(called) = called {
+        span.set("http.route", called.route);
     }
     span.set("url.path", request.uri().path().to_owned());
     span.set("url.scheme", if https { "https" } else { "http" });
     span.set("client.address", address.to_string());
-    span.set("network.protocol.version", if request.version() == Version::HTTP_10 { "1.0" } else { "1.1" });
-    let headers = request.headers();
-    if let Some(host) = headers.get(header::HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok()) {
-        span.set("server.address", host.host().to_owned());
-        if let Some(port) = host.port_u16() {
-            span.set("server.port", i64::from(port));
-        }
-    }
-    if let Some(agent) = headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok()) {
+    if let Some(agent) = request.headers().get(header::USER_AGENT).and_then(|agent| agent.to_str().ok()) {
         span.set("user_agent.original", agent.to_owned());
     }
     span
@@ -139,16 +135,17 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
     let began = Instant::now();
     let id = request_id(request.headers());
     let method = request.method().clone();
-    let route = request.extensions().get::<MatchedPath>().map(|route| Arc::<str>::from(route.as_str()));
+    let matched = request.extensions().get::<MatchedPath>();
+    let called = matched.map(|route| called(known_method(&request).unwrap_or("HTTP"), route.as_str()));
     let peer =
         request.extensions().get::<ConnectInfo<SocketAddr>>().map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.0.ip());
     let address = client_address(peer, request.headers(), &state.trusted_proxies);
     let https = request.headers().get("x-forwarded-proto").is_some_and(|proto| proto == "https");
     let trusted = state.trusted_proxies.iter().any(|network| network.contains(&peer.to_canonical()));
-    let mut span = span_of(&request, route.as_ref(), address, https && trusted);
+    let mut span = span_of(&request, called, address, https && trusted);
     let trace_id = span.context().trace_id().to_string();
-    let route = route.unwrap_or_else(|| Arc::from("unknown"));
-    let log = tracing::info_span!("request", %method, route = &*route, request_id = %id, trace_id, client = %address);
+    let route = called.map_or("unknown", |called| called.route);
+    let log = tracing::info_span!("request", %method, route, request_id = %id, trace_id, client = %address);
     let context = span.context().clone();
     let visitor = Visitor { address, tls: https && trusted, request_id: id.clone(), span: context };
     request.extensions_mut().insert(visitor);

@@ -4,6 +4,7 @@
 //! those), and no state that another API process would miss.
 
 pub mod auth;
+mod called;
 pub mod client_address;
 pub mod config;
 pub mod context;

@@ -11,8 +11,8 @@ pub async fn round(number: usize, mut rate: impl AsyncFnMut(usize) -> f64) -> [f
     rates
 }
 
-/// The value that `at` quarters of them are below.
+/// The value that `at` quarters of them are below; with 4, the greatest.
 pub fn quartile(values: &mut [f64], at: usize) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[values.len() * at / 4]
+    values[(values.len() * at / 4).min(values.len() - 1)]
 }

@@ -7,11 +7,7 @@
 mod known;
 mod page;
 
-use std::{
-    fmt::Write,
-    sync::{Arc, LazyLock},
-    time::Duration,
-};
+use std::{fmt::Write, sync::LazyLock, time::Duration};
 
 use opentelemetry::trace::TraceId;
 use prometheus_client::{
@@ -76,7 +72,7 @@ type Seconds<L> = Family<L, HistogramWithExemplars<Trace>, fn() -> HistogramWith
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Answered {
     method: &'static str,
-    route: Arc<str>,
+    route: &'static str,
     status: u16,
 }
 
@@ -84,7 +80,7 @@ struct Answered {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Answering {
     method: &'static str,
-    route: Arc<str>,
+    route: &'static str,
 }
 
 /// Of a decision of the rate limiter.
@@ -215,9 +211,9 @@ impl Metrics {
     }
 
     /// An answer was sent. `route` is a path of the route table, never what the client wrote.
-    pub fn answered(&self, method: &str, route: Arc<str>, status: u16, took: Duration, trace: Option<Trace>) {
+    pub fn answered(&self, method: &str, route: &'static str, status: u16, took: Duration, trace: Option<Trace>) {
         let method = known_method(method);
-        let answered = Answered { method, route: route.clone(), status };
+        let answered = Answered { method, route, status };
         self.requests.get_or_create(&answered).inc_by(1, trace, None);
         self.answers.get_or_create(&Answering { method, route }).observe(took.as_secs_f64(), trace, None);
     }
