@@ -8,7 +8,7 @@ use std::{
 use axum::{
     body::Body,
     extract::{ConnectInfo, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header, uri::Authority},
     middleware::Next,
     response::Response,
 };
@@ -93,7 +93,7 @@ fn trace_context(headers: &HeaderMap) -> TraceContext {
 }
 
 /// Attributes of a span of a request, usually.
-const ATTRIBUTES: usize = 8;
+const ATTRIBUTES: usize = 11;
 
 /// Methods that a span names; others are `_OTHER`.
 const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"];
@@ -104,11 +104,15 @@ fn known_method(request: &Request) -> Option<&'static str> {
 }
 
 /// The span of a request, which continues its caller's, by the conventions of OpenTelemetry for HTTP servers. The query is
-/// left out: what a client puts there is not ours to spread. So is what the conventions only recommend and nobody learns
-/// from here, since every request pays for it: the name it came by, which is the proxy's, and the one version of HTTP.
-fn span_of(request: &Request, called: Option<Called>, address: IpAddr, https: bool) -> Span {
+/// left out: what a client puts there is not ours to spread. `method` is a known one.
+fn span_of(
+    request: &Request,
+    method: Option<&'static str>,
+    called: Option<Called>,
+    address: IpAddr,
+    https: bool,
+) -> Span {
     let parent = trace_context(request.headers()).span();
-    let method = known_method(request);
     let mut span = Span::root(&parent, SpanKind::Server, called.map_or(method.unwrap_or("HTTP"), |called| called.span));
     if !span.is_recording() {
         return span;
@@ -124,7 +128,15 @@ fn span_of(request: &Request, called: Option<Called>, address: IpAddr, https: bo
     span.set("url.path", request.uri().path().to_owned());
     span.set("url.scheme", if https { "https" } else { "http" });
     span.set("client.address", address.to_string());
-    if let Some(agent) = request.headers().get(header::USER_AGENT).and_then(|agent| agent.to_str().ok()) {
+    span.set("network.protocol.version", if request.version() == Version::HTTP_10 { "1.0" } else { "1.1" });
+    let headers = request.headers();
+    if let Some(host) = headers.get(header::HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok()) {
+        span.set("server.address", host.host().to_owned());
+        if let Some(port) = host.port_u16() {
+            span.set("server.port", i64::from(port));
+        }
+    }
+    if let Some(agent) = headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok()) {
         span.set("user_agent.original", agent.to_owned());
     }
     span
@@ -136,13 +148,14 @@ pub async fn surround(State(state): State<AppState>, mut request: Request, next:
     let id = request_id(request.headers());
     let method = request.method().clone();
     let matched = request.extensions().get::<MatchedPath>();
-    let called = matched.map(|route| called(known_method(&request).unwrap_or("HTTP"), route.as_str()));
+    let known = known_method(&request);
+    let called = matched.map(|route| called(known.unwrap_or("HTTP"), route.as_str()));
     let peer =
         request.extensions().get::<ConnectInfo<SocketAddr>>().map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.0.ip());
     let address = client_address(peer, request.headers(), &state.trusted_proxies);
     let https = request.headers().get("x-forwarded-proto").is_some_and(|proto| proto == "https");
     let trusted = state.trusted_proxies.iter().any(|network| network.contains(&peer.to_canonical()));
-    let mut span = span_of(&request, called, address, https && trusted);
+    let mut span = span_of(&request, known, called, address, https && trusted);
     let trace_id = span.context().trace_id().to_string();
     let route = called.map_or("unknown", |called| called.route);
     let log = tracing::info_span!("request", %method, route, request_id = %id, trace_id, client = %address);
