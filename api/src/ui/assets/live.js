@@ -46,6 +46,7 @@ function swap(part, next) {
   const active = part.contains(document.activeElement) ? place(document.activeElement) : null;
   dress(next);
   part.replaceWith(next);
+  catchUp(next);
   if (!active) return;
   const candidates = next.querySelectorAll("a, button, summary, [tabindex]");
   [...candidates].find((candidate) => place(candidate) === active)?.focus();
@@ -68,8 +69,19 @@ function size(bytes) {
   return `${bytes.toFixed(at === 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2)} ${units[at]}`;
 }
 
+// Of a run that goes on: what is behind it, where it is, what is to come.
+function showStage(root, stage) {
+  const steps = [...root.querySelectorAll("[data-stage]")];
+  const at = steps.findIndex((step) => step.dataset.stage === stage);
+  steps.forEach((step, n) => {
+    step.className = n < at ? "done" : n === at ? "now" : "to-come";
+    if (n === at) step.setAttribute("aria-current", "step");
+    else step.removeAttribute("aria-current");
+  });
+}
+
 // What changes in between is only how far it is.
-export function move(root, execution) {
+function move(root, execution) {
   const progress = root.querySelector("[data-part=progress]");
   const stage = root.querySelector("[data-part=stage]");
   const percent = root.querySelector("[data-part=percent]");
@@ -81,15 +93,26 @@ export function move(root, execution) {
     const rate = execution.bytesPerSecond;
     moved.textContent = size(execution.bytes) + (rate === undefined ? "" : `, ${size(rate)}/s`);
   }
+  if (execution.status === "Running") showStage(root, execution.stage);
 }
 
-const seen = new Map();
+// By id: what was heard of it last, and when.
+const heard = new Map();
 
-function hear(execution) {
+// A page that was asked for before a change can arrive after it was told, and it is told but once.
+function catchUp(part) {
+  for (const place of [part, ...part.querySelectorAll("[data-execution]")]) {
+    const last = heard.get(place.dataset.execution);
+    if (last?.at >= asked && last.execution.status === place.dataset.status) move(place, last.execution);
+  }
+}
+
+// Shows where an execution is, and asks for the page when that is not enough.
+export function hear(execution) {
   const shown = document.querySelectorAll(`[data-execution="${CSS.escape(execution.id)}"]`);
   for (const place of shown) move(place, execution);
-  const before = seen.get(execution.id);
-  seen.set(execution.id, execution.status);
+  const before = heard.get(execution.id)?.execution.status;
+  heard.set(execution.id, { execution, at: Date.now() });
   const stale = [...shown].some((place) => place.dataset.status !== execution.status);
   // What this page does not show may still belong on it: it is new, or it has changed.
   if (stale || (!shown.length && before !== execution.status)) plan();

@@ -1,5 +1,5 @@
 // The page of one execution: its log as it is written, and its status.
-import { follow, move, plan } from "./live.js";
+import { follow, hear } from "./live.js";
 import { copy } from "./dialogs.js";
 import { time } from "./times.js";
 
@@ -26,17 +26,6 @@ function item(line) {
   return entry;
 }
 
-// Of a run that goes on: what is behind it, where it is, what is to come.
-function showStage(page, stage) {
-  const steps = [...page.querySelectorAll("[data-stage]")];
-  const at = steps.findIndex((step) => step.dataset.stage === stage);
-  steps.forEach((step, n) => {
-    step.className = n < at ? "done" : n === at ? "now" : "to-come";
-    if (n === at) step.setAttribute("aria-current", "step");
-    else step.removeAttribute("aria-current");
-  });
-}
-
 export function startLog() {
   const page = document.querySelector("[data-follow]");
   const list = document.getElementById("log");
@@ -45,7 +34,6 @@ export function startLog() {
   const search = document.getElementById("log-search");
   const following = document.getElementById("log-follow");
   const fits = (line) => text(line).toLowerCase().includes(search.value.trim().toLowerCase());
-  const shown = () => document.querySelector("[data-follow]");
 
   let last = -1;
   const stop = follow(page.dataset.follow, {
@@ -60,11 +48,7 @@ export function startLog() {
       list.append(entry);
       if (following.checked) list.scrollTop = list.scrollHeight;
     },
-    status: (execution) => {
-      move(shown(), execution);
-      if (execution.status === "Running") showStage(shown(), execution.stage);
-      if (execution.status !== shown().dataset.status) plan();
-    },
+    status: hear,
     end: () => stop(),
   });
 

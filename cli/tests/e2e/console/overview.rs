@@ -5,7 +5,7 @@ use serde_json::json;
 use super::{is_size, signed_in};
 use crate::harness::{
     Cluster, SOON,
-    held::Held,
+    held::{HELD_AFTER, Held},
     proxy::Mode,
     source::{PostgresSource, job_without_workers},
     until,
@@ -69,6 +69,37 @@ async fn the_overview_tells_what_runs_waits_failed_comes_next_and_is_stored_and_
     let stored = cluster.count("select sum(size_bytes)::bigint from artifacts").await;
     let shown = browser.js(&tile("Stored")).await;
     assert!(is_size(&shown, stored), "{shown} of {stored} bytes");
+    browser.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_told_while_the_page_was_asked_for_is_not_lost_with_the_older_page() {
+    let cluster = Cluster::build().start().await;
+    let held = Held::new(&cluster, json!({ "name": "Held" })).await;
+    let browser = signed_in(&cluster, &["*"]).await;
+    held.proxy.set(Mode::Hold);
+    cluster.trigger(&held.job).await;
+    browser.until("it is shown", "return !!document.querySelector('[data-status=Running] progress')").await;
+
+    // The page as it is now arrives when it is old.
+    let late = "const real = window.fetch;
+        window.fetch = async (path, ...more) => {
+            const response = await real(path, ...more);
+            if (path !== location.pathname) return response;
+            const text = await response.text();
+            window.asked = true;
+            await new Promise((resolve) => { window.arrive = resolve });
+            return new Response(text);
+        };";
+    browser.js(late).await;
+    cluster.trigger(&held.job).await;
+    browser.until("the page is asked for", "return window.asked").await;
+    held.proxy.set(Mode::HoldAfter(HELD_AFTER));
+    let progress = "return Number(document.querySelector('[data-status=Running] progress')?.value) > 0";
+    browser.until("how far it is", progress).await;
+    browser.js("window.arrive()").await;
+    browser.until("the page has arrived", "return !!document.querySelector('[data-status=Pending]')").await;
+    assert_eq!(browser.js(progress).await, true, "how far it is is known still");
     browser.assert_clean().await;
 }
 

@@ -11,7 +11,7 @@ use super::{
 };
 
 /// The dump is held after this many bytes.
-const HELD_AFTER: u64 = 1_000_000;
+pub const HELD_AFTER: u64 = 1_000_000;
 
 /// A job whose dump a proxy holds after its first megabyte.
 pub struct Held {
