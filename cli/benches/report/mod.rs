@@ -26,6 +26,8 @@ impl Report {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../BENCHMARKS.md");
         let before = std::fs::read_to_string(&file).unwrap_or_else(|_| HEAD.to_owned());
         let mut sections: Vec<String> = before.split("\n## ").map(|s| s.trim_end().to_owned()).collect();
+        // What all have in common may have changed since.
+        sections[0] = HEAD.to_owned();
         let section = format!("{}\n\n{}", self.title, self.text.trim_end());
         let same = |s: &&mut String| s.lines().next() == Some(self.title);
         match sections.iter_mut().skip(1).find(same) {
@@ -39,5 +41,5 @@ impl Report {
 const HEAD: &str = "# Benchmarks
 
 Written by `make bench`: ratios of what is measured side by side in one run on one PostgreSQL (15, `fsync` on), since
-absolute figures are those of the machine. Build profile `ci` (optimised, without link-time optimisation); clients,
-servers and PostgreSQL share the machine's cores.";
+absolute figures are those of the machine. Build profile `release`, as it ships; clients, servers and PostgreSQL
+share the machine's cores.";

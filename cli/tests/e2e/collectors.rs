@@ -228,3 +228,26 @@ async fn a_collector_that_is_away_or_never_answers_costs_no_trigger_no_run_and_t
         assert!(with.2 < without.2 + second * 4, "stops by {protocol} to {endpoint}: {with:?}, {without:?} without");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_are_sent_so_few_at_once_as_to_hold_up_no_request_unless_more_are_asked_for() {
+    const REQUESTS: usize = 400;
+    for (asked, (fewest, most)) in [(None, (100, 128)), (Some(512), (129, 512))] {
+        let receiver = Receiver::start().await;
+        // What is not sent because it is many waits for the end.
+        let mut cluster = Cluster::build().workers(0).env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint);
+        cluster = cluster.env("OTEL_BSP_SCHEDULE_DELAY", 600_000);
+        if let Some(asked) = asked {
+            cluster = cluster.env("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", asked);
+        }
+        let mut cluster = cluster.start().await;
+        for _ in 0..REQUESTS {
+            cluster.ok("GET", "/api/jobs", None).await;
+        }
+        stop(&mut cluster).await;
+        let largest = receiver.largest();
+        assert!((fewest..=most).contains(&largest), "{largest} at once, asked for {asked:?}");
+        let came = receiver.spans().iter().filter(|span| span.span.name == "GET /api/jobs").count();
+        assert_eq!(came, REQUESTS, "nothing is left out");
+    }
+}

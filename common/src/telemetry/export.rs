@@ -11,7 +11,7 @@ use opentelemetry_sdk::{
     Resource,
     error::OTelSdkResult,
     resource::{EnvResourceDetector, TelemetryResourceDetector},
-    trace::{BatchSpanProcessor, SpanData, SpanProcessor},
+    trace::{BatchConfigBuilder, BatchSpanProcessor, SpanData, SpanProcessor},
 };
 use thread_priority::{
     NormalThreadSchedulePolicy::Batch, ThreadPriority, ThreadSchedulePolicy, set_thread_priority_and_policy,
@@ -27,7 +27,8 @@ pub(super) fn batches(plan: &Plan) -> Result<Option<BatchSpanProcessor>, ConfigE
     let Some(protocol) = plan.protocol else { return Ok(None) };
     in_background(move || {
         let told = Told { exporter: exporter(plan, protocol)?, failing: AtomicBool::new(false) };
-        let mut batches = BatchSpanProcessor::builder(told).build();
+        let config = BatchConfigBuilder::default().with_max_export_batch_size(plan.batch).build();
+        let mut batches = BatchSpanProcessor::builder(told).with_batch_config(config).build();
         batches.set_resource(&resource(plan.service.clone()));
         Ok(Some(batches))
     })

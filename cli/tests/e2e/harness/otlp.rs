@@ -4,7 +4,10 @@ use std::{
     convert::Infallible,
     io::Read,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -115,6 +118,7 @@ pub struct Receiver {
     /// Where to send.
     pub endpoint: String,
     spans: Arc<Mutex<Vec<Received>>>,
+    largest: Arc<AtomicUsize>,
 }
 
 impl Receiver {
@@ -137,7 +141,7 @@ impl Receiver {
             None => format!("http://127.0.0.1:{port}"),
             Some(_) => format!("https://localhost:{port}"),
         };
-        let receiver = Self { endpoint, spans: Arc::default() };
+        let receiver = Self { endpoint, spans: Arc::default(), largest: Arc::default() };
         let serving = receiver.clone();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -182,11 +186,18 @@ impl Receiver {
 
     fn take(&self, headers: &HeaderMap, request: ExportTraceServiceRequest) {
         let mut spans = self.spans.lock().expect("not poisoned");
+        let before = spans.len();
         for group in request.resource_spans {
             let resource = group.resource.map(|r| r.attributes).unwrap_or_default();
             let received = group.scope_spans.into_iter().flat_map(|s| s.spans);
             spans.extend(received.map(|span| Received { resource: resource.clone(), headers: headers.clone(), span }));
         }
+        self.largest.fetch_max(spans.len() - before, Ordering::SeqCst);
+    }
+
+    /// The most spans that came at once.
+    pub fn largest(&self) -> usize {
+        self.largest.load(Ordering::SeqCst)
     }
 
     /// What came so far.
