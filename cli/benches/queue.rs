@@ -34,11 +34,13 @@ use turns::quartile;
 
 /// Length of one measurement.
 const LONG: Duration = Duration::from_secs(8);
-/// Length of one turn where two databases are measured side by side, and how many rounds of four the two take.
+/// Length of one turn where two databases are measured side by side, and how many rounds of four the two take: one round
+/// is worth little, since PostgreSQL does other work for either database when it likes.
 const TURN: Duration = Duration::from_secs(1);
-const ROUNDS: usize = 25;
-/// What waits before the rounds: more than they claim.
+const ROUNDS: usize = 75;
+/// What is added to what waits each so many rounds: more than they claim.
 const WAITING: u32 = 400_000;
+const REFILL: usize = 25;
 /// Claims with history that there must be, of those without.
 const AIM: f64 = 0.90;
 /// The exact limit, and the workers under it.
@@ -138,12 +140,14 @@ async fn claims(cluster: &Cluster) -> Claims {
 /// Exact claims on the one database beside those on the other: of each round the ratio.
 async fn side_by_side(with: &Cluster, without: &Cluster) -> Vec<f64> {
     let clusters = [without, with];
-    for cluster in clusters {
-        add_pending(cluster, WAITING).await;
-    }
     let mut connections = [connections(without).await, connections(with).await];
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
+        if round % REFILL == 0 {
+            for cluster in clusters {
+                add_pending(cluster, WAITING).await;
+            }
+        }
         let rates = turns::round(round, async |which| exact_claims(&mut connections[which], BATCH, TURN).await);
         let [without, with] = rates.await;
         ratios.push(with / without);
