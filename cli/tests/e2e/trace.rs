@@ -6,6 +6,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
+use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::{Value, json};
 
 use crate::{
@@ -166,13 +167,15 @@ async fn a_run_whose_worker_was_killed_is_one_story_from_the_callers_span_to_the
     assert_conventions(&spans, &execution);
 }
 
-/// The attributes that OpenTelemetry's conventions name. All that are wrong are told at once.
+/// The kinds and attributes that OpenTelemetry's conventions name. All that are wrong are told at once.
 fn assert_conventions(spans: &[Received], execution: &Value) {
+    use SpanKind::{Client, Consumer, Internal, Producer, Server};
     let id = execution["id"].as_str().expect("an id");
     let mut wrong = Vec::new();
-    for (name, service, attributes) in [
+    for (name, kind, service, attributes) in [
         (
             "POST /api/jobs/{id}/run",
+            Server,
             "dbackup-api",
             &[
                 ("http.request.method", "POST"),
@@ -185,9 +188,10 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
                 ("server.address", "127.0.0.1"),
             ][..],
         ),
-        ("rate_limit", "dbackup-api", &[("dbackup.rate_limit.class", "write")]),
+        ("rate_limit", Internal, "dbackup-api", &[("dbackup.rate_limit.class", "write")]),
         (
             "enqueue",
+            Producer,
             "dbackup-api",
             &[
                 ("messaging.system", "dbackup"),
@@ -198,6 +202,7 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
         ),
         (
             "claim",
+            Consumer,
             "dbackup-worker",
             &[
                 ("messaging.system", "dbackup"),
@@ -207,18 +212,20 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
                 ("messaging.message.id", id),
             ],
         ),
-        ("inspect", "dbackup-worker", &[("db.system.name", "postgresql"), ("server.address", "127.0.0.1")]),
+        ("inspect", Client, "dbackup-worker", &[("db.system.name", "postgresql"), ("server.address", "127.0.0.1")]),
         (
             "dump",
+            Client,
             "dbackup-worker",
             &[("db.system.name", "postgresql"), ("process.executable.name", "pg_dump"), ("process.exit.code", "0")],
         ),
-        ("compress", "dbackup-worker", &[("dbackup.compression", "zstd")]),
-        ("encrypt", "dbackup-worker", &[("dbackup.encryption", "age"), ("dbackup.recipients", "1")]),
-        ("upload", "dbackup-worker", &[("dbackup.destination.kind", "local")]),
-        ("attempt", "dbackup-worker", &[("dbackup.execution.id", id)]),
+        ("compress", Internal, "dbackup-worker", &[("dbackup.compression", "zstd")]),
+        ("encrypt", Internal, "dbackup-worker", &[("dbackup.encryption", "age"), ("dbackup.recipients", "1")]),
+        ("upload", Client, "dbackup-worker", &[("dbackup.destination.kind", "local")]),
+        ("attempt", Internal, "dbackup-worker", &[("dbackup.execution.id", id)]),
         (
             "notify",
+            Client,
             "dbackup-worker",
             &[
                 ("http.request.method", "POST"),
@@ -230,6 +237,9 @@ fn assert_conventions(spans: &[Received], execution: &Value) {
         ),
     ] {
         let span = *named(spans, name).last().unwrap_or_else(|| panic!("no {name}"));
+        if span.span.kind() != kind {
+            wrong.push(format!("{name}: its kind is {:?} and not {kind:?}", span.span.kind()));
+        }
         let told = |key: &str| span.get(key).or_else(|| span.of_process(key));
         for (key, value) in attributes.iter().copied().chain([("service.name", service)]) {
             if told(key).as_deref() != Some(value) {
