@@ -18,6 +18,7 @@ export async function refresh() {
   const parts = document.querySelectorAll("[data-live]");
   if (!parts.length) return;
   asked = Date.now();
+  heard.clear();
   const response = await fetch(location.pathname + location.search, { headers: { Accept: "text/html" } });
   if (response.status === 429) return plan(1000 * Number(response.headers.get("Retry-After") ?? 5));
   if (!response.ok || response.redirected) return;
@@ -96,14 +97,15 @@ function move(root, execution) {
   if (execution.status === "Running") showStage(root, execution.stage);
 }
 
-// By id: what was heard of it last, and when.
+// By id: its status when it was last heard of, and where it was since the page was last asked for.
+const seen = new Map();
 const heard = new Map();
 
 // A page that was asked for before a change can arrive after it was told, and it is told but once.
 function catchUp(part) {
   for (const place of [part, ...part.querySelectorAll("[data-execution]")]) {
     const last = heard.get(place.dataset.execution);
-    if (last?.at >= asked && last.execution.status === place.dataset.status) move(place, last.execution);
+    if (last && last.status === place.dataset.status) move(place, last);
   }
 }
 
@@ -111,8 +113,9 @@ function catchUp(part) {
 export function hear(execution) {
   const shown = document.querySelectorAll(`[data-execution="${CSS.escape(execution.id)}"]`);
   for (const place of shown) move(place, execution);
-  const before = heard.get(execution.id)?.execution.status;
-  heard.set(execution.id, { execution, at: Date.now() });
+  const before = seen.get(execution.id);
+  seen.set(execution.id, execution.status);
+  heard.set(execution.id, execution);
   const stale = [...shown].some((place) => place.dataset.status !== execution.status);
   // What this page does not show may still belong on it: it is new, or it has changed.
   if (stale || (!shown.length && before !== execution.status)) plan();
