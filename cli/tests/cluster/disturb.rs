@@ -91,7 +91,10 @@ async fn disturb(project: &Project, stage: &Stage, shared: &Shared, pause: bool)
     stage.open();
     let (status, rescues) = project.ended(&execution).await;
     // A run that the lanes hit a fourth time is closed as lost: that is the rule.
-    assert!(status == "Success" || rescues > 3, "{execution} ended in {status} after {rescues} rescues");
+    // And a restore's tool that wakes with its worker may commit before that has killed it. Then all is there, which is looked
+    // at in the end, and the next attempt refuses a target that is not empty.
+    let overtaken = pause && stage.name == "Restoring";
+    assert!(status == "Success" || rescues > 3 || overtaken, "{execution} ended in {status} after {rescues} rescues");
     let what = if pause { "paused" } else { "killed" };
     *shared.done.lock().expect("not poisoned").entry(format!("{what} in {}", stage.name)).or_default() += 1;
     // A worker that was started again must claim before it is worth another disturbance.

@@ -48,14 +48,16 @@ impl Restores {
         PgConnection::connect_with(&options).await.expect("the source answers")
     }
 
-    /// Which of them brought back something else than all of the backup or, where they failed, nothing.
+    /// Which of them brought back something else than all of the backup or, where they failed, nothing. An attempt that was
+    /// lost may have brought back all of it before the next one failed.
     pub async fn wrong(&self, project: &Project) -> Vec<String> {
         let whole = self.content("shop").await;
         let (mut wrong, begun) = (Vec::new(), self.begun.lock().expect("not poisoned").clone());
         for (execution, database) in &begun {
-            let (status, _) = project.ended(execution).await;
+            let (status, rescues) = project.ended(execution).await;
             let content = self.content(database).await;
-            if content != if status == "Success" { whole } else { None } {
+            let nothing = content.is_none() && status != "Success";
+            if !nothing && (content != whole || status != "Success" && rescues == 0) {
                 wrong.push(format!("restore {execution} ended in {status}, and {database} holds {content:?}"));
             }
         }

@@ -98,6 +98,7 @@ pub async fn proxied(project: &Project, stage: &Stage) {
     stage.open();
     assert_eq!(project.ended(&held).await.0, "Success");
     let address = forged(project, &stage.job).await;
+    believed(project, &stage.job).await;
     println!("  a client waited for {waited:.0?}, events came for {streamed:.0?}, a client's address is {address}");
 }
 
@@ -130,8 +131,7 @@ async fn forged(project: &Project, job: &str) -> String {
     let request = project.request("POST", &format!("/api/jobs/{job}/run"), None).header("X-Forwarded-For", CLAIMED);
     let answer: Value = request.send().await.expect("answers").json().await.expect("JSON");
     let execution = project.accepted(answer);
-    let entries = project.ok("GET", &format!("/api/audit?targetId={execution}"), None).await;
-    let address = entries[0]["address"].as_str().unwrap_or_else(|| panic!("{entries}")).to_owned();
+    let address = address_of(project, &execution).await;
     let network = "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}";
     for proxy in project.containers("proxy").await {
         let of_proxy = docker(&["inspect", "--format", network, &proxy]).await;
@@ -139,6 +139,28 @@ async fn forged(project: &Project, job: &str) -> String {
     }
     assert_ne!(address, CLAIMED, "a client may name its own address");
     address
+}
+
+async fn address_of(project: &Project, execution: &str) -> String {
+    let entries = project.ok("GET", &format!("/api/audit?targetId={execution}"), None).await;
+    entries[0]["address"].as_str().unwrap_or_else(|| panic!("{entries}")).to_owned()
+}
+
+/// A proxy in front of the project's own, which `.env` names: what it says of its client counts, and not what that says.
+async fn believed(project: &Project, job: &str) {
+    const CLIENT: &str = "203.0.113.9";
+    let of_env = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by .dev/cluster-test"));
+    let (network, address) = (format!("{}_edge", of_env("COMPOSE_PROJECT_NAME")), of_env("DBACKUP_UPSTREAM_PROXIES"));
+    let image = docker(&["inspect", "--format", "{{.Config.Image}}", &project.containers("api").await[0]]).await;
+    let request = format!(
+        r"POST /api/jobs/{job}/run HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nX-Forwarded-For: 198.51.100.7, {CLIENT}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+        project.key
+    );
+    let script = format!("exec 3<>/dev/tcp/proxy/3000; printf '{request}' >&3; cat <&3");
+    let said = docker(&["run", "--rm", "--network", &network, "--ip", &address, &image, "bash", "-c", &script]).await;
+    let (_, body) = said.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{said}"));
+    let execution = project.accepted(serde_json::from_str(body).unwrap_or_else(|e| panic!("{e}: {said}")));
+    assert_eq!(address_of(project, &execution).await, CLIENT);
 }
 
 /// `--scale worker=5`: two more take part, and go again.
