@@ -85,7 +85,12 @@ impl HttpArgs {
         let timeout = Duration::from_millis(self.redis_timeout_ms);
         Ok(ApiConfig {
             listen,
-            trusted_proxies: self.trusted_proxies.iter().map(|text| network(text)).collect::<Result<_, _>>()?,
+            trusted_proxies: self
+                .trusted_proxies
+                .iter()
+                .flat_map(|text| text.split_whitespace())
+                .map(network)
+                .collect::<Result<_, _>>()?,
             redis: config::redis_url()?.map(|url| RedisConfig { url, timeout }),
             local_paths: config::local_paths(local_paths)?,
             shutdown_delay: Duration::from_secs(self.shutdown_delay_seconds),
@@ -95,7 +100,6 @@ impl HttpArgs {
 }
 
 fn network(text: &str) -> Result<IpNet, ConfigError> {
-    let text = text.trim();
     common::network::parse(text).ok_or_else(|| {
         ConfigError(format!("DBACKUP_TRUSTED_PROXIES: '{text}' is neither an address nor a network such as 10.0.0.0/8"))
     })

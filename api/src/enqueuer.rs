@@ -5,8 +5,8 @@
 use common::{
     db::{ANSWER_TIMEOUT, Db, DbError, flush},
     execution::{
-        enqueue::{Enqueued, TriggerRequest, enqueue},
-        room::Room,
+        enqueue::{Enqueued, SESSION, TriggerRequest, enqueue},
+        remembered::Remembered,
     },
     grouped::{Answers, Grouped},
     queue::{Notice, Wakeups},
@@ -24,14 +24,15 @@ pub type Enqueuer = Grouped<Desk>;
 pub struct Desk {
     db: Db,
     wakeups: Wakeups,
-    room: Room,
+    remembered: Remembered,
     flusher: Grouped<Flusher>,
 }
 
 /// Starts the tasks that enqueue.
 pub fn start(db: &Db, wakeups: Wakeups) -> Enqueuer {
     let flusher = Grouped::start(Flusher(db.apart()), GROUP);
-    Grouped::start(Desk { db: db.apart(), wakeups, room: Room::default(), flusher }, GROUP)
+    let desk = Desk { db: db.apart_in(SESSION), wakeups, remembered: Remembered::default(), flusher };
+    Grouped::start(desk, GROUP)
 }
 
 impl Answers for Desk {
@@ -40,8 +41,8 @@ impl Answers for Desk {
     type Error = ApiError;
 
     async fn answer(&mut self, requests: &[TriggerRequest]) -> Result<Vec<Enqueued>, DbError> {
-        let room = &mut self.room;
-        let outcomes = self.db.within(ANSWER_TIMEOUT, async |conn| enqueue(conn, room, requests).await).await?;
+        let remembered = &mut self.remembered;
+        let outcomes = self.db.within(ANSWER_TIMEOUT, async |conn| enqueue(conn, remembered, requests).await).await?;
         if outcomes.iter().any(|outcome| matches!(outcome, Enqueued::Queued(_))) {
             self.wakeups.tell(Notice::Work);
         }

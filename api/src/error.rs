@@ -54,6 +54,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, code, format!("{noun} not found"))
     }
 
+    /// 403 of a key that is scoped to some jobs.
+    pub fn job_scoped(why: &str) -> Self {
+        let text = format!("this API key is scoped to some jobs: {why}");
+        Self::new(StatusCode::FORBIDDEN, "job_scoped", text)
+    }
+
     /// 409.
     pub fn conflict(code: &'static str, error: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, code, error)

@@ -5,7 +5,10 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Request},
     http::{StatusCode, request::Parts},
 };
+use chrono::{DateTime, Utc};
+use common::time;
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use crate::error::ApiError;
 
@@ -29,9 +32,43 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
     }
 }
 
+/// No text of the database holds one.
+const NUL: &str = "must not hold a NUL character";
+
+/// Where a body holds a NUL character, which JSON can only write as an escape. Of a name of a field, what it is in.
+fn nul(body: &[u8]) -> Option<String> {
+    memchr::memmem::find(body, br"\u0000")?;
+    // What is no JSON is told so by who reads it.
+    nul_in(&serde_json::from_slice(body).ok()?).map(|path| match path.is_empty() {
+        true => "body".to_owned(),
+        false => path.join("."),
+    })
+}
+
+fn nul_in(value: &Value) -> Option<Vec<String>> {
+    let below = |name: String, value| {
+        nul_in(value).map(|mut path| {
+            path.insert(0, name);
+            path
+        })
+    };
+    match value {
+        Value::String(text) => text.contains('\0').then(Vec::new),
+        Value::Array(all) => all.iter().enumerate().find_map(|(at, value)| below(at.to_string(), value)),
+        Value::Object(fields) => fields.iter().find_map(|(name, value)| match name.contains('\0') {
+            true => Some(Vec::new()),
+            false => below(name.clone(), value),
+        }),
+        _ => None,
+    }
+}
+
 /// Reads JSON, naming the field that does not fit.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let bytes = if bytes.iter().all(u8::is_ascii_whitespace) { b"{}" } else { bytes };
+    if let Some(field) = nul(bytes) {
+        return Err(ApiError::malformed(field, NUL));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = Some(error.path().to_string()).filter(|path| path != "." && path != "?");
@@ -60,9 +97,8 @@ pub struct Query<T>(pub T);
 impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     type Rejection = ApiError;
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        // No text of the database holds one.
         if parts.uri.query().is_some_and(|query| query.contains("%00")) {
-            return Err(ApiError::malformed("query", "must not hold a NUL character"));
+            return Err(ApiError::malformed("query", NUL));
         }
         axum::extract::Query::try_from_uri(&parts.uri)
             .map(|axum::extract::Query(value)| Self(value))
@@ -106,6 +142,14 @@ pub fn limit(limit: Option<i64>) -> Result<Option<i64>, ApiError> {
             Err(ApiError::malformed("limit", format!("must be between 1 and {MAX_LIMIT}")))
         }
         limit => Ok(limit),
+    }
+}
+
+/// A time that a client gave. PostgreSQL knows fewer years than the text can name.
+pub fn time(field: &str, time: Option<DateTime<Utc>>) -> Result<Option<DateTime<Utc>>, ApiError> {
+    match time {
+        Some(time) if !time::is_storable(&time) => Err(ApiError::malformed(field, time::STORABLE)),
+        time => Ok(time),
     }
 }
 

@@ -15,7 +15,7 @@ use sqlx::{Connection, PgConnection};
 use tokio::sync::Semaphore;
 
 use crate::{
-    auth::{Caller, memory::Memory},
+    auth::{Caller, memory::Memory, strangers::Strangers},
     config::ApiConfig,
     enqueuer::{self, Enqueuer},
     error::ApiError,
@@ -55,6 +55,8 @@ pub struct Shared {
     pub enqueuer: Enqueuer,
     /// What is remembered of keys and settings.
     pub memory: Arc<Memory>,
+    /// Who tries keys that nobody has.
+    pub strangers: Strangers,
     /// Counts requests.
     pub rate_limiter: Arc<RateLimiter>,
     /// Proxies whose word about the client's address counts.
@@ -109,6 +111,7 @@ impl AppState {
             rate_limiter: Arc::new(RateLimiter::start(instance, config.redis.as_ref(), closing.clone())),
             trusted_proxies: config.trusted_proxies.clone().into(),
             local_paths: config.local_paths.clone().into(),
+            strangers: Strangers::default(),
             held: Arc::new(Semaphore::new(MOST_HELD)),
             downloads: Arc::new(Semaphore::new(MOST_DOWNLOADS)),
             watcher: Watcher::start(db.clone(), reasons.clone(), wakeups.clone(), closing.clone()),

@@ -22,6 +22,8 @@ use crate::{
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Time between two tries to reach a database that is away.
 pub const RETRY: Duration = Duration::from_millis(250);
+/// Without a look for so long, what was seen last is not taken for the state.
+const BLIND: Duration = Duration::from_secs(3);
 /// States remembered for when the database is away.
 const MOST_KNOWN: usize = 4_096;
 
@@ -71,6 +73,7 @@ pub async fn until_over(
     }
     // Registered before the question, or an end in between is missed.
     let mut watched = state.watcher.watch(id);
+    let begun = Instant::now();
     let mut shown = {
         let (first, shown) = look(state, caller, id).await?;
         if first.status.is_over() {
@@ -88,7 +91,13 @@ pub async fn until_over(
                     return Ok(shown);
                 }
             }
-            () = tokio::time::sleep_until(until) => return Ok(shown),
+            () = tokio::time::sleep_until(until) => {
+                // While the database is away nothing is seen, which is not the same as no change.
+                return match state.watcher.last_look().max(Some(begun)).is_some_and(|at| at.elapsed() < BLIND) {
+                    true => Ok(shown),
+                    false => Ok(look(state, caller, id).await?.1),
+                };
+            }
             () = state.stop.closing.cancelled() => return Ok(shown),
             () = &mut revoked => {
                 return Err(ApiError::new(StatusCode::UNAUTHORIZED, "key_revoked", "the right to wait for this was taken away"));

@@ -61,6 +61,8 @@ struct Inner {
     reasons: Reasons,
     watched: Mutex<HashMap<ExecutionId, Entry>>,
     lists: broadcast::Sender<Arc<Execution>>,
+    /// When the last look at everything that brought an answer was begun.
+    looked: Mutex<Option<Instant>>,
     /// Somebody began to wait.
     begun: Notify,
 }
@@ -86,6 +88,7 @@ impl Watcher {
             reasons,
             watched: Mutex::default(),
             lists: broadcast::channel(1024).0,
+            looked: Mutex::default(),
             begun: Notify::new(),
         });
         tokio::spawn(stop.run_until_cancelled_owned(inner.clone().run(wakeups.subscribe())));
@@ -101,6 +104,11 @@ impl Watcher {
         };
         self.0.begun.notify_one();
         Watched { receiver, inner: self.0.clone(), id }
+    }
+
+    /// When the executions that are waited for were last looked at with success.
+    pub fn last_look(&self) -> Option<Instant> {
+        *self.0.looked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes of all executions, for live lists.
@@ -182,8 +190,12 @@ impl Inner {
                 self.begun.notified().await;
             }
             let next = Instant::now() + LOOK;
-            if let Err(error) = self.look(None, &mut known).await {
-                tracing::debug!(error = %common::error::Chain(&error), "could not look at the executions that clients wait for");
+            let begun = Instant::now();
+            match self.look(None, &mut known).await {
+                Ok(()) => *self.looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(begun),
+                Err(error) => {
+                    tracing::debug!(error = %common::error::Chain(&error), "could not look at the executions that clients wait for")
+                }
             }
             // Until the next full look, only at what is told to have changed.
             // The first at once: those who wait for it should not wait for others.

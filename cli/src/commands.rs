@@ -8,6 +8,7 @@ use common::{
     db::{DbError, PrepareError, StartError},
     reseal::{ResealError, reseal},
     seal,
+    telemetry::Telemetry,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,8 +20,12 @@ use crate::instance::Instance;
 
 /// `dbackup migrate`.
 pub async fn migrate(data: Option<PathBuf>) -> Result<(), StartError> {
-    Instance::open(data)?.db.prepare().await?;
-    Ok(())
+    let instance = Instance::open(data)?;
+    // It may have to wait, and says for what.
+    let telemetry = Telemetry::start("dbackup")?;
+    let done = instance.db.prepare().await;
+    telemetry.stop().await;
+    Ok(done?)
 }
 
 /// `dbackup health`.
@@ -36,14 +41,10 @@ pub async fn health(data: Option<PathBuf>) -> Result<(), StartError> {
 
 /// `dbackup key-rotate`.
 pub async fn rotate_key(data: Option<PathBuf>) -> Result<(), StartError> {
-    if data.is_some() {
-        let text = "key-rotate takes no --data: stop dbackup up, rotate with DATABASE_URL and both keys set, and put the new key into DIR/dbackup.env";
-        return Err(ConfigError(text.to_owned()).into());
-    }
-    let key = config::encryption_key()?;
-    let instance = Instance::open(None)?;
-    instance.db.prepare().await?;
-    let mut conn = instance.db.connect_apart().await.map_err(PrepareError::Away)?;
+    let Instance { db, key } = Instance::open(data)?;
+    let key = key.map_or_else(config::encryption_key, Ok)?;
+    db.prepare().await?;
+    let mut conn = db.connect_apart().await.map_err(PrepareError::Away)?;
     seal::check_canary(&mut conn, &key).await?;
     let count = reseal(&mut conn, &key, &Actor::command_line()).await.map_err(|error| match error {
         ResealError::Database(error) => StartError::Database(DbError::Sql(error)),

@@ -95,7 +95,7 @@ impl Instance {
                 (url, config::secret("DBACKUP_ENCRYPTION_KEY")?)
             }
         };
-        let key = key.map(|text| config::parse_key(&text)).transpose()?;
+        let key = key.map(|text| config::key_of(&text)).transpose()?;
         Ok(Self { db: Db::new(&url, "dbackup", 2)?, key })
     }
 }

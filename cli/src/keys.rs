@@ -63,7 +63,7 @@ pub struct CreateKey {
     #[arg(long = "network")]
     networks: Vec<String>,
     /// Days after which it is refused
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(..=36_500))]
     expires_in_days: Option<u32>,
 }
 
@@ -155,9 +155,9 @@ impl Checked {
     async fn change(&self, conn: &mut PgConnection, key: &KeyInfo) -> Result<Option<(String, Event)>, sqlx::Error> {
         let event = |action| Event::new(action, key.id, &key.name);
         match self {
-            Checked::Rotate(id, grace) => {
-                let secret = api_key::rotate(conn, *id, *grace).await?.ok_or(sqlx::Error::RowNotFound)?;
-                Ok(Some((secret.expose().to_owned(), event("api-key.rotate"))))
+            Checked::Rotate(_, grace) => {
+                let rotated = api_key::rotate(conn, key, *grace).await?;
+                Ok(rotated.map(|(_, secret)| (secret.expose().to_owned(), event("api-key.rotate"))))
             }
             Checked::Switch(_, enabled) => {
                 let change = KeyDraft { enabled: *enabled, ..KeyDraft::from(key) };

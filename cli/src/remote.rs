@@ -122,7 +122,7 @@ impl Instance {
         let once = uuid::Uuid::now_v7().to_string();
         let answer =
             self.ask(|client, url| client.post(url).header("Idempotency-Key", &once).json(body), path, &[]).await?;
-        let id = answer["executionId"].as_str().unwrap_or_default();
+        let id = answer["executionId"].as_str().ok_or_else(|| no_instance("no executionId"))?;
         if follow.no_wait {
             println!("{id}");
             return Ok(());
@@ -160,10 +160,16 @@ impl Instance {
             match run["status"].as_str() {
                 Some("Success") => return Ok(()),
                 Some("Failed") => return Err(failed(format!("{noun} failed: {}", text("error")))),
-                _ => {}
+                Some("Pending" | "Running") => {}
+                _ => return Err(no_instance("no status")),
             }
         }
     }
+}
+
+/// Something else listens there.
+fn no_instance(what: &str) -> StartError {
+    failed(format!("the answer holds {what}: does --url (DBACKUP_URL) name an instance of DBackup?"))
 }
 
 fn log_line(line: &Value) -> String {

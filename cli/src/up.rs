@@ -94,7 +94,7 @@ async fn serve(
     listener: TcpListener,
     stop: CancellationToken,
 ) -> Result<(), StartError> {
-    let key = Arc::new(config::parse_key(&secrets.encryption_key)?);
+    let key = Arc::new(config::key_of(&secrets.encryption_key)?);
     common::db::start(&db, &key).await?;
     let wakeups = Wakeups::start(db.clone(), CancellationToken::new());
     let mut running = JoinSet::new();

@@ -123,17 +123,17 @@ pub fn local_paths(paths: Vec<PathBuf>) -> Result<Vec<PathBuf>, ConfigError> {
 /// `DBACKUP_ENCRYPTION_KEY`, and while it is rotated `DBACKUP_OTHER_ENCRYPTION_KEY`.
 pub fn encryption_key() -> Result<SealKey, ConfigError> {
     let text = required_secret("DBACKUP_ENCRYPTION_KEY", "32 bytes in base64, the same for every API and worker")?;
-    let key = parse_key(&text)?;
+    key_of(&text)
+}
+
+/// The key of this text, which opens too, while it is rotated, what `DBACKUP_OTHER_ENCRYPTION_KEY` sealed.
+pub fn key_of(text: &SecretString) -> Result<SealKey, ConfigError> {
+    let key = parse_key("DBACKUP_ENCRYPTION_KEY", text)?;
     let Some(other) = secret("DBACKUP_OTHER_ENCRYPTION_KEY")? else { return Ok(key) };
-    Ok(key.with_other(parse_key_of("DBACKUP_OTHER_ENCRYPTION_KEY", &other)?))
+    Ok(key.with_other(parse_key("DBACKUP_OTHER_ENCRYPTION_KEY", &other)?))
 }
 
-/// Reads the text of a `DBACKUP_ENCRYPTION_KEY`.
-pub fn parse_key(text: &SecretString) -> Result<SealKey, ConfigError> {
-    parse_key_of("DBACKUP_ENCRYPTION_KEY", text)
-}
-
-fn parse_key_of(name: &str, text: &SecretString) -> Result<SealKey, ConfigError> {
+fn parse_key(name: &str, text: &SecretString) -> Result<SealKey, ConfigError> {
     SealKey::parse(text.expose_secret()).map_err(|e| ConfigError(format!("{name}: {e}")))
 }
 

@@ -1,6 +1,9 @@
 //! The connection to PostgreSQL: options that keep a dead peer from holding anything, embedded migrations,
 //! and a time limit on everything that is asked.
 
+mod migrate;
+mod pool;
+
 use std::{str::FromStr, time::Duration};
 
 use chrono::{DateTime, Utc};
@@ -11,6 +14,7 @@ use sqlx::{
 };
 
 use crate::config::{self, ConfigError};
+use pool::Pool;
 
 /// Longest time a process waits for its database when it starts.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -36,11 +40,14 @@ impl DbError {
     }
 }
 
-/// A pool of connections, and how to make one outside it.
-#[derive(Clone, Debug)]
-pub struct Db {
-    pool: PgPool,
-    options: PgConnectOptions,
+/// The database: connections that are lent, and new ones.
+#[derive(Clone)]
+pub struct Db(Pool);
+
+impl std::fmt::Debug for Db {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Db").field(&self.connections()).finish()
+    }
 }
 
 /// Connections of a pool.
@@ -64,83 +71,57 @@ impl Db {
         let options = PgConnectOptions::from_str(url.expose_secret())
             .map_err(|_| ConfigError("DATABASE_URL is not understood by the PostgreSQL driver".into()))?
             .application_name(program)
-            .options([
-                ("statement_timeout", "15000"),
-                ("lock_timeout", "10000"),
-                // A stopped process must not hold a row lock that others wait for.
-                ("idle_in_transaction_session_timeout", "5000"),
-                // Every question is short: to compile one takes longer than to answer it.
-                ("jit", "off"),
-                ("synchronous_commit", "on"),
-                ("timezone", "UTC"),
-                // The server's side of a half-open connection; the client's side is ANSWER_TIMEOUT.
-                ("tcp_user_timeout", "15000"),
-                ("tcp_keepalives_idle", "10"),
-                ("tcp_keepalives_interval", "5"),
-                ("tcp_keepalives_count", "3"),
-                // A question that nobody waits for any more is given up: those who ask every few seconds would otherwise
-                // pile up what they abandoned.
-                ("client_connection_check_interval", "1000"),
-            ])
+            // Nothing that PgBouncer would refuse in the start packet: see `pool::SETTINGS`.
+            .extra_float_digits(None)
             .log_statements(tracing::log::LevelFilter::Off)
             .log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(1));
-        let pool = PgPoolOptions::new()
-            .max_connections(max_connections)
-            .acquire_timeout(Duration::from_secs(5))
-            .idle_timeout(Duration::from_secs(300))
-            .max_lifetime(Duration::from_secs(1800))
-            // A round trip for each use costs a fifth of the claims per second; a dead connection shows itself
-            // at the first statement, and every caller can retry.
-            .test_before_acquire(false)
-            .connect_lazy_with(options.clone());
-        Ok(Self { pool, options })
+        Ok(Self(Pool::new(options, max_connections, "")))
     }
 
-    /// A connection outside the pool, for heartbeats, listening and migrations.
+    /// A connection outside the pool, for heartbeats and migrations.
     pub async fn connect_apart(&self) -> Result<PgConnection, sqlx::Error> {
-        self.options.connect().await
+        self.0.connect().await
     }
 
     /// How its pool is used now.
     pub fn connections(&self) -> Connections {
-        let (size, idle) = (self.pool.size(), u32::try_from(self.pool.num_idle()).unwrap_or(u32::MAX));
-        // Two looks: a connection may have been given back between them.
-        let in_use = size.saturating_sub(idle);
-        Connections { in_use, idle, most: self.pool.options().get_max_connections() }
+        self.0.connections()
     }
 
     /// The same database by one connection of its own, made when it is needed and again after a failure: for what is asked
     /// again and again, one question at a time. Each new connection plans a claim anew, which takes several times as long as
     /// the claim; and no crowd on the shared pool keeps it waiting.
     pub fn apart(&self) -> Self {
-        Self { pool: self.pool_apart(), options: self.options.clone() }
+        self.apart_in("")
     }
 
-    /// A pool of one, apart from the shared one: what a listener needs.
+    /// The same, in sessions with settings of their own.
+    pub fn apart_in(&self, settings: &'static str) -> Self {
+        Self(Pool::new(self.0.options().clone(), 1, settings))
+    }
+
+    /// The driver's own pool of one: what a listener needs.
     pub fn pool_apart(&self) -> PgPool {
         PgPoolOptions::new()
             .max_connections(1)
-            .acquire_timeout(Duration::from_secs(5))
+            .acquire_timeout(pool::ACQUIRE)
             .test_before_acquire(false)
-            .connect_lazy_with(self.options.clone())
+            .after_connect(|conn, _| Box::pin(pool::settle_in(conn)))
+            .connect_lazy_with(self.0.options().clone())
     }
 
-    /// Runs `ask` on a pooled connection within `limit`. When the time is up the connection is closed instead
-    /// of returned: sqlx would wait without limit for the answer that never came.
+    /// Runs `ask` on a lent connection within `limit`. When the time is up the connection is closed.
     pub async fn within<T>(
         &self,
         limit: Duration,
         ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, DbError> {
         // Boxed: several kilobytes that would otherwise be part of every future above, up to the request's, and move with it.
-        let mut conn = Box::pin(self.pool.acquire()).await?;
-        match tokio::time::timeout(limit, Box::pin(ask(&mut conn))).await {
-            Ok(answer) => Ok(answer?),
-            Err(_) => {
-                conn.close_on_drop();
-                Err(DbError::Timeout(limit))
-            }
-        }
+        let mut lent = Box::pin(self.0.acquire()).await?;
+        let answer = tokio::time::timeout(limit, Box::pin(ask(&mut lent.conn))).await;
+        let answer = answer.map_err(|_| DbError::Timeout(limit))?;
+        lent.give_back(answer.as_ref().err());
+        Ok(answer?)
     }
 
     /// Whether the database answers within `limit`.
@@ -154,12 +135,7 @@ impl Db {
     /// program is accepted, so that a cluster can be upgraded process by process.
     pub async fn prepare(&self) -> Result<(), PrepareError> {
         let mut conn = self.wait_until_up().await?;
-        sqlx::query("set statement_timeout = 0").execute(&mut conn).await.map_err(PrepareError::Away)?;
-        sqlx::query("set lock_timeout = 0").execute(&mut conn).await.map_err(PrepareError::Away)?;
-        let mut migrator = sqlx::migrate!("../migrations");
-        migrator.set_ignore_missing(true);
-        migrator.run(&mut conn).await?;
-        Ok(())
+        migrate::migrate(&mut conn).await
     }
 
     async fn wait_until_up(&self) -> Result<PgConnection, PrepareError> {
@@ -212,6 +188,11 @@ pub enum PrepareError {
     /// The schema could not be brought up to date.
     #[error("could not migrate the database")]
     Migrate(#[from] sqlx::migrate::MigrateError),
+    /// Something holds a table.
+    #[error(
+        "could not migrate the database while one of its tables is locked: start again when its dump, or what else holds it, has ended"
+    )]
+    Locked(#[source] sqlx::migrate::MigrateError),
 }
 
 /// Why a process could not start.

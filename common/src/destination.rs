@@ -288,11 +288,11 @@ pub async fn create(
     Ok(None)
 }
 
-/// Replaces a destination; `None` when it is gone.
+/// Replaces a destination that was read as of `updated_at`; `None` when it is gone or was changed since.
 pub async fn update(
     conn: &mut PgConnection,
     key: &SealKey,
-    id: DestinationId,
+    (id, updated_at): (DestinationId, DateTime<Utc>),
     draft: &DestinationDraft,
 ) -> Result<Option<Destination>, sqlx::Error> {
     let sealed = draft.config.seal(key, &context(id));
@@ -302,11 +302,11 @@ pub async fn update(
               set slug = coalesce($2, slug), name = $3, kind = $4, config = $5, sealed_secrets = $6, pool = $7,
                   -- Another root or bucket is another store: its marker is not written yet.
                   ready_at = case when config = $5 then ready_at end, labels = $8, updated_at = clock_timestamp()
-            where id = $1
+            where id = $1 and updated_at = $9
            returning id as "id: DestinationId", slug, name, kind as "kind: Kind", config as "config: Json<Map<String, Value>>",
                      sealed_secrets, pool, ready_at, labels as "labels: Json<Labels>", created_at, updated_at"#,
         id as _, draft.slug, draft.name, draft.kind.as_str(), Json(&draft.config.open) as _, sealed, draft.pool,
-        Json(&draft.labels) as _,
+        Json(&draft.labels) as _, updated_at,
     )
     .fetch_optional(conn)
     .await?;

@@ -259,11 +259,15 @@ pub async fn create(conn: &mut PgConnection, draft: &JobDraft) -> Result<Created
     Ok(Created::Job(Box::new(job)))
 }
 
-/// Replaces a job; `None` when it is gone. Fails on the same constraints as [`create`], and on
-/// `jobs_slug_unique`.
-pub async fn update(conn: &mut PgConnection, id: JobId, draft: &JobDraft) -> Result<Option<Job>, sqlx::Error> {
+/// Replaces a job that was read as of `updated_at`; `None` when it is gone or was changed since. Fails on the same
+/// constraints as [`create`], and on `jobs_slug_unique`.
+pub async fn update(
+    conn: &mut PgConnection,
+    (id, updated_at): (JobId, DateTime<Utc>),
+    draft: &JobDraft,
+) -> Result<Option<Job>, sqlx::Error> {
     let mut tx = conn.begin().await?;
-    let Some(next_run_at) = plan_anew(&mut tx, id, draft).await? else { return Ok(None) };
+    let Some(next_run_at) = plan_anew(&mut tx, (id, updated_at), draft).await? else { return Ok(None) };
     sqlx::query!(
         "update jobs
             set slug = coalesce($2, slug), name = $3, source_id = $4, compression = $5, enabled = $6, overlap = $7,
@@ -304,17 +308,18 @@ impl JobDraft {
     }
 }
 
-/// When a job that is being changed fires next; `None` when it is gone. A change of the schedule plans from now on and
+/// When a job that is being changed fires next; `None` when it is gone or was changed since it was read. A change of the schedule plans from now on and
 /// makes up nothing; any other change leaves a firing that is due to the workers.
 async fn plan_anew(
     conn: &mut PgConnection,
-    id: JobId,
+    (id, updated_at): (JobId, DateTime<Utc>),
     draft: &JobDraft,
 ) -> Result<Option<Option<DateTime<Utc>>>, sqlx::Error> {
     // The lock that a firing takes: the plan is this one's or that one's, never a mixture.
     let stored = sqlx::query!(
-        "select schedule, timezone, enabled, next_run_at from jobs where id = $1 for no key update",
-        id as _
+        "select schedule, timezone, enabled, next_run_at from jobs where id = $1 and updated_at = $2 for no key update",
+        id as _,
+        updated_at,
     )
     .fetch_optional(&mut *conn)
     .await?;

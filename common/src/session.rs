@@ -80,9 +80,12 @@ pub async fn renew(conn: &mut PgConnection, token: &SecretString, address: IpAdd
     let presented = hash(token);
     let row = sqlx::query!(
         r#"select s.id as "id: SessionId", s.user_id as "user_id: UserId", s.refresh_hash = $1 as "current!",
-                  s.renewed_at > clock_timestamp() - $2::text::interval as "just_now!"
+                  s.previous_refresh_hash is not distinct from $1 and s.renewed_at > clock_timestamp() - $2::text::interval
+                      as "just_now!"
              from sessions s join users u on u.id = s.user_id
-            where (s.refresh_hash = $1 or s.previous_refresh_hash = $1) and s.expires_at > clock_timestamp() and u.enabled
+            where (s.refresh_hash = $1 or s.previous_refresh_hash = $1
+                   or s.id = (select t.session_id from spent_refresh_tokens t where t.hash = $1))
+              and s.expires_at > clock_timestamp() and u.enabled
               for update of s"#,
         presented,
         RACE,
@@ -99,7 +102,11 @@ pub async fn renew(conn: &mut PgConnection, token: &SecretString, address: IpAdd
     }
     let refresh = new_token();
     sqlx::query!(
-        "update sessions set previous_refresh_hash = refresh_hash, refresh_hash = $2, renewed_at = clock_timestamp(), address = $3
+        "with spent as (
+             insert into spent_refresh_tokens (hash, session_id)
+             select previous_refresh_hash, id from sessions where id = $1 and previous_refresh_hash is not null
+         )
+         update sessions set previous_refresh_hash = refresh_hash, refresh_hash = $2, renewed_at = clock_timestamp(), address = $3
           where id = $1",
         row.id as _,
         hash(&refresh),

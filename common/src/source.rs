@@ -314,12 +314,13 @@ pub async fn create(
     Ok(None)
 }
 
-/// Replaces a source; `None` when it is gone. To be called in a transaction: it holds the gate, under which the limits of
-/// the source are obeyed, so that no claim goes by the old ones after the commit.
+/// Replaces a source that was read as of `updated_at`; `None` when it is gone or was changed since. To be called in a
+/// transaction: it holds the gate, under which the limits of the source are obeyed, so that no claim goes by the old ones
+/// after the commit.
 pub async fn update(
     conn: &mut PgConnection,
     key: &SealKey,
-    id: SourceId,
+    (id, updated_at): (SourceId, DateTime<Utc>),
     draft: &SourceDraft,
 ) -> Result<Option<Source>, sqlx::Error> {
     let sealed = draft.config.seal(key, &context(id));
@@ -329,11 +330,11 @@ pub async fn update(
         r#"update sources
               set slug = coalesce($2, slug), name = $3, engine = $4, config = $5, sealed_secrets = $6, pool = $7,
                   max_concurrent_runs = $8, max_concurrent_restores = $9, labels = $10, updated_at = clock_timestamp()
-            where id = $1
+            where id = $1 and updated_at = $11
            returning id as "id: SourceId", slug, name, engine as "engine: Engine", config as "config: Json<Map<String, Value>>",
                      sealed_secrets, pool, max_concurrent_runs, max_concurrent_restores, labels as "labels: Json<Labels>", created_at, updated_at"#,
         id as _, draft.slug, draft.name, draft.engine.as_str(), Json(&draft.config.open) as _, sealed, draft.pool,
-        draft.max_concurrent_runs, draft.max_concurrent_restores, Json(&draft.labels) as _,
+        draft.max_concurrent_runs, draft.max_concurrent_restores, Json(&draft.labels) as _, updated_at,
     )
     .fetch_optional(conn)
     .await?;

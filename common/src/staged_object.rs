@@ -1,6 +1,7 @@
 //! Staged objects: every name that an attempt is going to write, recorded before its first byte. After a crash
 //! the sweeper removes what was not published, from this record alone: it never lists a store, so that a shared
-//! bucket or a restored database loses nothing.
+//! bucket loses nothing. A database that was restored from a dump does not know what was published after the dump, so what
+//! came with it is left alone: see [`Litter::restored`].
 
 use sqlx::PgConnection;
 
@@ -53,6 +54,9 @@ pub struct Litter {
     pub upload_id: Option<String>,
     /// It was removed before; after this time the record goes.
     pub swept_before: bool,
+    /// The record came here with a dump of this database: what it names may be a backup by now. (A row's `xmin` is the
+    /// transaction that wrote it, which each of ours names in `written_by`.)
+    pub restored: bool,
     /// Trace of the execution.
     pub traceparent: Option<String>,
 }
@@ -65,18 +69,19 @@ impl Litter {
     }
 }
 
-/// Names of dead claims in the worker's pools that are due for a sweep: at once, and once more a minute later in
-/// case a stopped process woke up and wrote.
+/// Some names of dead claims in the worker's pools that are due for a sweep: at once, and once more a minute later in
+/// case a stopped process woke up and wrote. Any of them: those that cannot be removed must not keep out the others.
 pub async fn due(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<Litter>, sqlx::Error> {
     sqlx::query_as!(
         Litter,
         r#"select s.id, s.execution_id as "execution: ExecutionId", s.destination_id as "destination: DestinationId", s.path, s.upload_id,
-                  s.swept_at is not null as "swept_before!", e.traceparent
+                  s.swept_at is not null as "swept_before!",
+                  s.xmin::text::bigint <> (s.written_by::text::bigint & 4294967295) as "restored!", e.traceparent
              from staged_objects s join executions e on e.id = s.execution_id
             where e.pool = any ($1)
               and not exists (select 1 from execution_leases l where l.token = s.token)
               and (s.swept_at is null or s.swept_at < clock_timestamp() - interval '1 minute')
-            order by s.id
+            order by random()
             limit 200"#,
         pools
     )
@@ -84,14 +89,17 @@ pub async fn due(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<Litter
     .await
 }
 
-/// Notes that a name was removed; the second time its record goes.
+/// Notes that a name was removed; the second time its record goes, as does one that is left alone.
 pub async fn swept(conn: &mut PgConnection, litter: &Litter) -> Result<(), sqlx::Error> {
-    if litter.swept_before {
+    if litter.swept_before || litter.restored {
         sqlx::query!("delete from staged_objects where id = $1", litter.id).execute(conn).await?;
     } else {
-        sqlx::query!("update staged_objects set swept_at = clock_timestamp() where id = $1", litter.id)
-            .execute(conn)
-            .await?;
+        sqlx::query!(
+            "update staged_objects set swept_at = clock_timestamp(), written_by = pg_current_xact_id() where id = $1",
+            litter.id
+        )
+        .execute(conn)
+        .await?;
     }
     Ok(())
 }

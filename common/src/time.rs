@@ -1,7 +1,15 @@
 //! Times as clients read them: UTC with milliseconds, `2025-01-15T10:30:00.000Z`.
 
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::{DateTime, Datelike, SecondsFormat, Utc};
 use serde::Serializer;
+
+/// What a time must be to be stored, and found by.
+pub const STORABLE: &str = "must be a time of the years 0 to 9999";
+
+/// Whether it is one that people write: PostgreSQL goes less far back than the type does, and so fails on the others.
+pub fn is_storable(time: &DateTime<Utc>) -> bool {
+    (0..10_000).contains(&time.year())
+}
 
 /// The text of a time.
 pub fn as_text(time: &DateTime<Utc>) -> String {

@@ -219,7 +219,7 @@ async fn guarded<T>(
     let result = {
         tokio::pin!(work);
         let limit = Duration::from_secs(u64::try_from(timeout_seconds).unwrap_or(u64::MAX));
-        tokio::select! {
+        let result = tokio::select! {
             biased;
             stop = lease.stopped() => {
                 let mut late = None;
@@ -232,8 +232,12 @@ async fn guarded<T>(
             }
             () = tokio::time::sleep(limit) => Err(Stop::TimedOut),
             result = &mut work => Ok(result),
+        };
+        // Before their input is dropped: psql would take its end for that of the script, and commit what it has read.
+        if result.is_err() {
+            lease.groups.kill();
         }
-        // Here the stream is dropped, and with it the tools die.
+        result
     };
     lease.groups.kill();
     match result {

@@ -1,29 +1,43 @@
 //! The sweeper: removes what attempts that died left in the destinations, from their own record.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
-use common::{destination, id::Reference, staged_object};
+use common::{
+    destination::{self, Destination},
+    id::{DestinationId, Reference},
+    staged_object::{self, Litter},
+};
+use futures::future::join_all;
 
 use crate::{pipeline::open_store, service::Shared};
 
+/// Longest time of a question to the database.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Longest time of a removal.
+const REMOVAL: Duration = Duration::from_secs(60);
+
+/// Failures of a name that were told: a store that refuses is told once, not every few seconds.
+type Told = HashSet<uuid::Uuid>;
+
 /// Sweeps for ever, every few ticks.
 pub async fn run(shared: Shared) {
-    // A store that refuses is told once, not every few seconds.
-    let mut told = HashMap::new();
+    let mut told = Told::new();
     loop {
         tokio::time::sleep(shared.config.timing.ticker.mul_f64(rand::random_range(1.0..2.0))).await;
-        let due = shared
-            .db
-            .within(Duration::from_secs(5), async |conn| staged_object::due(conn, &shared.config.pools).await)
-            .await;
+        let due = shared.db.within(ANSWER, async |conn| staged_object::due(conn, &shared.config.pools).await).await;
         let Ok(due) = due else { continue };
+        let mut by_destination: HashMap<DestinationId, Vec<Litter>> = HashMap::new();
         for litter in due {
-            if let Err(error) = sweep(&shared, &litter).await {
-                let times: &mut u32 = told.entry(litter.id).or_default();
-                *times += 1;
-                if *times == 1 {
-                    tracing::warn!(path = litter.path, execution = %litter.execution, trace_id = litter.trace_id(), "an unpublished object could not be removed yet: {error}");
-                }
+            by_destination.entry(litter.destination).or_default().push(litter);
+        }
+        // Side by side: one that does not answer keeps no other waiting for more than a removal.
+        let swept = by_destination.into_iter().map(|(destination, all)| sweep_all(&shared, destination, all));
+        for (litter, error) in join_all(swept).await.into_iter().flatten() {
+            if told.insert(litter.id) {
+                tracing::warn!(path = litter.path, execution = %litter.execution, trace_id = litter.trace_id(), "an unpublished object could not be removed yet: {error}");
             }
         }
         if told.len() > 10_000 {
@@ -32,21 +46,47 @@ pub async fn run(shared: Shared) {
     }
 }
 
-async fn sweep(shared: &Shared, litter: &staged_object::Litter) -> Result<(), String> {
-    let limit = Duration::from_secs(5);
-    let reference = Reference::new(litter.destination.to_string());
-    let destination = shared
-        .db
-        .within(limit, async |conn| destination::find(conn, &reference).await)
-        .await
-        .map_err(|e| e.to_string())?;
-    if let Some(destination) = destination {
-        let store = open_store(shared, &destination).map_err(|e| e.message)?;
-        let removed =
-            tokio::time::timeout(Duration::from_secs(60), store.remove(&litter.path, litter.upload_id.as_deref()))
-                .await;
-        removed.map_err(|_| "no answer within 60 s".to_owned())?.map_err(|e| e.message)?;
-        tracing::info!(path = litter.path, execution = %litter.execution, trace_id = litter.trace_id(), destination = destination.slug, "removed what an attempt left behind");
+/// Those of one destination, one after the other; what could not be removed, with why.
+async fn sweep_all(shared: &Shared, id: DestinationId, all: Vec<Litter>) -> Vec<(Litter, String)> {
+    let reference = Reference::new(id.to_string());
+    let found = shared.db.within(ANSWER, async |conn| destination::find(conn, &reference).await).await;
+    let destination = match found {
+        Ok(destination) => destination,
+        Err(error) => return all.into_iter().map(|litter| (litter, error.to_string())).collect(),
+    };
+    let mut failed = Vec::new();
+    for litter in all {
+        match sweep(shared, destination.as_ref(), &litter).await {
+            Ok(()) => {}
+            Err(Failure::Silent) => {
+                failed.push((litter, format!("no answer within {} s", REMOVAL.as_secs())));
+                // The others would wait as long, and on a mount that hangs each takes a thread with it.
+                break;
+            }
+            Err(Failure::Told(why)) => failed.push((litter, why)),
+        }
     }
-    shared.db.within(limit, async |conn| staged_object::swept(conn, litter).await).await.map_err(|e| e.to_string())
+    failed
+}
+
+enum Failure {
+    /// The store does not answer.
+    Silent,
+    /// It does, or the database does not.
+    Told(String),
+}
+
+async fn sweep(shared: &Shared, destination: Option<&Destination>, litter: &Litter) -> Result<(), Failure> {
+    let (path, execution, trace_id) = (&litter.path, litter.execution, litter.trace_id());
+    if litter.restored {
+        tracing::warn!(path, %execution, trace_id, "this database was restored from a dump that was made during the run: whatever the run has written since is left alone");
+    } else if let Some(destination) = destination {
+        let store = open_store(shared, destination).await.map_err(|e| Failure::Told(e.message))?;
+        let remove = store.remove(path, litter.upload_id.as_deref(), litter.swept_before);
+        let removed = tokio::time::timeout(REMOVAL, remove).await.map_err(|_| Failure::Silent)?;
+        removed.map_err(|e| Failure::Told(e.message))?;
+        tracing::info!(path, %execution, trace_id, destination = destination.slug, "removed what an attempt left behind");
+    }
+    let noted = shared.db.within(ANSWER, async |conn| staged_object::swept(conn, litter).await).await;
+    noted.map_err(|e| Failure::Told(e.to_string()))
 }

@@ -97,7 +97,7 @@ async fn test(shared: &Shared, target: Target, groups: &ProcessGroups) -> Result
                 .within(Duration::from_secs(5), async |conn| destination::find(conn, &reference).await)
                 .await?
                 .ok_or_else(gone)?;
-            let store = open_store(shared, &destination)?;
+            let store = open_store(shared, &destination).await?;
             let message = store.test(destination.ready_at.is_none()).await.map_err(|e| e.at(&destination.slug))?;
             shared.db.within(Duration::from_secs(5), async |conn| destination::mark_ready(conn, id).await).await?;
             Ok((message, None))

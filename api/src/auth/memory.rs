@@ -44,6 +44,7 @@ pub struct Memory {
     state: Mutex<State>,
     /// Asks for the epoch.
     asking: OneAsks,
+    asking_for_keys: OneAsks,
     uses: Mutex<HashMap<ApiKeyId, LastUse>>,
 }
 
@@ -90,7 +91,13 @@ struct LastUse {
 impl Memory {
     /// Remembers nothing yet.
     pub fn new(db: Db) -> Self {
-        Self { db, state: Mutex::default(), asking: OneAsks::default(), uses: Mutex::default() }
+        Self {
+            db,
+            state: Mutex::default(),
+            asking: OneAsks::default(),
+            asking_for_keys: OneAsks::default(),
+            uses: Mutex::default(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -131,10 +138,15 @@ impl Memory {
         Ok(epoch)
     }
 
-    /// Looks a key up.
-    pub async fn look_up(&self, hash: &HashedKey) -> Result<Lookup, DbError> {
+    /// What is remembered of a key.
+    pub async fn recall(&self, hash: &HashedKey) -> Result<Option<Lookup>, DbError> {
         let epoch = self.epoch().await?;
-        if let Some(lookup) = self.state().keys.recall(hash, epoch) {
+        Ok(self.state().keys.recall(hash, epoch))
+    }
+
+    /// Looks a key up where it is not remembered, and remembers it.
+    pub async fn look_up(&self, hash: &HashedKey) -> Result<Lookup, DbError> {
+        if let Some(lookup) = self.recall(hash).await? {
             return Ok(lookup);
         }
         let asked = Instant::now();
@@ -169,21 +181,26 @@ impl Memory {
         self.read_signing_keys(key, epoch).await
     }
 
-    /// The same, read again; but not more often than a stranger with made-up tokens may make it.
+    /// The same, read after this was asked for; but not more often than a stranger with made-up tokens may make it.
     pub async fn newer_signing_keys(&self, key: &SealKey) -> Result<Arc<Vec<SigningKey>>, DbError> {
-        if let Some((_, at, keys)) = &self.state().signing_keys
-            && at.elapsed() < NEWER_KEYS
-        {
-            return Ok(keys.clone());
-        }
-        let epoch = self.epoch().await?;
-        self.read_signing_keys(key, epoch).await
+        let came = Instant::now();
+        let last = || self.state().signing_keys.clone();
+        let known = || last().filter(|(_, at, _)| *at > came).map(|(.., keys)| keys);
+        let ask = async {
+            if let Some(pause) = last().and_then(|(_, at, _)| NEWER_KEYS.checked_sub(at.elapsed())) {
+                tokio::time::sleep(pause).await;
+            }
+            let epoch = self.epoch().await?;
+            self.read_signing_keys(key, epoch).await
+        };
+        self.asking_for_keys.or_ask(known, ask).await
     }
 
     async fn read_signing_keys(&self, key: &SealKey, epoch: i64) -> Result<Arc<Vec<SigningKey>>, DbError> {
+        let asked = Instant::now();
         let ask = async |conn: &mut sqlx::PgConnection| session::signing_keys(conn, key, false).await;
         let keys = Arc::new(self.db.within(TIMEOUT, ask).await?);
-        self.state().signing_keys = Some((epoch, Instant::now(), keys.clone()));
+        self.state().signing_keys = Some((epoch, asked, keys.clone()));
         Ok(keys)
     }
 

@@ -2,6 +2,7 @@
 
 pub mod caller;
 pub mod memory;
+pub mod strangers;
 pub mod token;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -14,7 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use common::{
-    api_key::{ApiKey, Lookup, PlainKey},
+    api_key::{ApiKey, HashedKey, Lookup, PlainKey},
     permission::Permission,
     telemetry::{
         Span,
@@ -167,8 +168,8 @@ impl Gate {
     async fn identify_once(&self, headers: &HeaderMap, address: IpAddr) -> Result<Identity, ApiError> {
         if let Some(value) = headers.get(header::AUTHORIZATION) {
             let hash = presented_key(value)?.hash();
-            let key = self.usable(self.state.memory.look_up(&hash).await?, address)?;
-            return Ok(Identity::Key(key, hash));
+            let lookup = self.look_up(&hash, address).await?;
+            return Ok(Identity::Key(self.usable(lookup, address)?, hash));
         }
         let Some(token) = token::cookie(headers, token::SESSION_COOKIE).filter(|token| !token.is_empty()) else {
             return Err(unauthorized("key_missing", "no API key: send the header 'Authorization: Bearer dbm_…'"));
@@ -183,6 +184,22 @@ impl Gate {
         let session = token::verify(&keys, &self.state.instance, token).ok_or_else(over)?;
         let person = self.state.memory.session(session).await?;
         person.map(|person| Identity::Person(person, session)).ok_or_else(over)
+    }
+
+    async fn look_up(&self, hash: &HashedKey, address: IpAddr) -> Result<Lookup, ApiError> {
+        if let Some(lookup) = self.state.memory.recall(hash).await? {
+            return Ok(lookup);
+        }
+        let (from, rule) = (Subject::of(address), self.state.memory.settings_or_last().await.rate_limit.read);
+        if let Some(reset) = self.state.strangers.shut_out(from, rule) {
+            let window = Duration::from_secs(rule.window_seconds.into());
+            return Err(too_many(Decision { allowed: false, limit: rule.limit, remaining: 0, window, reset }));
+        }
+        let lookup = self.state.memory.look_up(hash).await?;
+        if matches!(lookup, Lookup::Unknown) {
+            self.state.strangers.note(from, rule);
+        }
+        Ok(lookup)
     }
 
     fn usable(&self, lookup: Lookup, address: IpAddr) -> Result<Arc<ApiKey>, ApiError> {
@@ -217,7 +234,8 @@ impl Gate {
         }
     }
 
-    /// Counts the request. A poll over the limit is held until it fits, at most [`HOLD`], before it is refused.
+    /// Counts the request. A poll over the limit is held until it fits, at most [`HOLD`], before it is refused; one of
+    /// nobody is not, or strangers would take up the places of those who poll.
     async fn limited(
         &self,
         identity: Option<&Identity>,
@@ -238,7 +256,7 @@ impl Gate {
                 return Ok(Some(decision));
             }
             let refused = too_many(decision);
-            if self.limit != LimitClass::Poll {
+            if self.limit != LimitClass::Poll || identity.is_none() {
                 return Err((refused, decision));
             }
             waiting::hold(&self.state, decision.reset, hold_until, refused).await.map_err(|error| (error, decision))?;

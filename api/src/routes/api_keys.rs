@@ -17,6 +17,7 @@ use common::{
     id::{ApiKeyId, JobId, Reference},
     job, network,
     permission::PermissionSet,
+    time,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -97,6 +98,9 @@ impl KeyBody {
 
 fn check_whole(key: &KeyDraft, check: &mut Check) {
     check.name(&key.name);
+    if key.expires_at.is_some_and(|at| !time::is_storable(&at)) {
+        check.refuse("expiresAt", time::STORABLE);
+    }
     if key.name.chars().any(char::is_control) {
         check.refuse("name", "must have no control character");
     }
@@ -288,23 +292,25 @@ pub async fn rotate(
     Segment(id): Segment,
     Body(body): Body<RotateBody>,
 ) -> Result<Json<Value>, ApiError> {
-    let old = find(&state, &id).await?;
-    check_grant(&caller, &KeyDraft::from(&old))?;
-    if body.grace_seconds > MOST_GRACE {
-        return Err(ApiError::invalid_field("graceSeconds", "must be at most 2592000 (30 days)"));
+    loop {
+        let old = find(&state, &id).await?;
+        check_grant(&caller, &KeyDraft::from(&old))?;
+        if body.grace_seconds > MOST_GRACE {
+            return Err(ApiError::invalid_field("graceSeconds", "must be at most 2592000 (30 days)"));
+        }
+        let rotated = state
+            .change(&caller, async |conn| {
+                let rotated = api_key::rotate(conn, &old, Duration::from_secs(body.grace_seconds)).await?;
+                let event =
+                    Event::new("api-key.rotate", old.id, &old.name).with(json!({ "graceSeconds": body.grace_seconds }));
+                let done = rotated.is_some();
+                Ok((rotated, done.then_some(event)))
+            })
+            .await?;
+        if let Some((key, secret)) = rotated {
+            return Ok(data(&with_secret(&key, secret.expose())));
+        }
     }
-    let rotated = state
-        .change(&caller, async |conn| {
-            let secret = api_key::rotate(conn, old.id, Duration::from_secs(body.grace_seconds)).await?;
-            let key = api_key::find(conn, old.id).await?;
-            let event =
-                Event::new("api-key.rotate", old.id, &old.name).with(json!({ "graceSeconds": body.grace_seconds }));
-            let done = secret.is_some();
-            Ok((key.zip(secret), done.then_some(event)))
-        })
-        .await?;
-    let (key, secret) = rotated.ok_or_else(not_found)?;
-    Ok(data(&with_secret(&key, secret.expose())))
 }
 
 /// Deletes a key.

@@ -122,25 +122,30 @@ pub async fn update(
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
-    let body: DestinationBody = parse(&raw)?;
-    let old = find(&state, id).await?;
-    let id = old.id;
-    let config = old.open_config(&state.key).map_err(|error| {
-        tracing::error!(%error, destination = %id, "stored secrets do not open");
-        ApiError::conflict(
-            "secret_unreadable",
-            "the stored secrets do not open with this encryption key: delete the destination and make it anew",
-        )
-    })?;
-    let draft = body.draft(Some((old, config)))?;
-    let updated = state
-        .change(&caller, async |conn| {
-            let updated = destination::update(conn, &state.key, id, &draft).await?;
-            let event = updated.as_ref().map(|u| Event::new("destination.update", id, &u.name).with(fields_of(&raw)));
-            Ok((updated, event))
-        })
-        .await?;
-    Ok(data(&updated.ok_or_else(|| ApiError::not_found("Destination", "destination_not_found"))?))
+    loop {
+        let body: DestinationBody = parse(&raw)?;
+        let old = find(&state, id.clone()).await?;
+        let read = (old.id, old.updated_at);
+        let config = old.open_config(&state.key).map_err(|error| {
+            tracing::error!(%error, destination = %old.id, "stored secrets do not open");
+            ApiError::conflict(
+                "secret_unreadable",
+                "the stored secrets do not open with this encryption key: delete the destination and make it anew",
+            )
+        })?;
+        let draft = body.draft(Some((old, config)))?;
+        let updated = state
+            .change(&caller, async |conn| {
+                let updated = destination::update(conn, &state.key, read, &draft).await?;
+                let event =
+                    updated.as_ref().map(|u| Event::new("destination.update", u.id, &u.name).with(fields_of(&raw)));
+                Ok((updated, event))
+            })
+            .await?;
+        if let Some(updated) = updated {
+            return Ok(data(&updated));
+        }
+    }
 }
 
 /// Deletes a destination that no job uses.

@@ -139,10 +139,7 @@ async fn open(state: &AppState, artifact: &Artifact, range: Range<u64>) -> Resul
         ApiError::internal()
     })?;
     let unread = |error: StoreError| unread(&error, &destination.slug);
-    let folders = state.local_paths.clone();
-    // Opening a folder looks at it, and a mount whose server is gone never answers.
-    let opened = tokio::task::spawn_blocking(move || Shelf::open(access, &folders)).await;
-    let shelf = opened.map_err(|_| ApiError::internal())?.map_err(unread)?;
+    let shelf = Shelf::open(access, &state.local_paths).await.map_err(unread)?;
     shelf.read(&artifact.path, range).await.map_err(unread)
 }
 

@@ -34,7 +34,7 @@ use super::{
 use crate::{
     auth::{Caller, HoldUntil},
     error::ApiError,
-    extract::{Query, RawBody, Segment, cursor, limit, parse},
+    extract::{Query, RawBody, Segment, cursor, limit, parse, time},
     openapi::{Data, Done, Polled, Triggered},
     rate_limit::Decision,
     state::AppState,
@@ -274,8 +274,8 @@ pub async fn list(
         status: query.status,
         outcome: query.outcome,
         not_outcome: None,
-        from: query.from,
-        to: query.to,
+        from: time("from", query.from)?,
+        to: time("to", query.to)?,
         limit: Some(limit(query.limit)?.unwrap_or(DEFAULT_LIMIT)),
         cursor: cursor(query.cursor.as_deref())?,
     };

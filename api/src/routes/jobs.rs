@@ -1,16 +1,11 @@
 //! `/api/jobs`.
 
-use axum::{
-    Extension, Json,
-    extract::State,
-    http::{StatusCode, Uri},
-    response::Response,
-};
+use axum::{Extension, Json, extract::State, http::Uri, response::Response};
 use common::{
     audit::Event,
     destination,
     encryption::Encryption,
-    id::{DestinationId, JobId, Reference, SourceId},
+    id::{DestinationId, Reference, SourceId},
     job::{self, Compression, Created, Deleted, Filter, Job, JobDraft, Overlap},
     label::Labels,
     schedule, source,
@@ -64,6 +59,10 @@ pub struct JobBody {
     retention: Option<Value>,
 }
 
+/// Copies that a job makes, at most.
+const MOST_DESTINATIONS: usize = 16;
+const DESTINATIONS: &str = "must name between 1 and 16 destinations";
+
 impl JobBody {
     /// Fields of the API that this version refuses rather than to accept and ignore.
     fn not_yet(&self, check: &mut Check) {
@@ -112,8 +111,8 @@ impl JobBody {
         for problem in schedule::problems(draft.schedule.as_deref(), &draft.timezone) {
             check.refuse(&problem.field, &problem.message);
         }
-        if draft.destination_ids.is_empty() || draft.destination_ids.len() > 16 {
-            check.refuse("destinationIds", "must name between 1 and 16 destinations");
+        if draft.destination_ids.is_empty() {
+            check.refuse("destinationIds", DESTINATIONS);
         }
         if !(1..=20).contains(&draft.max_attempts) {
             check.refuse("maxAttempts", "must be between 1 and 20");
@@ -141,8 +140,11 @@ impl JobBody {
         }
         let mut destinations = None;
         if let Some(texts) = &self.destination_ids {
+            if texts.len() > MOST_DESTINATIONS {
+                return Err(ApiError::invalid_field("destinationIds", DESTINATIONS));
+            }
             let mut ids: Vec<DestinationId> = Vec::new();
-            for (at, text) in texts.iter().enumerate().take(16) {
+            for (at, text) in texts.iter().enumerate() {
                 let reference = Reference::new(text);
                 match state.ask(async |conn| destination::find(conn, &reference).await).await? {
                     Some(found) if ids.contains(&found.id) => {
@@ -204,11 +206,7 @@ pub async fn create(
     Body(body): Body<JobBody>,
 ) -> Result<Response, ApiError> {
     if caller.only().is_some() {
-        return Err(ApiError::new(
-            StatusCode::FORBIDDEN,
-            "job_scoped",
-            "this API key is scoped to some jobs: it would not see the new one",
-        ));
+        return Err(ApiError::job_scoped("it would not see the new one"));
     }
     let (source, destinations) = body.resolve(&state).await?;
     let draft = body.draft(None, source, destinations)?;
@@ -244,19 +242,32 @@ pub async fn update(
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
-    let body: JobBody = parse(&raw)?;
-    let old = find(&state, &caller, id).await?;
-    let id: JobId = old.id;
-    let (source, destinations) = body.resolve(&state).await?;
-    let draft = body.draft(Some(old), source, destinations)?;
-    let updated = state
-        .change(&caller, async |conn| {
-            let updated = job::update(conn, id, &draft).await?;
-            let event = updated.as_ref().map(|u| Event::new("job.update", id, &u.name).with(fields_of(&raw)));
-            Ok((updated, event))
-        })
-        .await?;
-    Ok(data(&updated.ok_or_else(not_found)?))
+    loop {
+        let body: JobBody = parse(&raw)?;
+        let old = find(&state, &caller, id.clone()).await?;
+        let read = (old.id, old.updated_at);
+        let (source, destinations) = body.resolve(&state).await?;
+        if caller.only().is_some() && leads_elsewhere(&old, source, destinations.as_deref()) {
+            return Err(ApiError::job_scoped("it may not give a job another source or other destinations"));
+        }
+        let draft = body.draft(Some(old), source, destinations)?;
+        let updated = state
+            .change(&caller, async |conn| {
+                let updated = job::update(conn, read, &draft).await?;
+                let event = updated.as_ref().map(|u| Event::new("job.update", u.id, &u.name).with(fields_of(&raw)));
+                Ok((updated, event))
+            })
+            .await?;
+        if let Some(updated) = updated {
+            return Ok(data(&updated));
+        }
+    }
+}
+
+/// Whether a change has a job read or write what it did not before.
+fn leads_elsewhere(old: &Job, source: Option<SourceId>, destinations: Option<&[DestinationId]>) -> bool {
+    source.is_some_and(|source| source != old.source_id)
+        || destinations.is_some_and(|all| all.iter().any(|one| !old.destination_ids.contains(one)))
 }
 
 /// Deletes a job; its artifacts and history stay.

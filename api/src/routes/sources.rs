@@ -138,28 +138,31 @@ pub async fn update(
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
-    let body: SourceBody = parse(&raw)?;
-    let old = find(&state, id).await?;
-    let id = old.id;
-    let config = old.open_config(&state.key).map_err(|error| {
-        tracing::error!(%error, source = %id, "stored secrets do not open");
-        ApiError::conflict(
-            "secret_unreadable",
-            "the stored secrets do not open with this encryption key: delete the source and make it anew",
-        )
-    })?;
-    let draft = body.draft(Some((old, config)))?;
-    let updated = state
-        .change(&caller, async |conn| {
-            let updated = source::update(conn, &state.key, id, &draft).await?;
-            let event = updated.as_ref().map(|u| Event::new("source.update", id, &u.name).with(fields_of(&raw)));
-            Ok((updated, event))
-        })
-        .await?;
-    let updated = updated.ok_or_else(|| ApiError::not_found("Source", "source_not_found"))?;
-    // A higher limit acts at once.
-    state.wakeups.tell(Notice::Work);
-    Ok(data(&updated))
+    loop {
+        let body: SourceBody = parse(&raw)?;
+        let old = find(&state, id.clone()).await?;
+        let read = (old.id, old.updated_at);
+        let config = old.open_config(&state.key).map_err(|error| {
+            tracing::error!(%error, source = %old.id, "stored secrets do not open");
+            ApiError::conflict(
+                "secret_unreadable",
+                "the stored secrets do not open with this encryption key: delete the source and make it anew",
+            )
+        })?;
+        let draft = body.draft(Some((old, config)))?;
+        let updated = state
+            .change(&caller, async |conn| {
+                let updated = source::update(conn, &state.key, read, &draft).await?;
+                let event = updated.as_ref().map(|u| Event::new("source.update", u.id, &u.name).with(fields_of(&raw)));
+                Ok((updated, event))
+            })
+            .await?;
+        if let Some(updated) = updated {
+            // A higher limit acts at once.
+            state.wakeups.tell(Notice::Work);
+            return Ok(data(&updated));
+        }
+    }
 }
 
 /// Deletes a source that no job uses.

@@ -89,11 +89,7 @@ fn allowed(caller: &Caller) -> Result<(), ApiError> {
     caller.demand(Permission::HistoryRead)?;
     match caller.only() {
         None => Ok(()),
-        Some(_) => Err(ApiError::new(
-            StatusCode::FORBIDDEN,
-            "job_scoped",
-            "this API key is scoped to some jobs, and a webhook hears of all",
-        )),
+        Some(_) => Err(ApiError::job_scoped("a webhook hears of all")),
     }
 }
 
@@ -160,24 +156,28 @@ pub async fn update(
     Segment(id): Segment,
     RawBody(raw): RawBody,
 ) -> Result<Json<Value>, ApiError> {
-    let body: WebhookBody = parse(&raw)?;
-    let old = find(&state, &id).await?;
-    allowed(&caller)?;
-    let draft = body.draft(Some(&old))?;
-    // Only then: one that does not open any more can still be switched off.
-    let changed = match body.address() {
-        Some((new, hint)) => Some((Address { secret: address(&state, &old).await?.secret, ..new }, hint)),
-        None => None,
-    };
-    let updated = state
-        .change(&caller, async |conn| {
-            let address = changed.as_ref().map(|(address, hint)| (address, hint.as_str()));
-            let updated = webhook::update(conn, &state.key, old.id, &draft, address).await?;
-            let event = updated.as_ref().map(|u| Event::new("webhook.update", old.id, &u.name).with(fields_of(&raw)));
-            Ok((updated, event))
-        })
-        .await?;
-    Ok(data(&updated.ok_or_else(not_found)?))
+    loop {
+        let body: WebhookBody = parse(&raw)?;
+        let old = find(&state, &id).await?;
+        allowed(&caller)?;
+        let draft = body.draft(Some(&old))?;
+        // Only then: one that does not open any more can still be switched off.
+        let changed = match body.address() {
+            Some((new, hint)) => Some((Address { secret: address(&state, &old).await?.secret, ..new }, hint)),
+            None => None,
+        };
+        let updated = state
+            .change(&caller, async |conn| {
+                let address = changed.as_ref().map(|(address, hint)| (address, hint.as_str()));
+                let updated = webhook::update(conn, &state.key, (old.id, old.updated_at), &draft, address).await?;
+                let event = updated.as_ref().map(|u| Event::new("webhook.update", u.id, &u.name).with(fields_of(&raw)));
+                Ok((updated, event))
+            })
+            .await?;
+        if let Some(updated) = updated {
+            return Ok(data(&updated));
+        }
+    }
 }
 
 /// What is stored of one's address.
@@ -199,19 +199,23 @@ pub async fn rotate(
     Extension(caller): Extension<Caller>,
     Segment(id): Segment,
 ) -> Result<Json<Value>, ApiError> {
-    let old = find(&state, &id).await?;
-    allowed(&caller)?;
-    let new = Address::new(address(&state, &old).await?.url);
-    let hint = old.url.clone();
-    let draft = WebhookDraft::from(&old);
-    let updated = state
-        .change(&caller, async |conn| {
-            let updated = webhook::update(conn, &state.key, old.id, &draft, Some((&new, &hint))).await?;
-            let event = updated.as_ref().map(|u| Event::new("webhook.rotate", old.id, &u.name));
-            Ok((updated, event))
-        })
-        .await?;
-    Ok(data(&with_secret(&updated.ok_or_else(not_found)?, &new)))
+    loop {
+        let old = find(&state, &id).await?;
+        allowed(&caller)?;
+        let new = Address::new(address(&state, &old).await?.url);
+        let draft = WebhookDraft::from(&old);
+        let updated = state
+            .change(&caller, async |conn| {
+                let read = (old.id, old.updated_at);
+                let updated = webhook::update(conn, &state.key, read, &draft, Some((&new, &old.url))).await?;
+                let event = updated.as_ref().map(|u| Event::new("webhook.rotate", u.id, &u.name));
+                Ok((updated, event))
+            })
+            .await?;
+        if let Some(updated) = updated {
+            return Ok(data(&with_secret(&updated, &new)));
+        }
+    }
 }
 
 /// What became of a test of a webhook.

@@ -5,7 +5,7 @@ use axum::{Extension, extract::State, response::Response};
 use chrono::{DateTime, TimeDelta, Utc};
 use common::{
     api_key::{self, KeyInfo},
-    audit::{self, Entry},
+    audit::{Entry, Filter},
     db,
     id::{SessionId, UserId},
     job,
@@ -25,6 +25,7 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Query, Segment, cursor},
+    routes::audit,
     state::AppState,
 };
 
@@ -284,17 +285,18 @@ pub struct AuditQuery {
 /// The audit log, newest first.
 pub async fn audit_log(
     State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
     Query(query): Query<AuditQuery>,
     frame: Frame,
 ) -> Result<Response, ApiError> {
     let action = query.action.trim().to_owned();
-    let filter = audit::Filter {
+    let filter = Filter {
         action: (!action.is_empty()).then(|| action.clone()),
         limit: Some(PAGE),
         cursor: cursor(query.cursor.as_deref())?,
         ..Default::default()
     };
-    let found = state.ask(async |conn| audit::list(conn, &filter).await).await?;
+    let found = audit::read(&state, &caller, &filter).await?;
     let here = filtered("/access/audit-log", &[("action", &action)]);
     let next = found.next.map(|next| with_query(&here, "cursor", &next));
     html(&AuditPage { frame, entries: found.rows, action, next })

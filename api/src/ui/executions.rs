@@ -27,7 +27,7 @@ use super::{
 use crate::{
     auth::Caller,
     error::ApiError,
-    extract::{Query, Segment, cursor},
+    extract::{Query, Segment, cursor, time},
     routes::executions::find,
     state::AppState,
 };
@@ -56,7 +56,7 @@ pub struct ExecutionsQuery {
 fn instant(name: &'static str, text: &str) -> Result<Option<DateTime<Utc>>, ApiError> {
     let instant = |text: &str| DateTime::parse_from_rfc3339(text).map(|at| at.to_utc());
     let parsed = (!text.is_empty()).then(|| instant(text)).transpose();
-    parsed.map_err(|_| ApiError::malformed(name, "must be a time such as 2026-11-26T00:00:00Z"))
+    time(name, parsed.map_err(|_| ApiError::malformed(name, "must be a time such as 2026-11-26T00:00:00Z"))?)
 }
 
 #[derive(Template)]

@@ -233,6 +233,7 @@ async fn bad_input_gets_the_envelope_and_names_the_field() {
         )
     };
     let job = "/api/jobs/0190a5b2-0000-7000-8000-000000000000/run";
+    let many = json!({ "name": "x", "sourceId": "x", "destinationIds": vec!["x"; 17] }).to_string();
     for (path, text, status, field) in [
         (job, "{", 400, "body"),
         (job, "[]", 400, "body"),
@@ -261,9 +262,26 @@ async fn bad_input_gets_the_envelope_and_names_the_field() {
             "config.root",
         ),
         ("/api/jobs", "{\"name\": \"x\", \"sourceId\": \"nope\", \"destinationIds\": []}", 422, "sourceId"),
+        ("/api/jobs", &many, 422, "destinationIds"),
+        // What PostgreSQL cannot hold.
+        ("/api/destinations", r#"{"name": "x", "kind": "local", "config": {"root": "/a\u0000"}}"#, 400, "config.root"),
+        (job, r#"{"labels": {"a\u0000": "b"}}"#, 400, "labels"),
+        (job, r#"{"labels": {"a": "\\u0000 of a \u0000"}}"#, 400, "labels.a"),
+        (
+            "/api/api-keys",
+            r#"{"name": "x", "permissions": ["*"], "expiresAt": "-9999-01-01T00:00:00Z"}"#,
+            422,
+            "expiresAt",
+        ),
     ] {
         let (got, named, error) = post(path, text).await;
         assert_eq!((got, named.as_str()), (status, field), "{path} {text}: {error}");
+    }
+    let (status, ..) = post(job, r#"{"labels": {"a": "\\u0000"}}"#).await;
+    assert_eq!(status, 404, "a backslash is no NUL");
+    for path in ["/api/executions?from=", "/api/executions?to=", "/api/audit?from="] {
+        let (status, answer) = cluster.request("GET", &format!("{path}-9999-01-01T00:00:00Z"), None).await;
+        assert_eq!((status, &answer["code"]), (400, &json!("malformed")), "{path} {answer}");
     }
     let (status, _, error) = post("/api/jobs/no-such-job/run", "").await;
     assert_eq!((status, error.as_str()), (404, "Job not found"));
@@ -309,7 +327,7 @@ async fn a_nul_which_no_text_of_the_database_holds_is_bad_input() {
     let token = cluster.apis[0].0.wait_for_field(said, "token").await;
     let body = json!({ "token": token, "name": "ada", "displayName": "a\u{0}b", "password": "correct horse battery" });
     let (status, answer) = cluster.request("POST", "/api/setup", Some(body)).await;
-    assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("displayName")), "{answer}");
+    assert_eq!((status, answer["fields"][0]["field"].as_str()), (400, Some("displayName")), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -134,6 +134,35 @@ async fn a_client_older_than_the_server_fails_with_what_to_install() {
     std::fs::remove_dir_all(folder).expect("removes");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn mysqls_own_tool_is_kept_from_writing_the_history_of_the_server_into_the_dump() {
+    let folder = std::env::temp_dir().join(crate::harness::unique("tools"));
+    let bin = tools(&folder, "exit 7");
+    let own =
+        "  *' --version '*) echo 'mysqldump  Ver 8.0.36 for Linux on x86_64 (MySQL Community Server - GPL)'; exit ;;";
+    let ours = "  *' --version '*) echo 'mysqldump from 11.4.2-MariaDB, client 10.19'; exit ;;";
+    // MariaDB's knows no such option, as the real one of the tests would say.
+    for (version, wanted) in [(own, true), (ours, false)] {
+        let script =
+            format!("#!/bin/bash\ncase \" $* \" in\n{version}\nesac\necho \"$@\" >{}/said\nexit 7\n", folder.display());
+        write_script(&bin.join("mysqldump"), &script);
+        // MariaDB's client in its place, without the option that only MySQL's knows.
+        let client = format!(
+            "#!/bin/bash\ngrep -v ssl-mode \"${{1#*=}}\" >{0}/options\nexec mariadb --defaults-file={0}/options \"${{@:2}}\"\n",
+            folder.display()
+        );
+        write_script(&bin.join("mysql"), &client);
+        let cluster = Cluster::build().env("DBACKUP_MARIADB_BIN", bin.display()).start().await;
+        let (destination, _) = cluster.local_destination().await;
+        let source = cluster.source("mysql", MariadbSource::with_rows(1).config()).await;
+        let job = cluster.job(&source, &[&destination], json!({ "maxAttempts": 1 })).await;
+        let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+        let said = std::fs::read_to_string(folder.join("said")).unwrap_or_else(|e| panic!("{e}: {ended:#}"));
+        assert_eq!(said.contains("--set-gtid-purged=OFF"), wanted, "{said}");
+    }
+    std::fs::remove_dir_all(folder).expect("removes");
+}
+
 /// A run whose dump is held by a proxy after its first megabyte.
 async fn held_dump(cluster: &Cluster) -> (Proxy, String, PathBuf) {
     let source = PostgresSource::with_rows(60_000).await;

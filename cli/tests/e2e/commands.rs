@@ -3,9 +3,11 @@
 use std::{
     collections::BTreeMap,
     process::{Command, Output},
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
+use sqlx::{Connection, PgConnection};
 
 use crate::harness::{
     Cluster, Process, SOON, binary, postgres_url,
@@ -133,6 +135,52 @@ async fn trigger_says_what_is_wrong_and_never_spins() {
         assert_eq!((code, stdout.as_str()), (Some(status), ""), "{args:?}: {stderr}");
         assert!(stderr.contains(words) && !stderr.contains(&key), "{args:?}: {stderr}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_answer_of_an_instance_is_not_taken_for_one() {
+    // Something that says yes to everything.
+    let app = axum::Router::new().fallback(|| async { axum::Json(json!({})) });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    for args in
+        [&["trigger", "shop", "--no-wait", "--url"][..], &["trigger", "shop", "--url"], &["restore", "x", "--url"]]
+    {
+        let args: Vec<&str> = args.iter().copied().chain([url.as_str()]).collect();
+        let key = [("DBACKUP_API_KEY", "dbm_x")];
+        let (code, stdout, stderr) = tokio::task::block_in_place(|| said(&dbackup(&args, &key)));
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{args:?}: {stderr}");
+        assert!(stderr.contains("no executionId") && stderr.contains("--url"), "{args:?}: {stderr}");
+    }
+    let (code, _, stderr) =
+        said(&dbackup(&["key", "create", "--name", "x", "--permission", "*", "--expires-in-days", "4294967295"], &[]));
+    assert!(code == Some(2) && stderr.contains("--expires-in-days"), "{code:?} {stderr}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrate_lets_others_go_on_while_it_waits_for_a_dump_of_the_database() {
+    let database = unique("dumped");
+    sql("postgres", &format!("create database {database}")).await;
+    let url = postgres_url(&database);
+    let mut conn = PgConnection::connect(&url).await.expect("connects");
+    let mut before = sqlx::migrate!("../migrations");
+    before.migrations.to_mut().retain(|migration| migration.version < 17);
+    before.run(&mut conn).await.expect("migrates");
+    // As pg_dump holds every table, for hours perhaps.
+    sqlx::raw_sql("begin; lock table staged_objects in access share mode").execute(&mut conn).await.expect("locks");
+    let env = BTreeMap::from([("DATABASE_URL".to_owned(), url.clone())]);
+    let mut migrate = Process::start("dbackup", &["migrate"], &env, &[]);
+    let mut other = PgConnection::connect(&url).await.expect("connects");
+    let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event = 'relation'";
+    until("it waits for the lock", SOON, || async { (psql(&database, waits) == "1\n").then_some(()) }).await;
+    let begin = Instant::now();
+    sqlx::query("delete from staged_objects").execute(&mut other).await.expect("goes on");
+    assert!(begin.elapsed() < Duration::from_secs(5), "held for {:?}", begin.elapsed());
+    migrate.says("is this database being dumped?", SOON).await;
+    sqlx::raw_sql("rollback").execute(&mut conn).await.expect("lets go");
+    assert_eq!(migrate.end(SOON).await.code(), Some(0), "{}", migrate.log());
+    assert_eq!(psql(&database, "select count(*) from spent_refresh_tokens"), "0\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,8 +3,17 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
+use axum::{
+    extract::Request,
+    http::{Method, StatusCode},
+    response::IntoResponse,
+};
 use serde_json::{Value, json};
 
 use crate::harness::{
@@ -117,6 +126,15 @@ async fn what_a_killed_worker_left_open_in_s3_is_aborted_from_the_record_alone()
     let ended = cluster.ended(&id, SOON).await;
     assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(2)), "{ended:#}");
     until("the open upload is aborted", SOON, || async { server.open_uploads().is_empty().then_some(()) }).await;
+    // Once more after a minute, which is moved and not waited for; then nothing is left to be done, though this key may
+    // delete nothing.
+    let moved =
+        "update staged_objects set swept_at = swept_at - interval '61 seconds', written_by = pg_current_xact_id()";
+    until("its record is gone", SOON, || async {
+        sqlx::query(moved).execute(&cluster.pool).await.expect("moves");
+        (cluster.count("select count(*) from staged_objects").await == 0).then_some(())
+    })
+    .await;
     assert_eq!(server.objects().len(), 2, "{:?}", server.objects());
 }
 
@@ -305,4 +323,62 @@ async fn no_name_of_a_job_or_database_leaves_the_destinations_folder() {
         let (status, answer) = cluster.request("POST", "/api/jobs", Some(body)).await;
         assert_eq!((status, answer["fields"][0]["field"].as_str()), (422, Some("slug")), "{slug:?}: {answer}");
     }
+}
+
+/// An S3 server that says of every upload that it could not be completed. It was all the same, where `kept`; `size` is what
+/// has been sent.
+async fn forgetful(size: Arc<AtomicU64>, kept: Arc<AtomicBool>) -> u16 {
+    let upload = move |request: Request| async move {
+        let (parts, body) = request.into_parts();
+        let query = parts.uri.query().unwrap_or_default().to_owned();
+        let body = axum::body::to_bytes(body, usize::MAX).await.expect("a body");
+        let xml = |text: &str| ([("etag", "\"x\"")], text.to_owned()).into_response();
+        match parts.method {
+            Method::POST if query.starts_with("uploads") => xml(
+                "<InitiateMultipartUploadResult><Bucket>b</Bucket><Key>k</Key><UploadId>u</UploadId></InitiateMultipartUploadResult>",
+            ),
+            Method::POST => (StatusCode::BAD_REQUEST, "<Error><Code>RequestTimeout</Code></Error>").into_response(),
+            Method::PUT if query.contains("partNumber") => {
+                size.fetch_add(body.len() as u64, Ordering::SeqCst);
+                xml("")
+            }
+            Method::HEAD if kept.load(Ordering::SeqCst) => {
+                let size = size.load(Ordering::SeqCst).to_string();
+                let headers = [
+                    ("content-length", size.as_str()),
+                    ("etag", "\"x\""),
+                    ("last-modified", "Tue, 24 Nov 2026 00:00:00 GMT"),
+                ];
+                headers.into_response()
+            }
+            Method::HEAD => StatusCode::NOT_FOUND.into_response(),
+            _ => xml(""),
+        }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let app = axum::Router::new().fallback(upload);
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_was_completed_although_the_answer_says_otherwise_is_a_backup() {
+    let cluster = Cluster::start().await;
+    let (size, kept) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(true)));
+    let port = forgetful(size.clone(), kept.clone()).await;
+    let config = json!({
+        "bucket": "b", "endpoint": format!("http://127.0.0.1:{port}"), "region": "us-east-1", "accessKeyId": "x",
+        "secretAccessKey": "x", "pathStyle": true
+    });
+    let s3 = s3_destination(&cluster, config).await;
+    let source = cluster.source("postgres", PostgresSource::with_rows(500).await.config()).await;
+    let job = cluster.job(&source, &[&s3], json!({ "maxAttempts": 1 })).await;
+    cluster.backup(&job).await;
+    assert!(size.swap(0, Ordering::SeqCst) > 0);
+    // And one that is not there is none.
+    kept.store(false, Ordering::SeqCst);
+    let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
+    assert_eq!((&ended["status"], &ended["errorCode"]), (&json!("Failed"), &json!("store_failed")), "{ended:#}");
+    assert!(ended["error"].as_str().is_some_and(|e| e.contains("could not complete an upload")), "{ended:#}");
 }

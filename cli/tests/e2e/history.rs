@@ -3,7 +3,7 @@
 use common::execution::history::{self, Batch};
 use serde_json::json;
 
-use crate::harness::{Cluster, SOON, history::assert_nothing_walks, until};
+use crate::harness::{Cluster, SOON, history::assert_nothing_walks, source::PostgresSource, until};
 
 /// Failed executions that ended so many days ago, each with two lines of log and a word in its path by which it is known.
 async fn ended(cluster: &Cluster, days: u32, word: &str, count: u32) {
@@ -70,6 +70,37 @@ async fn old_logs_and_runs_without_a_backup_are_forgotten_and_those_with_a_backu
     assert_eq!(left(&cluster, "young").await, (2, 4));
     cluster.ok("PATCH", "/api/settings", Some(json!({ "keepLogsDays": 5 }))).await;
     comes_to(&cluster, "young", (2, 0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_group_does_not_become_a_success_when_its_failures_are_forgotten() {
+    let cluster = Cluster::start().await;
+    let (good, bad) = (
+        PostgresSource::with_rows(1).await.config(),
+        json!({ "host": "127.0.0.1", "port": 1, "username": "x", "databases": ["x"] }),
+    );
+    let (destination, _) = cluster.local_destination().await;
+    let mut jobs = Vec::new();
+    for config in [good, bad] {
+        let source = cluster.source("postgres", config).await;
+        jobs.push(cluster.job(&source, &[&destination], json!({ "maxAttempts": 1 })).await);
+    }
+    let (status, answer) = cluster.request("POST", "/api/runs", Some(json!({ "jobs": jobs }))).await;
+    assert_eq!(status, 200, "{answer}");
+    let group = answer["executionId"].as_str().expect("an id");
+    assert_eq!(cluster.ended(group, SOON).await["status"], "Failed");
+    sqlx::query("update executions set ended_at = ended_at - interval '400 days' where status = 'Failed'")
+        .execute(&cluster.pool)
+        .await
+        .expect("updates");
+    let path = format!("/api/executions/{group}");
+    until("its failure is forgotten", SOON, || async {
+        let (status, answer) = cluster.request("GET", &path, None).await;
+        assert!(status == 404 || answer["data"]["status"] == "Failed", "{answer}");
+        (cluster.count("select count(*) from executions").await == 1 && status == 404).then_some(())
+    })
+    .await;
+    assert_eq!(cluster.count("select count(*) from execution_groups").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

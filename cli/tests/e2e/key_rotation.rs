@@ -52,6 +52,9 @@ async fn the_encryption_key_is_rotated_by_rolling_restarts_and_every_process_ope
                 backs_up(&cluster, source).await;
             }
         }
+        // What a container's probe asks, in whichever pass.
+        let health = cluster.command(&["health"]).output().expect("dbackup runs");
+        assert!(health.status.success(), "{}", String::from_utf8_lossy(&health.stderr));
     }
     let hooks = Hooks::start().await;
     // A restore of an encrypted backup waits meanwhile.

@@ -349,14 +349,7 @@ async fn a_key_that_is_disabled_stays_so_when_somebody_renames_it_at_the_same_ti
         locked.execute(&mut *lock).await.expect("locks");
         lock
     };
-    let waits = async |changes: i64| {
-        until("the change waits", SOON, || async {
-            let waits =
-                "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-            (cluster.count(waits).await == changes).then_some(())
-        })
-        .await;
-    };
+    let waits = async |changes| crate::changes::waits(&cluster, changes).await;
     let change = async |body: Value| {
         let (url, http, admin) = (format!("{}{path}", cluster.url(0)), cluster.http.clone(), cluster.admin_key.clone());
         tokio::spawn(async move { http.put(url).bearer_auth(admin).json(&body).send().await })

@@ -17,7 +17,13 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::harness::{Builder, Cluster, SOON, redis::Redis, source::PostgresSource, until};
+use crate::harness::{
+    Builder, Cluster, SOON, postgres_port,
+    proxy::{Mode, Proxy},
+    redis::Redis,
+    source::PostgresSource,
+    until,
+};
 
 /// A cluster behind a proxy that is believed: the tests say who they are.
 async fn behind_a_proxy(redis: &Redis) -> Cluster {
@@ -420,6 +426,37 @@ async fn a_poll_over_the_limit_is_held_until_it_fits_and_refused_only_after_twen
     assert_eq!(refused.status(), 429);
     let held = began.elapsed();
     assert!((Duration::from_secs(19)..Duration::from_secs(23)).contains(&held), "held for {held:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_over_the_limit_is_refused_at_once_and_no_key_of_theirs_is_looked_up() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(postgres_port()).await;
+    let cluster = counting(proxied(&redis).database_at(proxy.port)).await;
+    set_limits(&cluster, json!({ "read": { "limit": 3, "windowSeconds": 60 } })).await;
+    let unknown = async || {
+        let key = common::api_key::PlainKey::generate();
+        let request = cluster.http.get(format!("{}/api/executions/x", cluster.url(0))).bearer_auth(key.expose());
+        let began = Instant::now();
+        (request.header("x-forwarded-for", "192.0.2.1").send().await.expect("answers").status(), began.elapsed())
+    };
+    for _ in 0..3 {
+        assert_eq!(unknown().await.0, 401);
+    }
+    // A poll, which would be held for 20 s if it were of somebody.
+    let (status, took) = unknown().await;
+    assert!(status == 429 && took < Duration::from_secs(5), "{status} after {took:?}");
+    // Who calls is known for half a second; a question to the database would not be answered within this time.
+    until("it is refused without a question", SOON, || async {
+        assert_eq!(call(&cluster, 0, "GET", "/api/jobs", "192.0.2.2").await.status(), 200);
+        proxy.set(Mode::Hold);
+        let (status, took) = unknown().await;
+        proxy.set(Mode::Pass);
+        (status == 429 && took < Duration::from_secs(1)).then_some(())
+    })
+    .await;
+    // Somebody whose key is known is let in from there all the same, as far as its own limit goes.
+    assert_eq!(call(&cluster, 0, "GET", "/api/jobs", "192.0.2.3").await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

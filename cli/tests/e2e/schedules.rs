@@ -212,7 +212,7 @@ async fn a_worker_that_is_killed_while_it_fires_loses_nothing_and_doubles_nothin
     let (mut cluster, job) = waiting_cluster(1, json!({})).await;
     let mut held = hold_firings(&cluster).await;
     set_due(&cluster, &job).await;
-    waits_for_a_lock(&cluster, "dbackup-worker", "with runs as").await;
+    waits_for_a_lock(&cluster, "dbackup-worker", "with locked as").await;
     cluster.workers[0].kill().await;
     sqlx::raw_sql("rollback").execute(&mut held).await.expect("rolls back");
     until("its connections are gone", SOON, || async {
@@ -235,7 +235,7 @@ async fn a_change_and_a_delete_wait_for_a_firing_under_way() {
     let planned = get(&cluster, &job).await["nextRunAt"].clone();
     let mut held = hold_firings(&cluster).await;
     set_due(&cluster, &job).await;
-    waits_for_a_lock(&cluster, "dbackup-worker", "with runs as").await;
+    waits_for_a_lock(&cluster, "dbackup-worker", "with locked as").await;
     let path = format!("/api/jobs/{job}");
     let release = async {
         waits_for_a_lock(&cluster, "dbackup-api", "select schedule, timezone").await;

@@ -150,6 +150,23 @@ async fn a_session_is_renewed_by_a_token_that_is_good_once_and_a_stolen_one_ends
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_thief_who_renews_again_and_again_is_found_out_when_the_robbed_one_comes() {
+    let cluster = with_administrator().await;
+    let (_, name) = user(&cluster, &["jobs:read"]).await;
+    let mut robbed = Browser::new();
+    robbed.sign_in(&cluster, 0, &name, PASSWORD).await;
+    let mut thief = Browser::new();
+    thief.cookies = robbed.cookies.clone();
+    for api in [1, 0, 1] {
+        assert_eq!(thief.page(&cluster, api, "POST", "/api/session/refresh", None).await.0, 200);
+    }
+    assert_eq!(robbed.page(&cluster, 0, "POST", "/api/session/refresh", None).await.0, 401);
+    over_everywhere(&cluster, &thief).await;
+    assert_eq!(cluster.count("select count(*) from audit_log where action = 'session.stolen'").await, 1);
+    assert_eq!(cluster.count("select count(*) from spent_refresh_tokens").await, 0, "they go with their session");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_name_gets_the_answer_and_the_time_of_a_wrong_password_and_no_name_is_written_down() {
     let cluster = with_administrator().await;
     let (off, disabled) = user(&cluster, &["jobs:read"]).await;

@@ -4,7 +4,9 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
 use crate::harness::{
-    Cluster, SOON, mariadb_port, postgres_url,
+    Cluster, SOON,
+    held::Held,
+    mariadb_port, postgres_url,
     process::Process,
     proxy::{Mode, Proxy},
     source::{MariadbSource, PASSWORD, PostgresSource},
@@ -250,4 +252,33 @@ async fn a_put_with_the_mask_keeps_the_password_unless_the_address_changes() {
         (cluster.ok("POST", &format!("{path}/test"), None).await["ok"] == true).then_some(())
     })
     .await;
+}
+
+/// Seconds until the kernel probes each silent connection of a process whose peer is expected to answer.
+fn probes(pid: nix::unistd::Pid) -> Vec<u64> {
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its files").filter_map(|file| {
+        let link = std::fs::read_link(file.ok()?.path()).ok()?;
+        Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
+    });
+    let sockets: Vec<String> = links.collect();
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).expect("its connections");
+    let of_it = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    of_it
+        .filter(|columns| columns.get(9).is_some_and(|inode| sockets.iter().any(|socket| socket == inode)))
+        // Timer 2 is that of keepalive, in hundredths of a second.
+        .filter_map(|columns| u64::from_str_radix(columns[5].strip_prefix("02:")?, 16).ok())
+        .map(|hundredths| hundredths / 100)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_of_a_dump_that_goes_without_a_word_is_asked_for_after_a_minute_of_silence() {
+    let cluster = Cluster::start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let run = held.run(&cluster).await;
+    let tool = cluster.workers[cluster.busy_worker()].children()[0];
+    let soon = until("its connection is silent", SOON, || async { probes(tool).first().copied() }).await;
+    assert!(soon <= 60, "in {soon} s");
+    held.proxy.set(Mode::Pass);
+    assert_eq!(cluster.ended(&run, SOON).await["status"], "Success");
 }

@@ -222,3 +222,64 @@ async fn a_group_is_made_whole_or_not_at_all_and_once_for_an_idempotency_key() {
     assert_eq!((ids.len(), cluster.count("select count(*) from executions").await), (1, 1), "{answers:?}");
     assert_eq!(send(0, json!({ "jobs": [job], "priority": 1 })).await.0, 422);
 }
+
+/// How a process answers a trigger of the job by this name, with no other wish.
+async fn answered(cluster: &Cluster, api: usize, name: &str) -> (u16, String) {
+    let request = cluster.http.post(format!("{}/api/jobs/{name}/run", cluster.url(api)));
+    let answer = request.bearer_auth(&cluster.admin_key).send().await.expect("answers");
+    let (status, body) = (answer.status().as_u16(), answer.json::<Value>().await.expect("JSON"));
+    (status, body["code"].as_str().unwrap_or_default().to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_process_remembers_of_a_job_decides_only_while_it_is_so() {
+    let (cluster, job) = paused_cluster_with_job(json!({})).await;
+    let path = format!("/api/jobs/{job}");
+    let slug = cluster.ok("GET", &path, None).await["slug"].as_str().expect("a slug").to_owned();
+    let (done, refused) = ((200, String::new()), |status, code: &str| (status, code.to_owned()));
+    // Each change is made by a statement that no process hears of, and is obeyed by the next trigger at either.
+    for (change, by_slug, by_id) in [
+        ("select", done.clone(), done.clone()),
+        ("update jobs set overlap = 'reject'", refused(409, "already_active"), refused(409, "already_active")),
+        ("update jobs set overlap = 'queue'", done.clone(), done.clone()),
+        (
+            "insert into settings values ('maxPendingPerJob', '4')",
+            refused(429, "queue_full"),
+            refused(429, "queue_full"),
+        ),
+        ("update settings set value = '1000' where name = 'maxPendingPerJob'", done.clone(), done.clone()),
+        ("update sources set pool = 'far'", done.clone(), done.clone()),
+        ("update jobs set slug = 'renamed'", refused(404, "job_not_found"), done.clone()),
+    ] {
+        crate::harness::sql(&cluster.database, change).await;
+        for api in 0..2 {
+            assert_eq!(answered(&cluster, api, &slug).await, by_slug, "{change}, by its slug at process {api}");
+            assert_eq!(answered(&cluster, api, &job).await, by_id, "{change}, by its id at process {api}");
+        }
+    }
+    let pools = "select string_agg(pool, ' ' order by seq) from executions where pool <> 'default'";
+    assert_eq!(cluster.text(pools).await, "far far far far far far", "the first of them already");
+    assert_eq!(cluster.count("select count(*) from executions").await, 18);
+    crate::harness::sql(&cluster.database, "update executions set status = 'Failed', error = 'x', ended_at = now()")
+        .await;
+    cluster.ok("DELETE", &path, None).await;
+    for api in 0..2 {
+        assert_eq!(answered(&cluster, api, &job).await, refused(404, "job_not_found"), "deleted, at process {api}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cap_is_exact_for_triggers_from_memory_at_two_processes() {
+    let (cluster, job) = paused_cluster_with_job(json!({})).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "maxPendingPerJob": 200 }))).await;
+    // Both remember the job, each with a count of its own.
+    for api in 0..2 {
+        assert_eq!(answered(&cluster, api, &job).await.0, 200);
+    }
+    let all = (0..400).map(|n| answered(&cluster, n % 2, &job));
+    let answers = futures::future::join_all(all).await;
+    let made = answers.iter().filter(|(status, _)| *status == 200).count();
+    assert_eq!(made, 198, "{answers:?}");
+    assert!(answers.iter().all(|(status, code)| *status == 200 || (*status, code.as_str()) == (429, "queue_full")));
+    assert_eq!(cluster.count("select count(*) from executions where status = 'Pending'").await, 200);
+}

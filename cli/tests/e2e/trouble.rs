@@ -147,6 +147,16 @@ async fn a_poll_survives_an_outage_with_the_last_known_state_or_held_and_never_w
     assert_eq!((&answer["stale"], &answer["data"]["status"]), (&Value::Null, &json!("Pending")), "{answer}");
     let waited = waiting.await.expect("joins").expect("answers");
     assert_eq!(waited.status(), 200, "whoever waits is not thrown out");
+
+    // A wait that ends during an outage does not tell what was seen before it as if it were so now.
+    let wait = cluster.http.get(format!("{}{path}?wait=6", cluster.url(0))).bearer_auth(&cluster.admin_key).send();
+    let (wait, began) = (tokio::spawn(wait), Instant::now());
+    until("it waits", SOON, || async { (began.elapsed() > Duration::from_secs(1)).then_some(()) }).await;
+    proxy.set(Mode::Cut);
+    let answer = wait.await.expect("joins").expect("answers");
+    assert_eq!(answer.status(), 200);
+    let answer: Value = answer.json().await.expect("JSON");
+    assert_eq!((&answer["stale"], &answer["data"]["status"]), (&json!(true), &json!("Pending")), "{answer}");
 }
 
 async fn connection(cluster: &Cluster, text: &str) -> TcpStream {

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use common::seal::SealKey;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -235,4 +236,42 @@ async fn a_worker_joins_by_the_env_file_and_a_second_up_on_the_folder_is_refused
         "{status:?} {}",
         second.log()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_of_an_instance_in_a_folder_is_rotated_too() {
+    let data = Data::new();
+    let port = free_port();
+    let mut up = data.up(port);
+    up.says("DBackup listens", SOON).await;
+    let key = data.dbackup(&["key", "create", "--name", "admin", "--permission", "*"]);
+    let source = PostgresSource::with_rows(10).await;
+    let (http, url) = (reqwest::Client::new(), format!("http://127.0.0.1:{port}"));
+    let body = json!({ "name": "Shop", "engine": "postgres", "config": source.config() });
+    let made = http.post(format!("{url}/api/sources")).bearer_auth(key.trim()).json(&body).send().await;
+    assert_eq!(made.expect("answers").status(), 201);
+    up.signal(Signal::SIGTERM);
+    up.end(SOON).await;
+
+    let file = data.0.join("dbackup.env");
+    let text = std::fs::read_to_string(&file).expect("text");
+    let old = text.lines().find_map(|line| line.strip_prefix("DBACKUP_ENCRYPTION_KEY='")?.strip_suffix('\''));
+    let (old, new) = (old.expect("a key").to_owned(), SealKey::generate());
+    std::fs::write(&file, text.replace(&old, &new)).expect("writes");
+    let other = [("DBACKUP_OTHER_ENCRYPTION_KEY", old)];
+    let mut up = data.up_with(port, &other);
+    up.says("DBackup listens", SOON).await;
+    let rotated = Command::new(binary("dbackup")).arg("--data").arg(&data.0).arg("key-rotate").envs(other).output();
+    let rotated = rotated.expect("runs");
+    assert!(rotated.status.success(), "{}", String::from_utf8_lossy(&rotated.stderr));
+    up.signal(Signal::SIGTERM);
+    up.end(SOON).await;
+
+    let mut up = data.up(port);
+    up.says("DBackup listens", SOON).await;
+    let tested = http.post(format!("{url}/api/sources/shop/test")).bearer_auth(key.trim()).send().await;
+    let tested: Value = tested.expect("answers").json().await.expect("JSON");
+    assert_eq!(tested["data"]["ok"], true, "{tested}");
+    up.signal(Signal::SIGTERM);
+    up.end(SOON).await;
 }

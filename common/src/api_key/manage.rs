@@ -238,6 +238,12 @@ pub async fn find(conn: &mut PgConnection, id: ApiKeyId) -> Result<Option<KeyInf
     Ok(page.rows.pop())
 }
 
+/// One key, which nobody else changes until the transaction ends.
+async fn locked(conn: &mut PgConnection, id: ApiKeyId) -> Result<Option<KeyInfo>, sqlx::Error> {
+    sqlx::query!("select id from api_keys where id = $1 for update", id as _).fetch_optional(&mut *conn).await?;
+    find(conn, id).await
+}
+
 /// What became of a draft.
 #[derive(Debug)]
 pub enum KeyChanged {
@@ -253,8 +259,7 @@ pub enum KeyChanged {
 /// that of two changes at once the second does not undo the first.
 pub async fn update(conn: &mut PgConnection, old: &KeyInfo, draft: &KeyDraft) -> Result<KeyChanged, sqlx::Error> {
     let id = old.id;
-    sqlx::query!("select id from api_keys where id = $1 for update", id as _).fetch_optional(&mut *conn).await?;
-    match find(conn, id).await? {
+    match locked(conn, id).await? {
         None => return Ok(KeyChanged::NotFound),
         Some(now) if !now.is_like(old) => return Ok(KeyChanged::Stale),
         Some(_) => {}
@@ -279,11 +284,20 @@ pub async fn update(conn: &mut PgConnection, old: &KeyInfo, draft: &KeyDraft) ->
     Ok(find(conn, id).await?.map_or(KeyChanged::NotFound, |key| KeyChanged::Done(Box::new(key))))
 }
 
-/// Gives a key a new secret; the old one is taken for `grace` more, and one from before it no longer. `None` when
-/// the key is gone.
-pub async fn rotate(conn: &mut PgConnection, id: ApiKeyId, grace: Duration) -> Result<Option<PlainKey>, sqlx::Error> {
+/// Gives a key that was read as `old` a new secret; the old one is taken for `grace` more, and one from before it no
+/// longer. `None` when the key is gone or was changed since: whoever gets the secret may do what the key may do now. To be
+/// called in a transaction.
+pub async fn rotate(
+    conn: &mut PgConnection,
+    old: &KeyInfo,
+    grace: Duration,
+) -> Result<Option<(KeyInfo, PlainKey)>, sqlx::Error> {
+    let id = old.id;
+    if locked(conn, id).await?.is_none_or(|now| !now.is_like(old)) {
+        return Ok(None);
+    }
     let plain = PlainKey::generate();
-    let done = sqlx::query!(
+    sqlx::query!(
         "update api_keys
             set previous_hash = secret_hash, previous_until = clock_timestamp() + $4::bigint * interval '1 millisecond',
                 secret_hash = $2, hint = $3
@@ -293,9 +307,9 @@ pub async fn rotate(conn: &mut PgConnection, id: ApiKeyId, grace: Duration) -> R
         plain.hint(),
         i64::try_from(grace.as_millis()).unwrap_or(i64::MAX),
     )
-    .execute(conn)
+    .execute(&mut *conn)
     .await?;
-    Ok((done.rows_affected() == 1).then_some(plain))
+    Ok(find(conn, id).await?.map(|key| (key, plain)))
 }
 
 /// Deletes a key; `false` when there was none.

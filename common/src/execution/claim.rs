@@ -199,7 +199,8 @@ pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<
         return restore(conn, claim, briefing, row.job_id, row.source_id).await.map(Some);
     }
     let Some(job) = job::find(conn, &Reference::new(row.job_id.to_string())).await? else { return gone(briefing) };
-    let source = source::find(conn, &Reference::new(job.source_id.to_string())).await?;
+    // The one that the trigger named, which the gate counts it for and a restore goes back to: the job may have another now.
+    let source = source::find(conn, &Reference::new(row.source_id.to_string())).await?;
     let Some(source) = source else { return gone(briefing) };
     let destinations = destination::of_job(conn, job.id).await?;
     Ok(Some(Assigned::Run(Box::new(Assignment {

@@ -8,11 +8,12 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
 use super::{
-    idempotency::{Idempotency, Keys, StoredKeys},
-    room::Room,
+    idempotency::{Idempotency, StoredKeys},
+    inserts::Inserts,
+    remembered::Remembered,
 };
 use crate::{
-    audit::{self, Actor, Event},
+    audit::{Actor, Event},
     id::{ExecutionId, JobId, Reference},
     job::Overlap,
     label::Labels,
@@ -73,49 +74,65 @@ pub enum Enqueued {
     QueueFull(i64),
 }
 
+#[derive(Clone, Debug)]
 pub(crate) struct JobRow {
-    id: JobId,
-    slug: String,
-    name: String,
-    source_id: uuid::Uuid,
-    pool: String,
-    overlap: Overlap,
-    max_attempts: i32,
+    pub(super) id: JobId,
+    pub(super) slug: String,
+    pub(super) name: String,
+    pub(super) source_id: uuid::Uuid,
+    pub(super) pool: String,
+    pub(super) overlap: Overlap,
+    pub(super) max_attempts: i32,
+    /// The transactions that last changed this row and that of its source.
+    pub(super) versions: (i64, i64),
 }
 
 impl JobRow {
-    fn is_named(&self, name: &Reference) -> bool {
+    pub(super) fn is_named(&self, name: &Reference) -> bool {
         Some(self.id.0) == name.id() || self.slug == name.slug()
     }
 }
 
-/// The number of triggers in a slice changes no plan, but PostgreSQL would take it for a reason to plan each time.
-const BEGIN: &str = "begin; set local synchronous_commit = off; set local plan_cache_mode = force_generic_plan";
+/// For sessions that enqueue: a slice does not wait for the disk, so that its jobs are free for the next one, and workers may
+/// claim, while it is written. The number of triggers in a slice changes no plan, but PostgreSQL would take it for a reason
+/// to plan each time.
+pub const SESSION: &str = "set synchronous_commit = off; set plan_cache_mode = force_generic_plan";
 
-/// Decides each trigger under its job's row lock and inserts those that pass, in a transaction that does not wait for the
-/// disk: its jobs are free for the next slice, and workers may claim, while it is written. **No client may be told before
-/// [`db::flush`](crate::db::flush) has returned**: until then a crash of the database takes the slice back, whole.
+/// Decides each trigger under its job's row lock and inserts those that pass, in one transaction. **In a session of
+/// [`SESSION`] no client may be told before [`db::flush`](crate::db::flush) has returned**: until then a crash of the
+/// database takes the slice back, whole.
 ///
-/// The cap of all executions may be overshot by one slice per process; everything else is exact. See [`Room`].
+/// What was read for a slice is `remembered` for the next one, which then takes a single statement: see [`Remembered`].
+///
+/// The cap of all executions may be overshot by one slice per process; everything else is exact. See [`room`](super::room).
 pub async fn enqueue(
     conn: &mut PgConnection,
-    room: &mut Room,
+    remembered: &mut Remembered,
     requests: &[TriggerRequest],
 ) -> Result<Vec<Enqueued>, sqlx::Error> {
-    let mut tx = conn.begin_with(BEGIN).await?;
-    let mut desk = Desk::open(&mut tx, room, requests).await?;
+    if let Some((mut desk, assumed)) = remembered.desk(requests) {
+        let outcomes = requests.iter().map(|request| desk.decide(request)).collect();
+        if desk.inserts.run_if(conn, assumed).await? {
+            return Ok(outcomes);
+        }
+    }
+    let mut tx = conn.begin().await?;
+    let mut desk = Desk::open(&mut tx, remembered, requests).await?;
     let outcomes = requests.iter().map(|request| desk.decide(request)).collect();
     desk.inserts.run(&mut tx).await?;
     tx.commit().await?;
     Ok(outcomes)
 }
 
-/// What the decisions of a slice are made from. The jobs are locked, so nobody else decides about them meanwhile.
+/// What the decisions of a slice are made from. The jobs are locked, so nobody else decides about them meanwhile; or it is
+/// compared when they are.
 pub(crate) struct Desk {
-    jobs: Vec<JobRow>,
-    settings: Settings,
-    room: i64,
-    pending: HashMap<JobId, i64>,
+    pub(super) jobs: Vec<JobRow>,
+    pub(super) settings: Settings,
+    /// How many more may wait.
+    pub(super) room: i64,
+    /// How many of each job wait.
+    pub(super) pending: HashMap<JobId, i64>,
     active: HashMap<JobId, ExecutionId>,
     stored: StoredKeys,
     reusable: HashMap<JobId, Reusable>,
@@ -133,10 +150,13 @@ struct Reusable {
 impl Desk {
     pub(crate) async fn open(
         conn: &mut PgConnection,
-        room: &mut Room,
+        remembered: &mut Remembered,
         requests: &[TriggerRequest],
     ) -> Result<Self, sqlx::Error> {
-        let Locked { jobs, settings, sequence } = lock_jobs(conn, requests).await?;
+        let locked = lock_jobs(conn, requests).await?;
+        remembered.note(&locked);
+        let Locked { jobs, settings, sequence, .. } = locked;
+        let room = &mut remembered.room;
         let wanted = |job: &JobRow| requests.iter().filter(|request| job.is_named(&request.job)).count() as i64;
         let by_job: Vec<_> = jobs.iter().map(|job| (job.id, wanted(job))).collect();
         Ok(Self {
@@ -159,6 +179,20 @@ impl Desk {
             jobs,
             settings,
         })
+    }
+
+    /// For triggers that want nothing but a new run of a job that lets it wait: there is room for all of them.
+    pub(super) fn of(jobs: Vec<JobRow>, settings: Settings) -> Self {
+        Self {
+            jobs,
+            settings,
+            room: i64::MAX,
+            pending: HashMap::new(),
+            active: HashMap::new(),
+            stored: StoredKeys::default(),
+            reusable: HashMap::new(),
+            inserts: Inserts::default(),
+        }
     }
 
     pub(crate) fn decide(&mut self, request: &TriggerRequest) -> Enqueued {
@@ -212,11 +246,13 @@ impl Reusable {
 }
 
 /// The jobs of a slice, and what was read with them.
-struct Locked {
-    jobs: Vec<JobRow>,
-    settings: Settings,
+pub(super) struct Locked {
+    pub(super) jobs: Vec<JobRow>,
+    /// As they are stored, and as they are understood.
+    pub(super) stored: Option<Value>,
+    pub(super) settings: Settings,
     /// The last number that `executions.seq` was given, perhaps to a row that is not committed.
-    sequence: i64,
+    pub(super) sequence: i64,
 }
 
 /// Locks the jobs of a slice, in the order of their ids so that two processes never wait for each other in a ring.
@@ -229,9 +265,11 @@ async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Resu
     let slugs: Vec<String> = requests.iter().map(|r| r.job.slug().to_owned()).collect();
     let rows = sqlx::query!(
         r#"select l.id as "id: JobId", l.slug, l.name, l.source_id, l.pool, l.overlap as "overlap: Overlap", l.max_attempts,
+                  l.job_version as "job_version!", l.source_version as "source_version!",
                   (select s.last_value - (not s.is_called)::int from executions_seq_seq s where l.max_attempts > 0) as "sequence!",
                   (select jsonb_object_agg(name, value) from settings) as stored
-             from (select j.id, j.slug, j.name, j.source_id, s.pool, j.overlap, j.max_attempts
+             from (select j.id, j.slug, j.name, j.source_id, s.pool, j.overlap, j.max_attempts,
+                          j.xmin::text::bigint as job_version, s.xmin::text::bigint as source_version
                      from jobs j join sources s on s.id = j.source_id
                     where j.id = any ($1) or j.slug = any ($2)
                     order by j.id
@@ -242,7 +280,8 @@ async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Resu
     .fetch_all(conn)
     .await?;
     let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or_default();
-    let settings = Settings::default().with_stored(rows.first().and_then(|row| row.stored.clone()));
+    let stored = rows.first().and_then(|row| row.stored.clone());
+    let settings = Settings::default().with_stored(stored.clone());
     let jobs = rows.into_iter().map(|row| JobRow {
         id: row.id,
         slug: row.slug,
@@ -251,8 +290,9 @@ async fn lock_jobs(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Resu
         pool: row.pool,
         overlap: row.overlap,
         max_attempts: row.max_attempts,
+        versions: (row.job_version, row.source_version),
     });
-    Ok(Locked { jobs: jobs.collect(), settings, sequence })
+    Ok(Locked { jobs: jobs.collect(), stored, settings, sequence })
 }
 
 async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashMap<JobId, ExecutionId>, sqlx::Error> {
@@ -287,87 +327,4 @@ async fn reusable_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<Has
     let reusable =
         |success: Option<ExecutionId>, age: Option<f64>, pending| Reusable { pending, success: success.zip(age) };
     Ok(rows.into_iter().map(|r| (r.job, reusable(r.success, r.age, r.pending))).collect())
-}
-
-/// Columns of the rows to insert, for `unnest`.
-#[derive(Default)]
-pub(crate) struct Inserts {
-    id: Vec<ExecutionId>,
-    job_id: Vec<JobId>,
-    job_name: Vec<String>,
-    job_slug: Vec<String>,
-    source_id: Vec<uuid::Uuid>,
-    pool: Vec<String>,
-    serial: Vec<bool>,
-    priority: Vec<i16>,
-    max_attempts: Vec<i32>,
-    kind: Vec<String>,
-    label: Vec<Option<String>>,
-    labels: Vec<Value>,
-    locked: Vec<bool>,
-    lock_days: Vec<Option<i32>>,
-    traceparent: Vec<Option<String>>,
-    tracestate: Vec<Option<String>>,
-    start_within: Vec<Option<i32>>,
-    events: audit::Columns,
-    keys: Keys,
-}
-
-impl Inserts {
-    fn push(&mut self, id: ExecutionId, job: &JobRow, request: &TriggerRequest) {
-        self.id.push(id);
-        self.job_id.push(job.id);
-        self.job_name.push(job.name.clone());
-        self.job_slug.push(job.slug.clone());
-        self.source_id.push(job.source_id);
-        self.pool.push(job.pool.clone());
-        self.serial.push(job.overlap != Overlap::Allow);
-        self.priority.push(request.priority);
-        self.max_attempts.push(job.max_attempts);
-        self.kind.push(request.kind.to_owned());
-        self.label.push(Some(request.actor.name.clone()));
-        self.labels.push(json!(request.labels));
-        self.locked.push(request.locked);
-        self.lock_days.push(request.lock_days);
-        self.traceparent.push(request.trace.traceparent.clone());
-        self.tracestate.push(request.trace.tracestate.clone());
-        self.start_within.push(request.start_within_seconds);
-    }
-
-    /// Something for the audit log, in the same transaction.
-    pub(crate) fn note(&mut self, actor: &Actor, event: Event) {
-        self.events.push(actor, event);
-    }
-
-    /// In one statement, but for the keys that few send: a round trip takes as long as the work.
-    pub(crate) async fn run(self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-        let events = &self.events;
-        if events.kinds.is_empty() {
-            return Ok(());
-        }
-        sqlx::query!(
-            "with runs as (
-                 insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts,
-                                         trigger_kind, trigger_label, labels, locked, lock_days, traceparent, tracestate, start_by)
-                 select id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked, lock_days,
-                        traceparent, tracestate, clock_timestamp() + start_within * interval '1 second'
-                   from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::text[], $7::bool[], $8::smallint[],
-                                      $9::int[], $10::text[], $11::text[], $12::jsonb[], $13::bool[], $14::int[], $15::text[], $16::text[], $17::int[])
-                        as n (id, job_id, job_name, job_slug, source_id, pool, serial, priority, max_attempts, kind, label, labels, locked,
-                              lock_days, traceparent, tracestate, start_within)
-             )
-             insert into audit_log (actor_kind, actor_id, actor_name, address, request_id, action, target_id, target_name, details)
-             select * from unnest($18::text[], $19::uuid[], $20::text[], $21::text[], $22::text[], $23::text[], $24::text[], $25::text[], $26::jsonb[])",
-            &self.id[..] as _, &self.job_id[..] as _, &self.job_name, &self.job_slug, &self.source_id, &self.pool, &self.serial,
-            &self.priority, &self.max_attempts, &self.kind, &self.label as &[Option<String>], &self.labels, &self.locked,
-            &self.lock_days as &[Option<i32>], &self.traceparent as &[Option<String>], &self.tracestate as &[Option<String>],
-            &self.start_within as &[Option<i32>],
-            &events.kinds, &events.ids as &[Option<uuid::Uuid>], &events.names, &events.addresses as &[Option<String>],
-            &events.requests as &[Option<String>], &events.actions, &events.targets as &[Option<String>],
-            &events.target_names as &[Option<String>], &events.details,
-        )
-        .execute(&mut *conn)
-        .await?;
-        self.keys.store(conn).await
-    }
 }

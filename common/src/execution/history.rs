@@ -6,14 +6,12 @@
 //!
 //! An execution that published stays, however old: its artifacts are the only record of where the backup lies.
 
-use sqlx::{Connection, PgConnection};
+use sqlx::PgConnection;
 
 /// Executions whose logs go in one batch; a run has at most some thousand lines.
 pub const LOGS_OF: i64 = 200;
 /// Executions that go in one batch.
 pub const EXECUTIONS: i64 = 500;
-/// Groups that go in one batch.
-const GROUPS: i64 = 500;
 
 /// Whether more is waiting to be forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,10 +57,9 @@ pub async fn forget_logs(conn: &mut PgConnection, days: i32) -> Result<Batch, sq
     Ok(Batch::of(count, LOGS_OF))
 }
 
-/// Removes executions without a backup that ended more than `days` ago, the oldest first, and groups that have no
-/// execution left.
+/// Removes executions without a backup that ended more than `days` ago, the oldest first, and the groups that they are of:
+/// what became of a group follows from its executions, and without its failures it would turn into a success.
 pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Batch, sqlx::Error> {
-    let mut tx = conn.begin().await?;
     // What an attempt may have left in a store is known from its row alone: that goes first.
     let gone = sqlx::query_scalar!(
         r#"with old as materialized (
@@ -73,6 +70,9 @@ pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Bat
                 order by e.ended_at, e.id
                 limit $2
                   for update of e skip locked
+           ), groups as (
+               delete from execution_groups g using execution_group_members m, old o
+                where m.execution_id = o.id and g.id = m.group_id
            ), gone as (
                delete from executions e using old o where e.id = o.id returning 1
            )
@@ -80,22 +80,7 @@ pub async fn forget_executions(conn: &mut PgConnection, days: i32) -> Result<Bat
         f64::from(days),
         EXECUTIONS,
     )
-    .fetch_one(&mut *tx)
+    .fetch_one(conn)
     .await?;
-    // Only so does a group lose its last execution: no need to look for one at any other time.
-    if gone > 0 {
-        sqlx::query!(
-            "delete from execution_groups where id in (
-             select g.id from execution_groups g
-              where g.created_at < now() - $1 * interval '1 day'
-                and not exists (select 1 from execution_group_members m where m.group_id = g.id)
-              order by g.id limit $2)",
-            f64::from(days),
-            GROUPS,
-        )
-        .execute(&mut *tx)
-        .await?;
-    }
-    tx.commit().await?;
     Ok(Batch::of(gone, EXECUTIONS))
 }

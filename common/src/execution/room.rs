@@ -11,7 +11,7 @@ use std::collections::HashMap;
 
 use sqlx::PgConnection;
 
-use crate::id::JobId;
+use crate::{id::JobId, setting::Settings};
 
 /// Jobs remembered at once.
 const MOST_JOBS: usize = 10_000;
@@ -39,6 +39,16 @@ impl Counted {
 }
 
 impl Room {
+    /// How far the sequence may have come so that there is certainly room for so many of each job; `None` where it must be
+    /// counted.
+    pub(super) fn sequence_at_most(&self, settings: &Settings, wanted: &HashMap<JobId, i64>) -> Option<i64> {
+        let most = |counted: Counted, cap: i64, wanted: i64| counted.at + cap - wanted - counted.open;
+        let all = most(self.all?, settings.max_pending, wanted.values().sum());
+        wanted.iter().try_fold(all, |least, (job, wanted)| {
+            Some(least.min(most(*self.jobs.get(job)?, settings.max_pending_per_job, *wanted)))
+        })
+    }
+
     /// How many more may wait in all: exactly, or at least `wanted`. `now` is the sequence, read in an earlier statement.
     pub(super) async fn of_all(
         &mut self,

@@ -19,7 +19,7 @@ use crate::{
     db,
     execution::{
         enqueue::{Desk, Enqueued, TriggerRequest},
-        room::Room,
+        remembered::Remembered,
     },
     id::{ExecutionId, JobId, Reference},
     label::Labels,
@@ -103,7 +103,7 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Vec<Firing>, sqlx::Erro
     let fresh = plans.iter().filter(|p| fresh.contains(&p.job.id));
     // They end after the commit: what a rollback leaves is made again, by a span of its own.
     let (requests, mut spans): (Vec<TriggerRequest>, Vec<Span>) = fresh.map(Plan::request).unzip();
-    let mut desk = Desk::open(&mut tx, &mut Room::default(), &requests).await?;
+    let mut desk = Desk::open(&mut tx, &mut Remembered::default(), &requests).await?;
     let firings: Vec<Firing> = plans
         .iter()
         .map(|plan| plan.fire(&mut desk, requests.iter().find(|r| r.job.id() == Some(plan.job.id.0))))

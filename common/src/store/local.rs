@@ -1,9 +1,12 @@
 //! Local folders.
 
 use std::{
+    collections::HashSet,
     io::{self, ErrorKind, SeekFrom},
     ops::Range,
     path::{Component, Path, PathBuf},
+    sync::{LazyLock, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use bytes::BytesMut;
@@ -23,6 +26,46 @@ pub const MARKER: &str = ".dbackup-store";
 /// One read, at most.
 const READ: usize = 256 << 10;
 
+/// Longest time of a look at a folder.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// Folders that a look has not come back from. A mount that hangs keeps every thread that looks at it, and there are only so
+/// many for all folders: nobody else looks there until the first comes back.
+static HANGING: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
+
+fn hanging() -> MutexGuard<'static, HashSet<PathBuf>> {
+    HANGING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks at `folder` on a thread of its own, for at most `limit`.
+async fn look<T: Send + 'static>(
+    folder: &Path,
+    limit: Duration,
+    look: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, StoreError> {
+    let silent = || {
+        let text = format!("{} does not answer: does its mount hang?", folder.display());
+        Err(StoreError::retry("store_silent", text))
+    };
+    if hanging().contains(folder) {
+        return silent();
+    }
+    let mut looking = tokio::task::spawn_blocking(look);
+    match tokio::time::timeout(limit, &mut looking).await {
+        Ok(Ok(seen)) => Ok(seen),
+        Ok(Err(error)) => Err(StoreError::retry("store_failed", format!("a look at a folder ended: {error}"))),
+        Err(_) => {
+            let folder = folder.to_owned();
+            hanging().insert(folder.clone());
+            tokio::spawn(async move {
+                let _ = looking.await;
+                hanging().remove(&folder);
+            });
+            silent()
+        }
+    }
+}
+
 /// A folder that backups are written to.
 #[derive(Clone, Debug)]
 pub struct Folder {
@@ -31,12 +74,9 @@ pub struct Folder {
 
 impl Folder {
     /// Refuses a root outside the allowed folders.
-    pub fn open(config: &LocalConfig, allowed: &[PathBuf]) -> Result<Self, StoreError> {
+    pub async fn open(config: &LocalConfig, allowed: &[PathBuf]) -> Result<Self, StoreError> {
         let root = &config.root;
-        let climbs = root.components().any(|c| c == Component::ParentDir);
-        // Links are followed where the folder exists, so that none leads outside.
-        let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if climbs || !allowed.iter().any(|folder| real(root).starts_with(real(folder))) {
+        if !look(root, LOOK, is_within(root.clone(), allowed.to_owned())).await? {
             let allowed: Vec<_> = allowed.iter().map(|p| p.display().to_string()).collect();
             return Err(StoreError::give_up(
                 "path_not_allowed",
@@ -58,7 +98,8 @@ impl Folder {
 
     /// The marker must be there.
     pub async fn check(&self) -> Result<(), StoreError> {
-        match fs::metadata(self.root.join(MARKER)).await {
+        let marker = self.root.join(MARKER);
+        match look(&self.root, LOOK, move || std::fs::metadata(marker)).await? {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => Err(StoreError::give_up(
                 "store_missing",
@@ -114,6 +155,16 @@ impl Folder {
     }
 }
 
+/// Whether a folder lies in one of these. Links are followed where it exists, so that none leads outside.
+fn is_within(folder: PathBuf, allowed: Vec<PathBuf>) -> impl FnOnce() -> bool + Send + 'static {
+    let real = |path: PathBuf| std::fs::canonicalize(&path).unwrap_or(path);
+    move || {
+        let climbs = folder.components().any(|c| c == Component::ParentDir);
+        let folder = real(folder);
+        !climbs && allowed.into_iter().any(|one| folder.starts_with(real(one)))
+    }
+}
+
 /// A failure of a file system, with what to do about it.
 pub fn io_error(error: &io::Error, doing: &str, path: &Path) -> StoreError {
     let text = |hint: &str| format!("could not {doing} {}: {error}{hint}", path.display());
@@ -128,5 +179,33 @@ pub fn io_error(error: &io::Error, doing: &str, path: &Path) -> StoreError {
         ErrorKind::NotFound => StoreError::give_up("store_missing", text("; is the mount missing?")),
         ErrorKind::AlreadyExists => StoreError::give_up("name_taken", text("; nothing is overwritten")),
         _ => StoreError::retry("store_failed", text("")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    #[tokio::test]
+    async fn a_folder_that_hangs_keeps_one_thread_and_no_other_folder_and_is_looked_at_again_when_it_is_back() {
+        let (hanging, other) = (Path::new("/hangs"), Path::new("/answers"));
+        let (back, comes_back) = channel::<()>();
+        let hung = look(hanging, SHORT, move || comes_back.recv()).await;
+        assert_eq!(hung.expect_err("no answer").code, "store_silent");
+        let (caught, catches) = channel();
+        let refused = look(hanging, SHORT, move || caught.send(())).await;
+        assert_eq!(refused.expect_err("it hangs still").code, "store_silent");
+        assert!(catches.recv().is_err(), "another thread was sent there");
+        assert_eq!(look(other, SHORT, || 7).await.expect("it answers"), 7);
+        back.send(()).expect("somebody hears");
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        while look(hanging, SHORT, || ()).await.is_err() {
+            assert!(std::time::Instant::now() < end, "never looked at again");
+            tokio::task::yield_now().await;
+        }
     }
 }

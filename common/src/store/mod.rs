@@ -59,10 +59,10 @@ pub enum Shelf {
 }
 
 impl Shelf {
-    /// Opens a destination without asking it anything. `allowed` are the folders of `DBACKUP_LOCAL_PATHS`.
-    pub fn open(access: DestinationAccess, allowed: &[PathBuf]) -> Result<Self, StoreError> {
+    /// Opens a destination without asking it for anything. `allowed` are the folders of `DBACKUP_LOCAL_PATHS`.
+    pub async fn open(access: DestinationAccess, allowed: &[PathBuf]) -> Result<Self, StoreError> {
         Ok(match access {
-            DestinationAccess::Local(config) => Shelf::Local(Folder::open(&config, allowed)?),
+            DestinationAccess::Local(config) => Shelf::Local(Folder::open(&config, allowed).await?),
             DestinationAccess::S3 { config, secret_access_key } => {
                 Shelf::S3(Bucket::open(&config, &secret_access_key)?)
             }

@@ -13,6 +13,11 @@ use secrecy::{ExposeSecret, SecretString};
 use super::{Bytestream, StoreError};
 use crate::destination::S3Config;
 
+/// Longest time of one request: a part of a hundred megabytes on a slow line.
+const REQUEST: Duration = Duration::from_secs(240);
+/// Within so long a request that failed is sent again, also one that went silent for all of its time; a signature is good
+/// for 15 minutes.
+const RETRIES: Duration = Duration::from_secs(600);
 /// One request of a read: whole within the time of a request on any line worth a backup, and tried again by itself.
 const READ_BYTES: u64 = 8 << 20;
 /// Requests of one read under way at once: the next one's first byte is there when the last one's end is.
@@ -33,9 +38,8 @@ impl Bucket {
         let client = ClientOptions::new()
             .with_allow_http(true)
             .with_connect_timeout(Duration::from_secs(5))
-            .with_timeout(Duration::from_secs(120));
-        let retry =
-            RetryConfig { backoff: BackoffConfig::default(), max_retries: 5, retry_timeout: Duration::from_secs(60) };
+            .with_timeout(REQUEST);
+        let retry = RetryConfig { backoff: BackoffConfig::default(), max_retries: 5, retry_timeout: RETRIES };
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(&config.bucket)
             .with_region(config.region.as_deref().unwrap_or("us-east-1"))

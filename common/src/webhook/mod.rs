@@ -211,20 +211,20 @@ fn names(events: &[WebhookEvent]) -> Vec<String> {
     events.iter().map(|event| event.as_str().to_owned()).collect()
 }
 
-/// Replaces one, and its address where a new one is given; `None` when it is gone. Switched off, it is not told what it was
-/// not told yet either.
+/// Replaces one that was read as of `updated_at`, and its address where a new one is given; `None` when it is gone or was
+/// changed since. Switched off, it is not told what it was not told yet either.
 pub async fn update(
     conn: &mut PgConnection,
     key: &SealKey,
-    id: WebhookId,
+    (id, updated_at): (WebhookId, DateTime<Utc>),
     draft: &WebhookDraft,
     address: Option<(&Address, &str)>,
 ) -> Result<Option<Webhook>, sqlx::Error> {
-    sqlx::query!(
+    let done = sqlx::query!(
         "update webhooks
             set name = $2, events = $3, labels = $4, enabled = $5, url_hint = coalesce($6, url_hint), sealed = coalesce($7, sealed),
                 updated_at = clock_timestamp()
-          where id = $1",
+          where id = $1 and updated_at = $8",
         id as _,
         draft.name,
         &names(&draft.events),
@@ -232,9 +232,13 @@ pub async fn update(
         draft.enabled,
         address.map(|(_, hint)| hint),
         address.map(|(address, _)| address.seal(key, id)),
+        updated_at,
     )
     .execute(&mut *conn)
     .await?;
+    if done.rows_affected() == 0 {
+        return Ok(None);
+    }
     if !draft.enabled {
         sqlx::query!("delete from webhook_deliveries where webhook_id = $1", id as _).execute(&mut *conn).await?;
     }

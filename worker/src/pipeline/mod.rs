@@ -149,7 +149,7 @@ async fn open_targets(shared: &Shared, assignment: &Assignment) -> Result<Vec<Ta
 }
 
 async fn open_target(shared: &Shared, destination: &Destination) -> Result<Target, RunError> {
-    let store = open_store(shared, destination)?;
+    let store = open_store(shared, destination).await?;
     store.check().await.map_err(|e| e.at(&destination.slug))?;
     Ok(Target { id: destination.id, name: destination.slug.clone(), store: Arc::new(store) })
 }
@@ -167,10 +167,10 @@ fn destination_access(shared: &Shared, destination: &Destination) -> Result<Dest
     destination.access(&shared.key).map_err(unreadable)
 }
 
-/// Opens a destination without asking it anything.
-pub fn open_store(shared: &Shared, destination: &Destination) -> Result<Store, RunError> {
+/// Opens a destination without asking it for anything.
+pub async fn open_store(shared: &Shared, destination: &Destination) -> Result<Store, RunError> {
     let access = destination_access(shared, destination)?;
-    Store::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
+    Store::open(access, &shared.config.local_paths).await.map_err(|e| e.at(&destination.slug))
 }
 
 async fn stream_one(

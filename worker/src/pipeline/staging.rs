@@ -1,8 +1,11 @@
 //! What an attempt may leave in destinations: recorded before its first byte, and removed where the attempt fails.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use common::{db::ANSWER_TIMEOUT, staged_object};
+use common::{db::ANSWER_TIMEOUT, staged_object, store::StoreError};
 use futures::future::join_all;
 
 use super::{Attempt, Target, upload::Store};
@@ -21,6 +24,17 @@ struct Staged {
     store: Arc<Store>,
     path: String,
     upload_id: Option<String>,
+}
+
+/// Longest time of a removal; a mount that hangs must not keep an attempt from its end.
+const REMOVAL: Duration = Duration::from_secs(60);
+
+impl Staged {
+    async fn remove(&self) -> Result<(), StoreError> {
+        let removed = tokio::time::timeout(REMOVAL, self.store.remove(&self.path, self.upload_id.as_deref(), false));
+        let silent = |_| StoreError::retry("store_silent", format!("no answer within {} s", REMOVAL.as_secs()));
+        removed.await.map_err(silent)?
+    }
 }
 
 impl Staging {
@@ -47,7 +61,7 @@ impl Staging {
     /// Removes whatever lies under the recorded names. What cannot be removed now is left to the sweeper.
     pub async fn discard(&self, shared: &Shared, log: &RunLog) {
         let staged = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let removed = join_all(staged.iter().map(|s| s.store.remove(&s.path, s.upload_id.as_deref()))).await;
+        let removed = join_all(staged.iter().map(|s| s.remove())).await;
         let mut clean = true;
         for (staged, result) in staged.iter().zip(removed) {
             if let Err(error) = result {

@@ -10,6 +10,7 @@ pub mod hooks;
 pub mod metrics;
 pub mod otlp;
 pub mod people;
+pub mod pgbouncer;
 pub mod plans;
 pub mod postgres;
 pub mod process;

@@ -141,6 +141,11 @@ pub fn dump(access: &SourceAccess, tool: &Path, tool_version: &str, database: &s
     ] {
         program.arg(option);
     }
+    // MySQL's own tool would have the restore set the server's history of transactions, which the server that the dump came
+    // from refuses, and keep it from replicas; MariaDB's does not know the option.
+    if !tool_version.contains("MariaDB") {
+        program.arg("--set-gtid-purged=OFF");
+    }
     // After `--` a name that begins with a hyphen is still a name.
     program.arg("--").arg(database);
     Ok(program)

@@ -136,13 +136,21 @@ pub fn dump(access: &SourceAccess, tool: &Path, database: &str, lock_wait: Durat
     Ok(program)
 }
 
+/// A server that has gone without a word is noticed after two minutes of silence, and not after the two hours of the system,
+/// which a run would wait with its slot. libpq takes these from a service file alone, without a connection string.
+const SERVICE: &str = "[source]\nkeepalives_idle=60\nkeepalives_interval=15\nkeepalives_count=4\n";
+
 /// libpq takes the connection from its environment. A database's name must not go by `--dbname`, where one that
 /// holds `=` would be read as a connection string.
 pub fn connect(access: &SourceAccess, program: &mut Program, database: &str) -> Result<(), RunError> {
     let config = &access.config;
     let host = config.socket.as_ref().map(|s| s.as_os_str().to_owned());
     let host = host.unwrap_or_else(|| config.host.clone().unwrap_or_default().into());
+    let failed = |what| move |e| RunError::retry("tool_failed", format!("could not hand the {what} to the tool: {e}"));
+    let service = program.secret_file(SERVICE).map_err(failed("settings"))?;
     program
+        .env("PGSERVICEFILE", service)
+        .env("PGSERVICE", "source")
         .env("PGHOST", host)
         .env("PGPORT", config.port.unwrap_or(Engine::Postgres.default_port()).to_string())
         .env("PGUSER", config.username.clone())
@@ -164,9 +172,7 @@ pub fn connect(access: &SourceAccess, program: &mut Program, database: &str) -> 
         program.env("PGPASSWORD", password.expose_secret());
     }
     if let Some(certificate) = &config.tls.ca_certificate {
-        let path = program
-            .secret_file(certificate)
-            .map_err(|e| RunError::retry("tool_failed", format!("could not hand the certificate to the tool: {e}")))?;
+        let path = program.secret_file(certificate).map_err(failed("certificate"))?;
         program.env("PGSSLROOTCERT", path);
     }
     Ok(())

@@ -108,7 +108,7 @@ impl Feeding<'_> {
         let Feeding { all, target, manifest, identity, part } = self;
         let (artifact, destination) = part.copy;
         let at = |e: StoreError| e.at(&destination.slug);
-        let shelf = open(all.shared, destination)?;
+        let shelf = open(all.shared, destination).await?;
         let mut stream = shelf.read(&artifact.path, 0..part.object.stored_bytes).await.map_err(at)?;
         let (stored_out, stored_in) = mpsc::channel(QUEUE);
         let (plain_out, plain_in) = mpsc::channel(QUEUE);

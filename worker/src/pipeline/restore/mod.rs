@@ -152,9 +152,9 @@ fn copies<'a>(all: Restoration<'a>, database: Option<&str>) -> Result<Vec<Copy<'
     }
 }
 
-fn open(shared: &Shared, destination: &Destination) -> Result<Shelf, RunError> {
+async fn open(shared: &Shared, destination: &Destination) -> Result<Shelf, RunError> {
     let access = destination_access(shared, destination)?;
-    Shelf::open(access, &shared.config.local_paths).map_err(|e| e.at(&destination.slug))
+    Shelf::open(access, &shared.config.local_paths).await.map_err(|e| e.at(&destination.slug))
 }
 
 /// Copies that did not serve.
@@ -211,7 +211,7 @@ async fn read_manifest(
         return Err(damaged(artifact));
     }
     let at = |e: StoreError| e.at(&destination.slug);
-    let shelf = open(all.shared, destination)?;
+    let shelf = open(all.shared, destination).await?;
     let mut stream = shelf.read(&artifact.path, 0..u64::try_from(artifact.size).unwrap_or(0)).await.map_err(at)?;
     let mut text = BytesMut::new();
     while let Some(chunk) = stream.try_next().await.map_err(at)? {
@@ -313,7 +313,7 @@ async fn read_whole(
     reading: &mut Reading,
 ) -> Result<(), RunError> {
     let at = |e: StoreError| e.at(&destination.slug);
-    let shelf = open(all.shared, destination)?;
+    let shelf = open(all.shared, destination).await?;
     let mut stream = shelf.read(&artifact.path, 0..object.stored_bytes).await.map_err(at)?;
     let mut hash = Sha256::new();
     while let Some(chunk) = stream.try_next().await.map_err(at)? {

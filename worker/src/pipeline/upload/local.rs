@@ -24,8 +24,8 @@ pub struct LocalStore {
 
 impl LocalStore {
     /// Refuses a root outside the allowed folders.
-    pub fn open(config: &LocalConfig, allowed: &[PathBuf]) -> Result<Self, StoreError> {
-        Ok(Self { folder: Folder::open(config, allowed)? })
+    pub async fn open(config: &LocalConfig, allowed: &[PathBuf]) -> Result<Self, StoreError> {
+        Ok(Self { folder: Folder::open(config, allowed).await? })
     }
 
     fn root(&self) -> &Path {
@@ -123,7 +123,7 @@ impl LocalBegun {
     pub async fn start(self) -> Result<LocalUpload, StoreError> {
         let (part, path) = (self.store.part(&self.path), self.store.path(&self.path));
         let folder = path.parent().unwrap_or(self.store.root()).to_owned();
-        if !folder.exists() {
+        if !fs::try_exists(&folder).await.unwrap_or(false) {
             // Not create_dir_all: the root itself must be there already.
             match fs::create_dir(&folder).await {
                 Err(error) if error.kind() != ErrorKind::AlreadyExists => {

@@ -26,10 +26,10 @@ pub enum Store {
 }
 
 impl Store {
-    /// Opens a destination without asking it anything. `allowed` are the folders of `DBACKUP_LOCAL_PATHS`.
-    pub fn open(access: DestinationAccess, allowed: &[PathBuf]) -> Result<Self, StoreError> {
+    /// Opens a destination without asking it for anything. `allowed` are the folders of `DBACKUP_LOCAL_PATHS`.
+    pub async fn open(access: DestinationAccess, allowed: &[PathBuf]) -> Result<Self, StoreError> {
         Ok(match access {
-            DestinationAccess::Local(config) => Store::Local(LocalStore::open(&config, allowed)?),
+            DestinationAccess::Local(config) => Store::Local(LocalStore::open(&config, allowed).await?),
             DestinationAccess::S3 { config, secret_access_key } => {
                 Store::S3(S3Store::open(&config, &secret_access_key)?)
             }
@@ -77,11 +77,12 @@ impl Store {
         }
     }
 
-    /// Removes whatever an attempt left under a name: a part file, an open upload, an unpublished object.
-    pub async fn remove(&self, path: &str, upload_id: Option<&str>) -> Result<(), StoreError> {
+    /// Removes whatever an attempt left under a name: a part file, an open upload, an unpublished object. `again` when it
+    /// was removed before.
+    pub async fn remove(&self, path: &str, upload_id: Option<&str>, again: bool) -> Result<(), StoreError> {
         match self {
             Store::Local(store) => store.remove(path).await,
-            Store::S3(store) => store.remove(path, upload_id).await,
+            Store::S3(store) => store.remove(path, upload_id, again).await,
         }
     }
 

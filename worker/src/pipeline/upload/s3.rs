@@ -58,12 +58,13 @@ impl S3Store {
     }
 
     /// Aborts an open upload. One that is not open any more was aborted before, or completed and not published:
-    /// then the object goes.
-    pub async fn remove(&self, path: &str, upload_id: Option<&str>) -> Result<(), StoreError> {
+    /// then the object goes, unless it went (`again`) before. To delete is more than a backup needs the right to.
+    pub async fn remove(&self, path: &str, upload_id: Option<&str>, again: bool) -> Result<(), StoreError> {
         let key = self.0.key(path);
         if let Some(id) = upload_id {
             match self.0.client().abort_multipart(&key, &id.to_owned()).await {
                 Ok(()) => return Ok(()),
+                Err(Error::NotFound { .. }) if again => return Ok(()),
                 Err(Error::NotFound { .. }) => {}
                 Err(error) => return Err(self.0.error(&error, "abort an upload to")),
             }
@@ -106,6 +107,10 @@ impl S3Upload {
     pub async fn write(&mut self, chunk: Bytes) -> Result<(), StoreError> {
         let mut chunk = &chunk[..];
         while !chunk.is_empty() {
+            if self.gathered.is_empty() {
+                // Whole at once: grown byte by byte it would take up to twice as much.
+                self.gathered.reserve(self.part_bytes);
+            }
             let room = self.part_bytes - self.gathered.len();
             let (now, later) = chunk.split_at(room.min(chunk.len()));
             self.gathered.extend_from_slice(now);
@@ -122,6 +127,15 @@ impl S3Upload {
             self.take_part().await?;
         }
         let index = self.parts.len();
+        if index as u64 >= MAX_PARTS {
+            let most = (self.part_bytes as u64 * MAX_PARTS) >> 30;
+            return Err(StoreError::give_up(
+                "object_too_large",
+                format!(
+                    "the dump is larger than the {most} GiB that the size of its database made room for: compress it"
+                ),
+            ));
+        }
         self.parts.push(None);
         let payload = PutPayload::from(self.gathered.split().freeze());
         let (client, key, id) = (self.store.0.client().clone(), self.key.clone(), self.id.clone());
@@ -156,23 +170,23 @@ impl S3Upload {
     pub async fn publish(&mut self, expected: &Measure) -> Result<Option<String>, StoreError> {
         let parts: Option<Vec<PartId>> = self.parts.iter().cloned().collect();
         let parts = parts.ok_or_else(|| StoreError::retry("store_failed", "a part was not confirmed"))?;
-        let confirmed = match self.store.0.client().complete_multipart(&self.key, &self.id, parts).await {
-            Ok(_) => true,
-            // The answer to an earlier try may have been lost; the size below tells.
-            Err(Error::NotFound { .. }) => false,
-            Err(error) => return Err(self.store.0.error(&error, "complete an upload to")),
-        };
+        // It may have been completed all the same: the answer to an earlier try was lost, or took longer than its time, as
+        // that of a large object may. The size below tells.
+        let failed = self.store.0.client().complete_multipart(&self.key, &self.id, parts).await.err();
         match self.store.0.client().head(&self.key).await {
             Ok(found) if found.size == expected.bytes => Ok(None),
             Ok(found) => Err(StoreError::retry(
                 "size_differs",
                 format!("{} has {} bytes, but {} were sent", self.key, found.size, expected.bytes),
             )),
-            Err(Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) if confirmed => Ok(Some(
-                "the stored size could not be compared, because this key may not read; each part was confirmed"
-                    .to_owned(),
-            )),
-            Err(error) => Err(self.store.0.error(&error, "look at an object in")),
+            Err(error) => match failed {
+                Some(failed) => Err(self.store.0.error(&failed, "complete an upload to")),
+                None if matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) => Ok(Some(
+                    "the stored size could not be compared, because this key may not read; each part was confirmed"
+                        .to_owned(),
+                )),
+                None => Err(self.store.0.error(&error, "look at an object in")),
+            },
         }
     }
 }

@@ -1,0 +1,55 @@
+//! The schema, brought up to date by whichever process comes first.
+
+use std::time::Duration;
+
+use sqlx::{
+    PgConnection,
+    migrate::{Migrate, MigrateError},
+};
+use tokio::time::Instant;
+
+use super::PrepareError;
+
+/// Longest wait of a migration for a lock: everything that wants the table after it waits behind it. Longer than
+/// `deadlock_timeout`, after which an autovacuum in the way ends.
+const LOCK_TIMEOUT: &str = "set lock_timeout = '2s'";
+/// Until it tries again.
+const PAUSE: Duration = Duration::from_secs(3);
+/// Longest time of all that; a dump of the service's own database may hold its tables for hours.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Applies what is missing. Processes that start at the same time wait for the first, however long it takes.
+pub(super) async fn migrate(conn: &mut PgConnection) -> Result<(), PrepareError> {
+    set(conn, "set statement_timeout = 0").await?;
+    set(conn, "set lock_timeout = 0").await?;
+    conn.lock().await?;
+    set(conn, LOCK_TIMEOUT).await?;
+    let mut migrator = sqlx::migrate!("../migrations");
+    // By hand, above: it is waited for without limit.
+    migrator.set_ignore_missing(true).set_locking(false);
+    let give_up = Instant::now() + PATIENCE;
+    let done = loop {
+        match migrator.run(&mut *conn).await {
+            Err(error) if is_locked(&error) && Instant::now() < give_up => {
+                tracing::warn!(error = %crate::error::Chain(&error), "a table is locked: is this database being dumped? The migration waits for at most {} s", PATIENCE.as_secs());
+                tokio::time::sleep(PAUSE).await;
+            }
+            done => break done,
+        }
+    };
+    match done {
+        Err(error) if is_locked(&error) => Err(PrepareError::Locked(error)),
+        done => Ok(done?),
+    }
+}
+
+async fn set(conn: &mut PgConnection, what: &'static str) -> Result<(), PrepareError> {
+    sqlx::query(what).execute(conn).await.map_err(PrepareError::Away)?;
+    Ok(())
+}
+
+/// `lock_not_available`.
+fn is_locked(error: &MigrateError) -> bool {
+    let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else { return false };
+    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("55P03"))
+}
