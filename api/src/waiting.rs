@@ -93,9 +93,9 @@ pub async fn until_over(
             }
             () = tokio::time::sleep_until(until) => {
                 // While the database is away nothing is seen, which is not the same as no change.
-                return match state.watcher.last_look().max(Some(begun)).is_some_and(|at| at.elapsed() < BLIND) {
-                    true => Ok(shown),
-                    false => Ok(look(state, caller, id).await?.1),
+                return match state.watcher.last_look().max(Some(begun)) {
+                    Some(at) if at.elapsed() >= BLIND => Ok(look(state, caller, id).await?.1),
+                    _ => Ok(shown),
                 };
             }
             () = state.stop.closing.cancelled() => return Ok(shown),

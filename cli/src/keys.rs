@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use chrono::Utc;
 use clap::Subcommand;
 use common::{
-    api_key::{self, Filter, KeyChanged, KeyDraft, KeyInfo},
+    api_key::{self, Filter, KeyDraft, KeyInfo},
     audit::{self, Actor, Event},
     config::ConfigError,
     db::{ANSWER_TIMEOUT, StartError},
@@ -161,7 +161,7 @@ impl Checked {
             }
             Checked::Switch(_, enabled) => {
                 let change = KeyDraft { enabled: *enabled, ..KeyDraft::from(key) };
-                let KeyChanged::Done(_) = api_key::update(conn, key, &change).await? else { return Ok(None) };
+                let Some(_) = api_key::update(conn, key, &change).await? else { return Ok(None) };
                 Ok(Some((
                     format!("{} is {}", key.name, if *enabled { "enabled" } else { "disabled" }),
                     event("api-key.update"),

@@ -308,8 +308,8 @@ impl JobDraft {
     }
 }
 
-/// When a job that is being changed fires next; `None` when it is gone or was changed since it was read. A change of the schedule plans from now on and
-/// makes up nothing; any other change leaves a firing that is due to the workers.
+/// When a job that is being changed fires next; `None` when it is gone or was changed since it was read. A change of the
+/// schedule plans from now on and makes up nothing; any other change leaves a firing that is due to the workers.
 async fn plan_anew(
     conn: &mut PgConnection,
     (id, updated_at): (JobId, DateTime<Utc>),

@@ -1,6 +1,8 @@
 //! Settings that change at run time. The concurrency limit and the pause are columns of the gate, because the
 //! row that holds them is also the lock under which they are obeyed.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
@@ -61,6 +63,11 @@ impl RateLimit {
     /// So many in a minute.
     pub fn a_minute(limit: u32) -> Self {
         Self { limit, window_seconds: 60 }
+    }
+
+    /// Length of the window.
+    pub fn window(&self) -> Duration {
+        Duration::from_secs(self.window_seconds.into())
     }
 }
 

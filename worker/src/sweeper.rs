@@ -19,12 +19,10 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Longest time of a removal.
 const REMOVAL: Duration = Duration::from_secs(60);
 
-/// Failures of a name that were told: a store that refuses is told once, not every few seconds.
-type Told = HashSet<uuid::Uuid>;
-
 /// Sweeps for ever, every few ticks.
 pub async fn run(shared: Shared) {
-    let mut told = Told::new();
+    // A store that refuses is told once, not every few seconds.
+    let mut told = HashSet::new();
     loop {
         tokio::time::sleep(shared.config.timing.ticker.mul_f64(rand::random_range(1.0..2.0))).await;
         let due = shared.db.within(ANSWER, async |conn| staged_object::due(conn, &shared.config.pools).await).await;

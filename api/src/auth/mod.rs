@@ -192,8 +192,8 @@ impl Gate {
         }
         let (from, rule) = (Subject::of(address), self.state.memory.settings_or_last().await.rate_limit.read);
         if let Some(reset) = self.state.strangers.shut_out(from, rule) {
-            let window = Duration::from_secs(rule.window_seconds.into());
-            return Err(too_many(Decision { allowed: false, limit: rule.limit, remaining: 0, window, reset }));
+            let (limit, window) = (rule.limit, rule.window());
+            return Err(too_many(Decision { allowed: false, limit, remaining: 0, window, reset }));
         }
         let lookup = self.state.memory.look_up(hash).await?;
         if matches!(lookup, Lookup::Unknown) {

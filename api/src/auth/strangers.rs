@@ -26,7 +26,7 @@ impl Strangers {
     /// For how long no key from there is looked up; `None` when it may be.
     pub fn shut_out(&self, from: Subject, rule: RateLimit) -> Option<Duration> {
         let (since, tries) = *self.tries().get(&from)?;
-        let left = window(rule).checked_sub(since.elapsed())?;
+        let left = rule.window().checked_sub(since.elapsed())?;
         (tries >= rule.limit).then_some(left)
     }
 
@@ -37,13 +37,9 @@ impl Strangers {
             tries.clear();
         }
         let begun = tries.entry(from).or_insert_with(|| (Instant::now(), 0));
-        if begun.0.elapsed() >= window(rule) {
+        if begun.0.elapsed() >= rule.window() {
             *begun = (Instant::now(), 0);
         }
         begun.1 = begun.1.saturating_add(1);
     }
-}
-
-fn window(rule: RateLimit) -> Duration {
-    Duration::from_secs(rule.window_seconds.into())
 }

@@ -38,7 +38,7 @@ impl LocalLimiter {
     /// Counts one request.
     pub fn check(&self, class: LimitClass, subject: Subject, rule: RateLimit) -> Decision {
         let buckets = self.buckets(rule);
-        let (window, spacing) = (Duration::from_secs(rule.window_seconds.into()), spacing(rule));
+        let (window, spacing) = (rule.window(), spacing(rule));
         match buckets.check_key(&(class.name(), subject)) {
             Ok(state) => Decision {
                 allowed: true,
@@ -73,7 +73,7 @@ impl LocalLimiter {
 }
 
 fn spacing(rule: RateLimit) -> Duration {
-    Duration::from_secs(rule.window_seconds.into()) / rule.limit.max(1)
+    rule.window() / rule.limit.max(1)
 }
 
 fn quota(rule: RateLimit) -> Quota {

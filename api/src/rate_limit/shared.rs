@@ -175,7 +175,7 @@ impl Inner {
             .arg(requests);
         let (passed, left, reset) = call.invoke_async::<(usize, u32, u64)>(&mut connection).await?;
         self.failures.store(0, Ordering::Relaxed);
-        let (window, reset) = (Duration::from_secs(rule.window_seconds.into()), Duration::from_micros(reset));
+        let (window, reset) = (rule.window(), Duration::from_micros(reset));
         Ok((1..=requests).map(move |n| Decision {
             allowed: n <= passed,
             limit: rule.limit,

@@ -11,7 +11,7 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use common::{
-    api_key::{self, Filter, KeyChanged, KeyDraft, KeyInfo, KeyLimits},
+    api_key::{self, Filter, KeyDraft, KeyInfo, KeyLimits},
     audit::Event,
     connection::FieldProblem,
     id::{ApiKeyId, JobId, Reference},
@@ -260,14 +260,12 @@ pub async fn update(
             .change(&caller, async |conn| {
                 let changed = api_key::update(conn, &old, &whole).await?;
                 let event = Event::new("api-key.update", old.id, &whole.name).with(sent.clone());
-                let done = matches!(changed, KeyChanged::Done(_));
+                let done = changed.is_some();
                 Ok((changed, done.then_some(event)))
             })
             .await?;
-        match changed {
-            KeyChanged::Done(key) => return Ok(data(&*key)),
-            KeyChanged::NotFound => return Err(not_found()),
-            KeyChanged::Stale => {}
+        if let Some(key) = changed {
+            return Ok(data(&key));
         }
     }
 }

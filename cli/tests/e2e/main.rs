@@ -7,6 +7,7 @@ mod harness;
 mod api;
 mod audit;
 mod bad_dumps;
+mod bad_input;
 mod batches;
 mod changes;
 mod cluster;

@@ -238,31 +238,19 @@ pub async fn find(conn: &mut PgConnection, id: ApiKeyId) -> Result<Option<KeyInf
     Ok(page.rows.pop())
 }
 
-/// One key, which nobody else changes until the transaction ends.
-async fn locked(conn: &mut PgConnection, id: ApiKeyId) -> Result<Option<KeyInfo>, sqlx::Error> {
-    sqlx::query!("select id from api_keys where id = $1 for update", id as _).fetch_optional(&mut *conn).await?;
-    find(conn, id).await
+/// Whether a key is as it was read. It is locked before it is compared, so that of two changes at once the second does not
+/// undo the first.
+async fn is_still(conn: &mut PgConnection, old: &KeyInfo) -> Result<bool, sqlx::Error> {
+    sqlx::query!("select id from api_keys where id = $1 for update", old.id as _).fetch_optional(&mut *conn).await?;
+    Ok(find(conn, old.id).await?.is_some_and(|now| now.is_like(old)))
 }
 
-/// What became of a draft.
-#[derive(Debug)]
-pub enum KeyChanged {
-    /// Done.
-    Done(Box<KeyInfo>),
-    /// There is no such key.
-    NotFound,
-    /// Somebody else has changed it since it was read: the change must be made anew from what it is now.
-    Stale,
-}
-
-/// Changes a key that was read as `old`. To be called in a transaction: the row is locked before it is compared, so
-/// that of two changes at once the second does not undo the first.
-pub async fn update(conn: &mut PgConnection, old: &KeyInfo, draft: &KeyDraft) -> Result<KeyChanged, sqlx::Error> {
+/// Changes a key that was read as `old`; `None` when it is gone or was changed since: the change must be made anew from
+/// what it is now. To be called in a transaction.
+pub async fn update(conn: &mut PgConnection, old: &KeyInfo, draft: &KeyDraft) -> Result<Option<KeyInfo>, sqlx::Error> {
     let id = old.id;
-    match locked(conn, id).await? {
-        None => return Ok(KeyChanged::NotFound),
-        Some(now) if !now.is_like(old) => return Ok(KeyChanged::Stale),
-        Some(_) => {}
+    if !is_still(conn, old).await? {
+        return Ok(None);
     }
     let networks = text_of(draft.networks.as_deref());
     sqlx::query!(
@@ -281,7 +269,7 @@ pub async fn update(conn: &mut PgConnection, old: &KeyInfo, draft: &KeyDraft) ->
     )
     .execute(&mut *conn)
     .await?;
-    Ok(find(conn, id).await?.map_or(KeyChanged::NotFound, |key| KeyChanged::Done(Box::new(key))))
+    find(conn, id).await
 }
 
 /// Gives a key that was read as `old` a new secret; the old one is taken for `grace` more, and one from before it no
@@ -293,7 +281,7 @@ pub async fn rotate(
     grace: Duration,
 ) -> Result<Option<(KeyInfo, PlainKey)>, sqlx::Error> {
     let id = old.id;
-    if locked(conn, id).await?.is_none_or(|now| !now.is_like(old)) {
+    if !is_still(conn, old).await? {
         return Ok(None);
     }
     let plain = PlainKey::generate();

@@ -16,9 +16,7 @@ use crate::{
     permission::PermissionSet,
 };
 
-pub use manage::{
-    Filter, KeyChanged, KeyDraft, KeyInfo, KeyLimits, Use, create, delete, find, list, record_uses, rotate, update,
-};
+pub use manage::{Filter, KeyDraft, KeyInfo, KeyLimits, Use, create, delete, find, list, record_uses, rotate, update};
 
 const PREFIX: &str = "dbm_";
 const RANDOM_LENGTH: usize = 40;

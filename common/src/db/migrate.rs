@@ -28,18 +28,16 @@ pub(super) async fn migrate(conn: &mut PgConnection) -> Result<(), PrepareError>
     // By hand, above: it is waited for without limit.
     migrator.set_ignore_missing(true).set_locking(false);
     let give_up = Instant::now() + PATIENCE;
-    let done = loop {
+    loop {
         match migrator.run(&mut *conn).await {
-            Err(error) if is_locked(&error) && Instant::now() < give_up => {
+            Ok(()) => return Ok(()),
+            Err(error) if !is_locked(&error) => return Err(error.into()),
+            Err(error) if Instant::now() >= give_up => return Err(PrepareError::Locked(error)),
+            Err(error) => {
                 tracing::warn!(error = %crate::error::Chain(&error), "a table is locked: is this database being dumped? The migration waits for at most {} s", PATIENCE.as_secs());
                 tokio::time::sleep(PAUSE).await;
             }
-            done => break done,
         }
-    };
-    match done {
-        Err(error) if is_locked(&error) => Err(PrepareError::Locked(error)),
-        done => Ok(done?),
     }
 }
 

@@ -11,6 +11,7 @@ use super::{
     idempotency::{Idempotency, StoredKeys},
     inserts::Inserts,
     remembered::Remembered,
+    room::Room,
 };
 use crate::{
     audit::{Actor, Event},
@@ -88,7 +89,7 @@ pub(crate) struct JobRow {
 }
 
 impl JobRow {
-    pub(super) fn is_named(&self, name: &Reference) -> bool {
+    fn is_named(&self, name: &Reference) -> bool {
         Some(self.id.0) == name.id() || self.slug == name.slug()
     }
 }
@@ -104,7 +105,7 @@ pub const SESSION: &str = "set synchronous_commit = off; set plan_cache_mode = f
 ///
 /// What was read for a slice is `remembered` for the next one, which then takes a single statement: see [`Remembered`].
 ///
-/// The cap of all executions may be overshot by one slice per process; everything else is exact. See [`room`](super::room).
+/// The cap of all executions may be overshot by one slice per process; everything else is exact. See [`Room`].
 pub async fn enqueue(
     conn: &mut PgConnection,
     remembered: &mut Remembered,
@@ -117,7 +118,9 @@ pub async fn enqueue(
         }
     }
     let mut tx = conn.begin().await?;
-    let mut desk = Desk::open(&mut tx, remembered, requests).await?;
+    let locked = lock_jobs(&mut tx, requests).await?;
+    remembered.note(&locked);
+    let mut desk = Desk::over(&mut tx, &mut remembered.room, locked, requests).await?;
     let outcomes = requests.iter().map(|request| desk.decide(request)).collect();
     desk.inserts.run(&mut tx).await?;
     tx.commit().await?;
@@ -127,12 +130,12 @@ pub async fn enqueue(
 /// What the decisions of a slice are made from. The jobs are locked, so nobody else decides about them meanwhile; or it is
 /// compared when they are.
 pub(crate) struct Desk {
-    pub(super) jobs: Vec<JobRow>,
-    pub(super) settings: Settings,
+    jobs: Vec<JobRow>,
+    settings: Settings,
     /// How many more may wait.
-    pub(super) room: i64,
+    room: i64,
     /// How many of each job wait.
-    pub(super) pending: HashMap<JobId, i64>,
+    pending: HashMap<JobId, i64>,
     active: HashMap<JobId, ExecutionId>,
     stored: StoredKeys,
     reusable: HashMap<JobId, Reusable>,
@@ -148,15 +151,19 @@ struct Reusable {
 }
 
 impl Desk {
-    pub(crate) async fn open(
+    /// For a slice alone: everything is read, and nothing remembered.
+    pub(crate) async fn open(conn: &mut PgConnection, requests: &[TriggerRequest]) -> Result<Self, sqlx::Error> {
+        let locked = lock_jobs(conn, requests).await?;
+        Self::over(conn, &mut Room::default(), locked, requests).await
+    }
+
+    async fn over(
         conn: &mut PgConnection,
-        remembered: &mut Remembered,
+        room: &mut Room,
+        locked: Locked,
         requests: &[TriggerRequest],
     ) -> Result<Self, sqlx::Error> {
-        let locked = lock_jobs(conn, requests).await?;
-        remembered.note(&locked);
         let Locked { jobs, settings, sequence, .. } = locked;
-        let room = &mut remembered.room;
         let wanted = |job: &JobRow| requests.iter().filter(|request| job.is_named(&request.job)).count() as i64;
         let by_job: Vec<_> = jobs.iter().map(|job| (job.id, wanted(job))).collect();
         Ok(Self {

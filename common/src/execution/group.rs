@@ -12,7 +12,6 @@ use super::{
     enqueue::{Desk, Enqueued, TriggerRequest},
     find_all,
     idempotency::{self, Idempotency, Keys},
-    remembered::Remembered,
 };
 use crate::{
     id::{ExecutionId, JobId},
@@ -59,7 +58,7 @@ pub async fn enqueue(
             return Ok(used.map_or(GroupEnqueued::KeyReused, GroupEnqueued::Replayed));
         }
     }
-    let mut desk = Desk::open(&mut tx, &mut Remembered::default(), requests).await?;
+    let mut desk = Desk::open(&mut tx, requests).await?;
     let (mut members, mut refused) = (Vec::new(), Vec::new());
     for (position, request) in requests.iter().enumerate() {
         match desk.decide(request) {

@@ -17,10 +17,7 @@ use super::{Schedule, ScheduleError};
 use crate::{
     audit::{Actor, Event},
     db,
-    execution::{
-        enqueue::{Desk, Enqueued, TriggerRequest},
-        remembered::Remembered,
-    },
+    execution::enqueue::{Desk, Enqueued, TriggerRequest},
     id::{ExecutionId, JobId, Reference},
     label::Labels,
     telemetry::{
@@ -103,7 +100,7 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Vec<Firing>, sqlx::Erro
     let fresh = plans.iter().filter(|p| fresh.contains(&p.job.id));
     // They end after the commit: what a rollback leaves is made again, by a span of its own.
     let (requests, mut spans): (Vec<TriggerRequest>, Vec<Span>) = fresh.map(Plan::request).unzip();
-    let mut desk = Desk::open(&mut tx, &mut Remembered::default(), &requests).await?;
+    let mut desk = Desk::open(&mut tx, &requests).await?;
     let firings: Vec<Firing> = plans
         .iter()
         .map(|plan| plan.fire(&mut desk, requests.iter().find(|r| r.job.id() == Some(plan.job.id.0))))
