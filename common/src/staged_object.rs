@@ -3,7 +3,7 @@
 //! bucket loses nothing. A database that was restored from a dump does not know what was published after the dump, so what
 //! came with it is left alone: see [`Litter::restored`].
 
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
 use crate::{
     execution::claim::{Claim, Token},
@@ -37,6 +37,22 @@ pub async fn record(
 pub async fn forget(conn: &mut PgConnection, tokens: &[Token]) -> Result<(), sqlx::Error> {
     sqlx::query!("delete from staged_objects where token = any ($1)", tokens as _).execute(conn).await?;
     Ok(())
+}
+
+/// Notes that the names of a claim were removed by who wrote them. That was the first of two sweeps for an object store, which
+/// may take a part that was on its way then; a file is gone.
+pub async fn discarded(conn: &mut PgConnection, token: Token) -> Result<(), sqlx::Error> {
+    let mut tx = conn.begin().await?;
+    sqlx::query!("delete from staged_objects where token = $1 and upload_id is null", token as _)
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query!(
+        "update staged_objects set swept_at = clock_timestamp(), written_by = pg_current_xact_id() where token = $1",
+        token as _
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await
 }
 
 /// A name that nobody will publish any more.

@@ -45,7 +45,8 @@ async fn forget(shared: &Shared) -> Result<Batch, DbError> {
     db.within(LIMIT, async |conn| restore::erase_identities(conn).await).await?;
     let settings = db.within(LIMIT, async |conn| setting::read(conn).await).await?;
     let logs = db.within(LIMIT, async |conn| history::forget_logs(conn, settings.keep_logs_days).await).await?;
-    let executions =
-        db.within(LIMIT, async |conn| history::forget_executions(conn, settings.keep_executions_days).await).await?;
-    Ok(if [logs, executions].contains(&Batch::Full) { Batch::Full } else { Batch::Last })
+    let days = settings.keep_executions_days;
+    let executions = db.within(LIMIT, async |conn| history::forget_executions(conn, days).await).await?;
+    let restores = db.within(LIMIT, async |conn| history::forget_restores(conn, days).await).await?;
+    Ok(if [logs, executions, restores].contains(&Batch::Full) { Batch::Full } else { Batch::Last })
 }

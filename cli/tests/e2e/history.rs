@@ -7,18 +7,27 @@ use crate::harness::{Cluster, SOON, history::assert_nothing_walks, source::Postg
 
 /// Failed executions that ended so many days ago, each with two lines of log and a word in its path by which it is known.
 async fn ended(cluster: &Cluster, days: u32, word: &str, count: u32) {
-    let status = if word == "backup" { "Success" } else { "Failed" };
+    let restore = word.starts_with("restored");
+    let (status, kind) = match word {
+        "backup" => ("Success", "Backup"),
+        _ if restore => ("Success", "Restore"),
+        _ => ("Failed", "Backup"),
+    };
     let statement = format!(
         "with made as (
-             insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, status, attempt, max_attempts,
+             insert into executions (id, type, job_id, job_name, job_slug, source_id, pool, serial, status, attempt, max_attempts,
                                      last_token, trigger_kind, queued_at, started_at, ended_at, path, error)
-             select gen_random_uuid(), gen_random_uuid(), 'past', 'past', gen_random_uuid(), 'default', true, '{status}', 1, 3, 0,
+             select (lpad(to_hex((extract(epoch from t.at) * 1000)::bigint), 12, '0') || substr(md5(random()::text), 1, 20))::uuid, '{kind}',
+                    gen_random_uuid(), 'past', 'past', gen_random_uuid(), 'default', true, '{status}', 1, 3, 0,
                     'Api', t.at, t.at, t.at, '{word}', 'it failed'
                from generate_series(1, {count}), (select clock_timestamp() - interval '{days} days' as at) t
              returning id, job_id, ended_at
          ), staged as (
              insert into staged_objects (id, execution_id, token, destination_id, path)
              select gen_random_uuid(), id, 0, gen_random_uuid(), 'litter' from made where '{word}' = 'litter'
+         ), restored as (
+             insert into restores (execution_id, backup_id, overwrite, keep_owners)
+             select id, gen_random_uuid(), false, false from made where {restore}
          ), published as (
              insert into artifacts (id, execution_id, job_id, destination_id, path, size_bytes, sha256)
              select gen_random_uuid(), id, job_id, gen_random_uuid(), 'x', 1, 'x' from made where '{word}' = 'backup'
@@ -44,11 +53,17 @@ async fn comes_to(cluster: &Cluster, word: &str, wanted: (i64, i64)) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn old_logs_and_runs_without_a_backup_are_forgotten_and_those_with_a_backup_never() {
+async fn old_logs_restores_and_runs_without_a_backup_are_forgotten_and_those_with_a_backup_never() {
     let mut cluster = Cluster::build().workers(0).start().await;
-    for (days, word, count) in
-        [(400, "old", 1_203), (400, "backup", 300), (400, "litter", 1), (100, "middle", 2), (10, "young", 2)]
-    {
+    for (days, word, count) in [
+        (400, "old", 1_203),
+        (400, "backup", 300),
+        (400, "litter", 1),
+        (100, "middle", 2),
+        (10, "young", 2),
+        (400, "restored", 3),
+        (10, "restored lately", 2),
+    ] {
         ended(&cluster, days, word, count).await;
     }
     // Nothing of it is in a store, so the sweeper must not find it either.
@@ -58,9 +73,15 @@ async fn old_logs_and_runs_without_a_backup_are_forgotten_and_those_with_a_backu
         .expect("updates");
     cluster.add_worker(&[]).await;
     cluster.add_worker(&[]).await;
-    for (word, wanted) in
-        [("old", (0, 0)), ("backup", (300, 0)), ("litter", (1, 0)), ("middle", (2, 0)), ("young", (2, 4))]
-    {
+    for (word, wanted) in [
+        ("old", (0, 0)),
+        ("backup", (300, 0)),
+        ("litter", (1, 0)),
+        ("middle", (2, 0)),
+        ("young", (2, 4)),
+        ("restored", (0, 0)),
+        ("restored lately", (2, 4)),
+    ] {
         comes_to(&cluster, word, wanted).await;
     }
     assert_eq!(cluster.count("select count(*) from artifacts").await, 300);
@@ -70,6 +91,7 @@ async fn old_logs_and_runs_without_a_backup_are_forgotten_and_those_with_a_backu
     assert_eq!(left(&cluster, "young").await, (2, 4));
     cluster.ok("PATCH", "/api/settings", Some(json!({ "keepLogsDays": 5 }))).await;
     comes_to(&cluster, "young", (2, 0)).await;
+    assert_eq!(left(&cluster, "restored lately").await.0, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,5 @@
 //! What has ended is forgotten when it is old, in small batches, each a transaction of its own: first its log, then,
-//! where it left no backup, the execution.
+//! where it left no backup, the execution; of restores those that succeeded too.
 //!
 //! The time is `now()` in these and in every other statement that looks for what is old: `clock_timestamp()` may differ
 //! from row to row, so PostgreSQL would read the whole index for it.
@@ -55,6 +55,32 @@ pub async fn forget_logs(conn: &mut PgConnection, days: i32) -> Result<Batch, sq
     .fetch_one(conn)
     .await?;
     Ok(Batch::of(count, LOGS_OF))
+}
+
+/// Removes restores that succeeded and ended more than `days` ago, the oldest first.
+pub async fn forget_restores(conn: &mut PgConnection, days: i32) -> Result<Batch, sqlx::Error> {
+    // No index of executions has them alone, and each of those is written by every run. But their ids are UUIDs of version 7,
+    // which begin with the milliseconds of their trigger: what ended before a time was triggered before it.
+    let gone = sqlx::query_scalar!(
+        r#"with old as materialized (
+               select e.id
+                 from (select execution_id from restores
+                        where execution_id < (lpad(to_hex((extract(epoch from now() - $1 * interval '1 day') * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid
+                        order by execution_id) r
+                 join lateral (select id from executions
+                                where id = r.execution_id and status = 'Success' and ended_at < now() - $1 * interval '1 day'
+                                  for update skip locked) e on true
+                limit $2
+           ), gone as (
+               delete from executions e using old o where e.id = o.id returning 1
+           )
+           select count(*) as "n!" from gone"#,
+        f64::from(days),
+        EXECUTIONS,
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(Batch::of(gone, EXECUTIONS))
 }
 
 /// Removes executions without a backup that ended more than `days` ago, the oldest first, and the groups that they are of:

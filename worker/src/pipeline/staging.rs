@@ -71,9 +71,9 @@ impl Staging {
         }
         if clean && !staged.is_empty() {
             let claim = log.claim();
-            let forgotten =
-                shared.db.within(ANSWER_TIMEOUT, async |conn| staged_object::forget(conn, &[claim.token]).await).await;
-            if let Err(error) = forgotten {
+            let noted =
+                shared.db.within(ANSWER_TIMEOUT, async |conn| staged_object::discarded(conn, claim.token).await).await;
+            if let Err(error) = noted {
                 tracing::debug!(
                     error = %common::error::Chain(&error),
                     "the record of staged names stays for the sweeper"

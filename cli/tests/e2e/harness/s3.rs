@@ -1,7 +1,14 @@
 //! A real S3 server (s3s) on a folder, with a policy of allowed operations, so that a test can tell what rights a
 //! backup needs.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
@@ -28,6 +35,7 @@ struct Policy {
     allowed: Option<&'static [&'static str]>,
     held: watch::Receiver<Option<&'static str>>,
     root: PathBuf,
+    aborts: Arc<AtomicUsize>,
 }
 
 impl Policy {
@@ -54,6 +62,7 @@ impl S3Access for Policy {
     }
 
     async fn abort_multipart_upload(&self, request: &mut S3Request<AbortMultipartUploadInput>) -> S3Result<()> {
+        self.aborts.fetch_add(1, Ordering::Relaxed);
         self.knows(&request.input.upload_id)
     }
 
@@ -69,6 +78,7 @@ pub struct S3Server {
     address: IpAddr,
     root: PathBuf,
     held: watch::Sender<Option<&'static str>>,
+    aborts: Arc<AtomicUsize>,
 }
 
 /// The bucket that every server has.
@@ -87,7 +97,8 @@ impl S3Server {
         let mut builder = S3ServiceBuilder::new(files);
         builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
         let (held, watched) = watch::channel(None);
-        builder.set_access(Policy { allowed, held: watched, root: root.clone() });
+        let aborts = Arc::new(AtomicUsize::new(0));
+        builder.set_access(Policy { allowed, held: watched, root: root.clone(), aborts: aborts.clone() });
         let listener = TcpListener::bind((address, 0)).await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         // `backups.s3.test` for virtual-host style; path style goes by address.
@@ -101,13 +112,19 @@ impl S3Server {
                 });
             }
         });
-        Self { port, address, root, held }
+        Self { port, address, root, held, aborts }
     }
 
     #[allow(dead_code, reason = "the test of the Compose cluster holds runs in a stage by it")]
     /// Leaves requests of this operation unanswered, until another or none is held.
     pub fn hold(&self, operation: Option<&'static str>) {
         self.held.send_replace(operation);
+    }
+
+    #[allow(dead_code, reason = "the test of the Compose cluster does not count them")]
+    /// Requests to abort an upload so far, of one that is open or not.
+    pub fn aborts(&self) -> usize {
+        self.aborts.load(Ordering::Relaxed)
     }
 
     /// As a destination's config.
