@@ -45,6 +45,7 @@ fn table(cluster: &Cluster) -> String {
         &["WORKER", "STATE", "SLOTS", "POOLS", "ENGINES", "VERSION", "HOST", "SINCE", "LAST SEEN"],
         &workers,
     );
+    text += &out_of_reach(&cluster.workers);
     text += &aligned("no tools", &["TOOL", "VERSION", "PATH", "WORKERS"], &tools(&cluster.workers));
     let slots: Vec<Vec<String>> = cluster.slots.iter().map(slot).collect();
     text += &aligned("no runs", &["SLOT", "EXECUTION", "JOB", "WORKER", "STAGE", "PROGRESS", "AGE", "LEASE"], &slots);
@@ -79,6 +80,17 @@ fn worker(worker: &Worker) -> Vec<String> {
         time(worker.since),
         time(worker.last_seen_at),
     ]
+}
+
+/// What workers cannot serve; a line for each source or destination, so that it can be read whole.
+fn out_of_reach(workers: &[Worker]) -> String {
+    let mut text = String::new();
+    for worker in workers {
+        for (id, why) in worker.out_of_reach.iter() {
+            let _ = write!(text, "\n{} leaves {id} to others: {}\n", worker.name, why.replace('\n', " "));
+        }
+    }
+    text
 }
 
 /// Workers that have the same tool share a line, so that one that lags behind shows.

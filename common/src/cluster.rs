@@ -124,12 +124,16 @@ impl Cluster {
         })
     }
 
-    /// Hides what is of jobs that the asker may not see.
-    pub fn hide(&mut self, sees: impl Fn(JobId) -> bool) {
+    /// Hides what is not of these jobs.
+    pub fn show_only(&mut self, jobs: &[JobId]) {
         for slot in &mut self.slots {
-            if slot.job_id.is_some_and(|job| !sees(job)) {
+            if slot.job_id.is_some_and(|job| !jobs.contains(&job)) {
                 (slot.execution_id, slot.job_id, slot.job_name, slot.source_id) = (None, None, None, None);
             }
+        }
+        // Names of sources and folders of destinations, whosever they are.
+        for worker in &mut self.workers {
+            worker.out_of_reach.clear();
         }
     }
 }
@@ -162,6 +166,8 @@ pub struct Numbers {
     pub pools: Vec<String>,
     /// Workers by state, every state.
     pub workers: Vec<(&'static str, i64)>,
+    /// Workers that run and cannot serve a source or a destination.
+    pub hindered: i64,
 }
 
 /// Counts slots and workers. What is looked at is small: the gate, the leases, the workers and the sources.
@@ -169,14 +175,15 @@ pub async fn numbers(conn: &mut PgConnection) -> Result<Numbers, sqlx::Error> {
     let row = sqlx::query!(
         r#"with seen as (
                select case when state <> 'Stopped' and seen_at < clock_timestamp() - gone_after_ms * interval '1 millisecond' then 'Gone'
-                           else state end as state, cordoned from workers
+                           else state end as state, cordoned, out_of_reach <> '{}' as hindered from workers
            )
            select max_concurrency, paused, (select count(*) from execution_leases) as "used!",
                   array(select pool from sources union select unnest(pools) from workers order by 1) as "pools!: Vec<String>",
                   (select count(*) from seen where state = 'Active' and not cordoned) as "active!",
                   (select count(*) from seen where state = 'Active' and cordoned) as "cordoned!",
                   (select count(*) from seen where state = 'Draining') as "draining!",
-                  (select count(*) from seen where state = 'Gone') as "gone!"
+                  (select count(*) from seen where state = 'Gone') as "gone!",
+                  (select count(*) from seen where state = 'Active' and hindered) as "hindered!"
              from queue_gate"#
     )
     .fetch_one(conn)
@@ -192,6 +199,7 @@ pub async fn numbers(conn: &mut PgConnection) -> Result<Numbers, sqlx::Error> {
             ("draining", row.draining),
             ("gone", row.gone),
         ],
+        hindered: row.hindered,
     })
 }
 

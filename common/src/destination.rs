@@ -364,6 +364,27 @@ pub async fn mark_ready(conn: &mut PgConnection, id: DestinationId) -> Result<()
     Ok(())
 }
 
+/// The folders that workers of these pools are to see: those that a test found writable once, where backups of their jobs go
+/// and where the backups of their restores lie.
+pub async fn folders(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<Destination>, sqlx::Error> {
+    let rows = sqlx::query_as!(
+        Row,
+        r#"select id as "id: DestinationId", slug, name, kind as "kind: Kind", config as "config: Json<Map<String, Value>>",
+                  sealed_secrets, pool, ready_at, labels as "labels: Json<Labels>", created_at, updated_at
+             from destinations d
+            where kind = 'local' and ready_at is not null
+              and (exists (select 1 from job_destinations jd join jobs j on j.id = jd.job_id join sources s on s.id = j.source_id
+                            where jd.destination_id = d.id and s.pool = any ($1))
+                   or exists (select 1 from restores r join executions e on e.id = r.execution_id
+                                       join artifacts a on a.execution_id = r.backup_id
+                               where e.ended_at is null and e.pool = any ($1) and a.destination_id = d.id))"#,
+        pools
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(Destination::from).collect())
+}
+
 /// The destinations of a job, in the order its maker listed them.
 pub async fn of_job(conn: &mut PgConnection, job: crate::id::JobId) -> Result<Vec<Destination>, sqlx::Error> {
     let rows = sqlx::query_as!(

@@ -39,11 +39,11 @@ pub async fn forget(conn: &mut PgConnection, tokens: &[Token]) -> Result<(), sql
     Ok(())
 }
 
-/// Notes that the names of a claim were removed by who wrote them. That was the first of two sweeps for an object store, which
-/// may take a part that was on its way then; a file is gone.
+/// Notes that the names of a claim were removed by who wrote them. In an object store, which may take what was on its way
+/// then, that was the first of two sweeps; a file is gone.
 pub async fn discarded(conn: &mut PgConnection, token: Token) -> Result<(), sqlx::Error> {
     let mut tx = conn.begin().await?;
-    sqlx::query!("delete from staged_objects where token = $1 and upload_id is null", token as _)
+    sqlx::query!("delete from staged_objects s using destinations d where s.token = $1 and d.id = s.destination_id and d.kind = 'local'", token as _)
         .execute(&mut *tx)
         .await?;
     sqlx::query!(

@@ -1,13 +1,14 @@
 //! Workers as the cluster knows them: each has a row, keeps it fresh by a cheap beat of its own, and may be cordoned.
 //!
 //! Nothing is decided by these rows but two things of a claim: a cordoned worker gets nothing, and a run is left to
-//! those who have the tools for it. Whether a *run* lives is told by its lease alone.
+//! those who have the tools for it and reach what it needs. Whether a *run* lives is told by its lease alone.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection, types::Json};
+use uuid::Uuid;
 
 use crate::{id::WorkerId, setting, source::Engine};
 
@@ -22,6 +23,9 @@ pub struct Tool {
     /// Where it lies.
     pub path: String,
 }
+
+/// Sources, destinations and restores that a worker cannot serve, by their ids, each with what is in the way.
+pub type OutOfReach = BTreeMap<Uuid, String>;
 
 /// What a worker is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, sqlx::Type, utoipa::ToSchema)]
@@ -56,6 +60,8 @@ pub struct Registration {
     pub engines: Vec<Engine>,
     /// With what.
     pub tools: Vec<Tool>,
+    /// What it cannot serve and another perhaps can.
+    pub out_of_reach: OutOfReach,
     /// Not seen for so long, it counts as gone.
     pub gone_after: Duration,
 }
@@ -76,9 +82,10 @@ pub async fn register(conn: &mut PgConnection, worker: &Registration) -> Result<
     // Whoever cordons takes the gate too: he sees this row, or this sees the cordon.
     setting::lock_gate(&mut tx).await?;
     let cordoned = sqlx::query_scalar!(
-        "insert into workers (id, name, version, host, pools, concurrency, engines, tools, gone_after_ms, cordoned)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, exists (select 1 from workers w where w.name = $2 and w.cordoned))
-         on conflict (id) do update set engines = excluded.engines, tools = excluded.tools, seen_at = excluded.seen_at
+        "insert into workers (id, name, version, host, pools, concurrency, engines, tools, gone_after_ms, out_of_reach, cordoned)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, exists (select 1 from workers w where w.name = $2 and w.cordoned))
+         on conflict (id) do update set engines = excluded.engines, tools = excluded.tools, out_of_reach = excluded.out_of_reach,
+                                        seen_at = excluded.seen_at
          returning cordoned",
         worker.id as _,
         worker.name,
@@ -89,6 +96,7 @@ pub async fn register(conn: &mut PgConnection, worker: &Registration) -> Result<
         &names(&worker.engines),
         Json(&worker.tools) as _,
         i64::try_from(worker.gone_after.as_millis()).unwrap_or(i64::MAX),
+        Json(&worker.out_of_reach) as _,
     )
     .fetch_one(&mut *tx)
     .await?;
@@ -173,6 +181,10 @@ pub struct Worker {
     /// Its tools.
     #[schema(value_type = Vec<Tool>)]
     pub tools: Json<Vec<Tool>>,
+    /// Sources and destinations (and restores whose backup is of newer tools) that it cannot serve, by their ids, each with
+    /// what is in the way. Their runs are left to other workers of the pool, as long as there is one that can.
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub out_of_reach: Json<OutOfReach>,
     /// When it started.
     #[serde(serialize_with = "crate::time::millis")]
     pub since: DateTime<Utc>,
@@ -203,6 +215,7 @@ struct Row {
     concurrency: i32,
     engines: Vec<String>,
     tools: Json<Vec<Tool>>,
+    out_of_reach: Json<OutOfReach>,
     since: DateTime<Utc>,
     seen_at: DateTime<Utc>,
 }
@@ -220,6 +233,7 @@ impl From<Row> for Worker {
             slots: Slots { used: row.used, total: row.concurrency },
             engines: row.engines,
             tools: row.tools,
+            out_of_reach: row.out_of_reach,
             since: row.since,
             last_seen_at: row.seen_at,
         }
@@ -234,7 +248,7 @@ pub async fn all(conn: &mut PgConnection) -> Result<Vec<Worker>, sqlx::Error> {
                   case when state <> 'Stopped' and seen_at < clock_timestamp() - gone_after_ms * interval '1 millisecond' then 'Gone'
                        else state end as "state!: WorkerState",
                   cordoned, (select count(*) from execution_leases l where l.worker_id = w.id) as "used!",
-                  concurrency, engines, tools as "tools: Json<Vec<Tool>>", since, seen_at
+                  concurrency, engines, tools as "tools: Json<Vec<Tool>>", out_of_reach as "out_of_reach: Json<OutOfReach>", since, seen_at
              from workers w
             order by name, since"#
     )

@@ -15,6 +15,7 @@ pub mod lease;
 pub mod notifier;
 pub mod pipeline;
 pub mod presence;
+pub mod reach;
 pub mod run;
 pub mod run_log;
 pub mod scheduler;

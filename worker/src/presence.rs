@@ -9,7 +9,7 @@ use std::{
 };
 
 use common::{
-    db::Db,
+    db::{Db, DbError},
     error::Chain,
     execution::claim::Claimant,
     id::WorkerId,
@@ -18,7 +18,7 @@ use common::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::WorkerConfig, pipeline::dump::tools};
+use crate::{config::WorkerConfig, pipeline::dump::tools, reach::Reach};
 
 /// Longest time of a beat.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,6 +28,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// See the module.
 #[derive(Debug)]
 pub struct Presence {
+    /// What it cannot serve.
+    pub reach: Reach,
     id: WorkerId,
     config: Arc<WorkerConfig>,
     db: Db,
@@ -46,9 +48,10 @@ impl Presence {
     /// Registers the worker, however long that takes, or until `stop`. To be done before the first claim: a cordon of its
     /// name holds for it too.
     pub async fn begin(config: Arc<WorkerConfig>, db: Db, stop: &CancellationToken) -> Arc<Self> {
-        let presence = Arc::new(Self { id: WorkerId::new(), config, db, kit: Mutex::default() });
+        let presence =
+            Arc::new(Self { reach: Reach::default(), id: WorkerId::new(), config, db, kit: Mutex::default() });
         presence.look_at_tools().await;
-        while !stop.is_cancelled() && !presence.register().await {
+        while !stop.is_cancelled() && !presence.registers().await {
             stop.run_until_cancelled(tokio::time::sleep(presence.config.timing.poll)).await;
         }
         presence
@@ -59,7 +62,8 @@ impl Presence {
         let (mut told, mut cordoned) = (true, false);
         loop {
             told &= !self.look_at_tools().await;
-            told = told || self.register().await;
+            told &= !self.reach.take_untold();
+            told = told || self.registers().await;
             told &= self.beat(stop.is_cancelled(), &mut cordoned).await;
             tokio::select! {
                 () = tokio::time::sleep(self.config.timing.ticker.mul_f64(rand::random_range(0.75..1.25))) => {}
@@ -89,6 +93,7 @@ impl Presence {
             name: self.config.name.clone(),
             pools: self.config.pools.clone(),
             engines: self.kit().engines.clone(),
+            out_of_reach: self.reach.out_of_reach().into_keys().collect(),
         }
     }
 
@@ -104,13 +109,24 @@ impl Presence {
         }
         // What it can dump counts for the next claim already, however long the versions take.
         self.kit().engines = tools::engines(&self.config);
+        self.reach.other_tools();
         let tools = tools::inventory(&self.config).await;
         let mut kit = self.kit();
         (kit.files, kit.tools) = (files, tools);
         true
     }
 
-    async fn register(&self) -> bool {
+    /// Whether what it is now could be written down.
+    async fn registers(&self) -> bool {
+        let registered = self.register().await;
+        if let Err(error) = &registered {
+            tracing::warn!(error = %Chain(error), "the worker could not register; trying again");
+        }
+        registered.is_ok()
+    }
+
+    /// Writes down what it is now.
+    pub async fn register(&self) -> Result<(), DbError> {
         let Kit { engines, tools, .. } = self.kit().clone();
         let registration = Registration {
             id: self.id,
@@ -121,24 +137,17 @@ impl Presence {
             concurrency: self.config.concurrency,
             engines,
             tools,
+            out_of_reach: self.reach.out_of_reach(),
             gone_after: self.config.timing.lease,
         };
-        let registered = self.db.within(TIMEOUT, async |conn| worker::register(conn, &registration).await).await;
-        match registered {
-            Ok(registered) => {
-                if registered.namesakes > 0 {
-                    tracing::warn!(
-                        worker = self.config.name,
-                        "another worker of this name was seen a moment ago: if it still runs, give them different names (DBACKUP_WORKER_NAME)"
-                    );
-                }
-                true
-            }
-            Err(error) => {
-                tracing::warn!(error = %Chain(&error), "the worker could not register; trying again");
-                false
-            }
+        let registered = self.db.within(TIMEOUT, async |conn| worker::register(conn, &registration).await).await?;
+        if registered.namesakes > 0 {
+            tracing::warn!(
+                worker = self.config.name,
+                "another worker of this name was seen a moment ago: if it still runs, give them different names (DBACKUP_WORKER_NAME)"
+            );
         }
+        Ok(())
     }
 
     /// Whether the row is there and tells what is.

@@ -25,7 +25,6 @@ use common::{
         log::Level,
     },
     metrics::{self, Trace},
-    queue::Notice,
     telemetry::span::SpanKind,
 };
 use futures::FutureExt;
@@ -42,9 +41,10 @@ use crate::{
         self, Attempt, StagedBackup, Staging,
         restore::{Restoration, touched::Touched},
     },
+    reach,
     run_log::RunLog,
     service::{Shared, patiently},
-    trace::{RunTrace, ended_as, noted},
+    trace::{RunTrace, noted},
 };
 
 /// What a tool gets between SIGTERM and SIGKILL when somebody cancels: all of it is to be over within two seconds.
@@ -97,7 +97,7 @@ pub async fn run(shared: Shared, claimed: Claimed) {
         // The last lines are written under the lease, so before it goes.
         let _ = log_writer.await;
         let outcome = outcome_of(&ending, &lease);
-        let recorded = record(&shared, &lease, ending).await;
+        let recorded = finisher::record(&shared, &lease, ending).await;
         if let Some((engine, trace, kind)) = counted {
             let outcome = if recorded == Some(Finished::Zombie) { "lost" } else { outcome };
             match kind {
@@ -141,7 +141,7 @@ fn outcome_of(ending: &Ending, lease: &Lease) -> &'static str {
 pub async fn abandon(shared: &Shared, lease: &Lease) {
     lease.groups.kill();
     let error = RunError::give_up("internal_error", "a bug in the worker ended the run; its log has the details");
-    record(shared, lease, Ending::Failed(error.into_failure(lease.stage()))).await;
+    finisher::record(shared, lease, Ending::Failed(error.into_failure(lease.stage()))).await;
 }
 
 async fn assigned(shared: &Shared, lease: &Lease) -> Result<Assigned, RunError> {
@@ -170,7 +170,15 @@ async fn backup(shared: &Shared, lease: &Arc<Lease>, assignment: &Assignment, lo
         Ok(published) => Ending::Success(Box::new(published)),
         Err(why) => {
             staging.discard(shared, log).await;
-            unsuccessful(shared, lease, why, timeout_seconds)
+            match &why {
+                Why::Failed(error)
+                    if reach::is_for_others(shared, lease, reach::Kind::Backup(assignment.source.id), error, log)
+                        .await =>
+                {
+                    Ending::Released
+                }
+                _ => unsuccessful(shared, lease, why, timeout_seconds),
+            }
         }
     }
 }
@@ -185,6 +193,12 @@ async fn restore(shared: &Shared, lease: &Arc<Lease>, assignment: &RestoreAssign
         Ok(restored) => return Ending::Restored(restored),
         Err(why) => why,
     };
+    if let Why::Failed(error) = &why
+        && !touched.remains()
+        && reach::is_for_others(shared, lease, reach::Kind::Restore, error, log).await
+    {
+        return Ending::Released;
+    }
     let told = |failure: Failure| Failure { error: failure.error + &touched.tell(), ..failure };
     match unsuccessful(shared, lease, why, assignment.timeout_seconds) {
         Ending::Failed(failure) => Ending::Failed(told(failure)),
@@ -322,63 +336,6 @@ fn tell_log(log: &RunLog, ending: &Ending) {
         }
         Ending::Released => log.info("given back to the queue"),
     }
-}
-
-/// How long an end that the database does not take is tried again, at least; as long as a run may be frozen. A success
-/// lies in its destinations already, and nobody else can publish it.
-const RECORD_PATIENCE: Duration = Duration::from_secs(60);
-
-async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Finished> {
-    let claim = lease.claim;
-    let mut span = matches!(ending, Ending::Success(_)).then(|| lease.span(SpanKind::Internal, "commit"));
-    let give_up = tokio::time::Instant::now() + RECORD_PATIENCE.max(shared.config.freeze);
-    let mut pause = Duration::from_millis(100);
-    let ending = Arc::new(ending);
-    let mut tried = shared.finisher.ask((claim, ending.clone())).await;
-    let finished = loop {
-        match tried {
-            Ok(finished) => break Some(finished),
-            Err(error) if tokio::time::Instant::now() < give_up => {
-                tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&*error), "the end of a run could not be recorded; trying again");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(2));
-                // By itself: what kept the group may be another run's.
-                tried = finisher::record_alone(&shared.db, claim, &ending).await;
-            }
-            Err(error) => {
-                tracing::error!(execution = %claim.execution, error = %common::error::Chain(&*error), "the end of a run could not be recorded; its lease runs out");
-                break None;
-            }
-        }
-    };
-    if let Some(span) = span.as_mut().filter(|_| finished != Some(Finished::Ended)) {
-        span.fail("not_recorded", "the end of the run was not recorded: its lease was lost");
-    }
-    drop(span);
-    if let Some(trace) = lease.trace() {
-        trace.close(&ending, finished);
-    }
-    let code = match &*ending {
-        Ending::Failed(failure) | Ending::Retry(failure, _) => Some(failure.code),
-        _ => None,
-    };
-    match finished {
-        Some(Finished::Ended) => {
-            tracing::info!(execution = %claim.execution, outcome = ended_as(&ending, true), code, "the run ended")
-        }
-        Some(Finished::Requeued) => {
-            tracing::info!(execution = %claim.execution, code, "the run waits for another attempt");
-        }
-        Some(Finished::Zombie) => {
-            lease.note_loss();
-            tracing::warn!(execution = %claim.execution, token = %claim.token, "the lease was lost: nothing was recorded")
-        }
-        None => {}
-    }
-    shared.keeper.drop_lease(claim.token);
-    shared.wakeups.tell(Notice::Changed(vec![claim.execution]));
-    shared.wakeups.tell(Notice::Work);
-    finished
 }
 
 #[cfg(test)]

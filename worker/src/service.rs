@@ -24,7 +24,7 @@ use crate::{
     notifier,
     pipeline::dump::Inspected,
     presence::Presence,
-    run, scheduler, sweeper, tester,
+    reach, run, scheduler, sweeper, tester,
 };
 
 /// What every run of a worker uses.
@@ -105,6 +105,8 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
     };
     // Until the end and not until the stop: it lives while it drains.
     tokio::spawn(end.clone().run_until_cancelled_owned(presence.clone().keep(stop.clone())));
+    stop.run_until_cancelled(reach::begin(&shared)).await;
+    tokio::spawn(stop.clone().run_until_cancelled_owned(reach::run(shared.clone())));
     let rescuer = Rescuer::start(db.clone(), config.timing, wakeups.clone(), stop.clone());
     tokio::spawn(stop.clone().run_until_cancelled_owned(scheduler::run(db.clone(), config.timing, wakeups.clone())));
     tokio::spawn(stop.clone().run_until_cancelled_owned(sweeper::run(shared.clone())));

@@ -16,17 +16,24 @@ use super::data;
 use crate::{auth::Caller, error::ApiError, extract::Segment, openapi::Data, state::AppState};
 
 /// How old the count of what waits may be: it looks at every row that waits.
-pub const DEPTH_AGE: Duration = Duration::from_secs(1);
+const DEPTH_AGE: Duration = Duration::from_secs(1);
 
 /// The cluster at a glance: workers, slots in use, what waits and the limit. A key that is bound to jobs sees of other
-/// jobs' slots only that they are in use. `queue` is up to a second old.
+/// jobs' slots only that they are in use, and not what is out of reach of a worker. `queue` is up to a second old.
 #[utoipa::path(get, path = "/api/cluster", tag = "cluster", responses((status = 200, body = Data<Cluster>)))]
 pub async fn get(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Result<Json<Value>, ApiError> {
+    look(&state, &caller).await.map(|cluster| data(&cluster))
+}
+
+/// The cluster as a caller may see it.
+pub async fn look(state: &AppState, caller: &Caller) -> Result<Cluster, ApiError> {
     let count = async { state.db.within(ANSWER_TIMEOUT, async |conn| cluster::queue(conn).await).await.map(Arc::new) };
     let queue = state.depth.within(DEPTH_AGE, count).await?;
     let mut cluster = state.ask(async |conn| Cluster::look(conn, (*queue).clone()).await).await?;
-    cluster.hide(|job| caller.sees(job));
-    Ok(data(&cluster))
+    if let Some(jobs) = caller.only() {
+        cluster.show_only(&jobs);
+    }
+    Ok(cluster)
 }
 
 /// Has a worker claim nothing more from the answer on; what it runs goes on. It holds until it is taken away: also when
@@ -61,7 +68,10 @@ async fn change(state: &AppState, caller: &Caller, worker: &str, cordoned: bool)
         Ok((done, event))
     };
     match state.change(caller, change).await? {
-        Cordoned::Done(worker) => {
+        Cordoned::Done(mut worker) => {
+            if caller.only().is_some() {
+                worker.out_of_reach.clear();
+            }
             tracing::info!(worker = worker.name, caller = caller.name(), "{action}");
             state.wakeups.tell(Notice::Work);
             Ok(data(&worker))

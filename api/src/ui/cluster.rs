@@ -1,12 +1,9 @@
 //! Settings: the system, and the cluster.
 
-use std::sync::Arc;
-
 use askama::Template;
 use axum::{Extension, extract::State, response::Response};
 use common::{
-    cluster::{self, Cluster, HeldSlot},
-    db::ANSWER_TIMEOUT,
+    cluster::{Cluster, HeldSlot},
     execution::{self, Execution, Filter, Status},
     permission::Permission,
     setting::{self, RateLimit, Settings},
@@ -19,7 +16,7 @@ use super::{
     html,
     view::{asset, duration, icon, when, with_times},
 };
-use crate::{auth::Caller, error::ApiError, routes::cluster::DEPTH_AGE, state::AppState};
+use crate::{auth::Caller, error::ApiError, routes::cluster::look, state::AppState};
 
 /// Executions that wait, as the page of the cluster lists them.
 const WAITING: i64 = 20;
@@ -138,15 +135,6 @@ pub async fn show(
         state.reasons.tell(&mut waiting).await;
     }
     html(&ClusterPage { frame, cluster, waiting })
-}
-
-/// The cluster as a caller may see it.
-pub async fn look(state: &AppState, caller: &Caller) -> Result<Cluster, ApiError> {
-    let count = async { state.db.within(ANSWER_TIMEOUT, async |conn| cluster::queue(conn).await).await.map(Arc::new) };
-    let queue = state.depth.within(DEPTH_AGE, count).await?;
-    let mut cluster = state.ask(async |conn| Cluster::look(conn, (*queue).clone()).await).await?;
-    cluster.hide(|job| caller.sees(job));
-    Ok(cluster)
 }
 
 /// Whether the lease of a run has run out.

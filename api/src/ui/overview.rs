@@ -16,10 +16,10 @@ use common::{
 use sqlx::PgConnection;
 
 use super::{
-    Frame, cluster, html, jobs,
+    Frame, html, jobs,
     view::{asset, bytes, duration, icon, status, when, with_times},
 };
-use crate::{auth::Caller, error::ApiError, state::AppState};
+use crate::{auth::Caller, error::ApiError, routes::cluster::look, state::AppState};
 
 /// Rows of each list.
 const ROWS: i64 = 8;
@@ -58,7 +58,7 @@ pub async fn show(
     frame: Frame,
 ) -> Result<Response, ApiError> {
     let cluster = match frame.may(Permission::ClusterRead) {
-        true => Some(cluster::look(&state, &caller).await?),
+        true => Some(look(&state, &caller).await?),
         false => None,
     };
     let (mut active, mut failed) = (Vec::new(), Vec::new());

@@ -1,5 +1,5 @@
 //! Claim: the right to run an execution, given under the gate. The SQL is one function of the database
-//! (`claim_executions_v6`), because the lock and the count must be two statements and one round trip.
+//! (`claim_executions_v7`), because the lock and the count must be two statements and one round trip.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -8,6 +8,7 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, types::Json};
+use uuid::Uuid;
 
 use super::restore::{self, Order};
 use crate::{
@@ -56,6 +57,8 @@ pub struct Claimant {
     pub pools: Vec<String>,
     /// What it can dump. Others are left to the workers that can, as long as there are such.
     pub engines: Vec<Engine>,
+    /// Sources, destinations and restores that it cannot serve. Runs that need them are left to others likewise.
+    pub out_of_reach: Vec<Uuid>,
 }
 
 /// Claims at most `want` executions of the worker's pools: never more than the global limit, than the limit of
@@ -68,12 +71,13 @@ pub async fn claim(
 ) -> Result<Vec<Claim>, sqlx::Error> {
     let rows = sqlx::query!(
         r#"select execution_id as "execution_id!: ExecutionId", token as "token!: Token", slot as "slot!", attempt as "attempt!"
-             from claim_executions_v6($1, $2, $3, $4, $5, $6)"#,
+             from claim_executions_v7($1, $2, $3, $4, $5, $6, $7)"#,
         worker.id as _,
         worker.name,
         &worker.pools,
         &worker::names(&worker.engines),
-        i64::try_from(lease.as_millis()).unwrap_or(i64::MAX),
+        &worker.out_of_reach,
+        lease_ms(lease),
         i32::try_from(want).unwrap_or(i32::MAX),
     )
     .fetch_all(conn)
@@ -82,6 +86,31 @@ pub async fn claim(
         .into_iter()
         .map(|r| Claim { execution: r.execution_id, token: r.token, slot: r.slot, attempt: r.attempt })
         .collect())
+}
+
+fn lease_ms(lease: Duration) -> i64 {
+    i64::try_from(lease.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Whether the next claim of this worker leaves an execution alone because another can serve it: it may be given back.
+pub async fn is_for_others(
+    conn: &mut PgConnection,
+    execution: ExecutionId,
+    worker: &Claimant,
+    lease: Duration,
+) -> Result<bool, sqlx::Error> {
+    let found = sqlx::query_scalar!(
+        r#"select run_key(type, pool, job_id, source_id, id) = any (runs_for_others($2, $3, $4, $5)) as "is_for_others!"
+             from executions where id = $1"#,
+        execution as _,
+        worker.id as _,
+        &worker.pools,
+        &worker.out_of_reach,
+        lease_ms(lease),
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(found.unwrap_or(false))
 }
 
 /// When to look at the queue again at the latest: the next back-off that ends. `None` when nothing waits for a time. Only

@@ -25,7 +25,7 @@ pub enum Ending {
     Failed(Failure),
     /// Failed, and another try after a pause may succeed.
     Retry(Failure, Duration),
-    /// The process stops and gives the run back; counts against nothing.
+    /// The process stops, or cannot serve the run and another can, and gives it back; counts against nothing.
     Released,
 }
 

@@ -124,7 +124,7 @@ impl Collector for Known {
 
 impl Seen {
     fn encode(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let Numbers { limit, paused, used, pools, workers } = &self.numbers;
+        let Numbers { limit, paused, used, pools, workers, hindered } = &self.numbers;
         gauge(encoder, "slots_limit", "Runs at once over all workers, at most: maxConcurrentJobs", f64::from(*limit))?;
         gauge(encoder, "slots_used", "Slots in use over all workers", as_f64(*used))?;
         gauge(encoder, "queue_paused", "1 while nothing is claimed: the setting paused", number(*paused))?;
@@ -140,6 +140,8 @@ impl Seen {
         gauges(encoder, "queue_oldest_pending_age_seconds", oldest, age)?;
         let workers = workers.iter().map(|(state, count)| ([("state", *state)], as_f64(*count)));
         gauges(encoder, "workers", "Workers by state; one that is gone is forgotten after ten minutes", workers)?;
+        let hindering = "Workers that run and cannot serve a source or a destination, whose runs they leave to others";
+        gauge(encoder, "workers_hindered", hindering, as_f64(*hindered))?;
         self.encode_jobs(encoder)?;
         let uncovered = "Databases of a source that no job backs up, by source";
         let sources = self.uncovered.iter();

@@ -112,6 +112,14 @@ impl Folder {
         }
     }
 
+    /// The marker must be there, and the folder take files of this process.
+    pub async fn check_writable(&self) -> Result<(), StoreError> {
+        self.check().await?;
+        let root = self.root.clone();
+        let taken = look(&self.root, LOOK, move || nix::unistd::access(&root, nix::unistd::AccessFlags::W_OK)).await?;
+        taken.map_err(|errno| io_error(&errno.into(), "write to", &self.root))
+    }
+
     /// A folder within, which must not lead out by a link.
     pub async fn within(&self, folder: &Path) -> Result<(), StoreError> {
         let inside = fs::canonicalize(folder).await.map_err(|e| io_error(&e, "open", folder))?;

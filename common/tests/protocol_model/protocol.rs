@@ -41,7 +41,7 @@ pub enum Step {
     Cancel(Execution),
     /// Only with [`Fault::CountBeforeLock`].
     CountEarly(Worker),
-    /// A worker has called `claim_executions_v6` and gets the gate.
+    /// A worker has called `claim_executions_v7` and gets the gate.
     LockGate(Worker),
     /// It counts, claims an execution, and commits.
     Claim(Worker, Execution),

@@ -138,7 +138,7 @@ pub enum Ending {
 pub struct Process {
     /// SIGSTOP, or a machine that sleeps: neither its tasks nor its fence go on.
     pub stopped: bool,
-    /// Its call of `claim_executions_v6`, until that commits; then it is an attempt, Unheard at first.
+    /// Its call of `claim_executions_v7`, until that commits; then it is an attempt, Unheard at first.
     pub claim: ClaimCall,
     /// Its heartbeat.
     pub beat: Beat,
@@ -148,7 +148,7 @@ pub struct Process {
     pub rescue_sent: bool,
 }
 
-/// A call of `claim_executions_v6`.
+/// A call of `claim_executions_v7`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ClaimCall {
     /// None is under way, or it waits for the gate and has seen nothing yet.

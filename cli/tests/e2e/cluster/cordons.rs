@@ -113,7 +113,7 @@ async fn a_claim_that_waits_for_the_gate_while_its_worker_is_cordoned_gets_nothi
         })
     };
     until("the claim waits for the gate", SOON, || async {
-        let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%claim_executions_v6%'
+        let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%claim_executions_v7%'
                           and datname = current_database()";
         (cluster.count(waiting).await == 1).then_some(())
     })

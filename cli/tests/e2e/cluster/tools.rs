@@ -3,16 +3,8 @@
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use super::{named, tools, waits_for, worker_is};
-use crate::harness::{Cluster, LEASE, SOON, source::MariadbSource, until};
-
-/// Moves the time of a worker that has ended: a slow machine must not make it old, and no test waits until it is.
-async fn last_seen(cluster: &Cluster, name: &str, when: &str) {
-    let seconds = if when == "now" { 3600.0 } else { -4.0 * LEASE.as_secs_f64() };
-    let query = "update workers set seen_at = clock_timestamp() + $2 * interval '1 second' where name = $1 and state = 'Stopped'";
-    let done = sqlx::query(query).bind(name).bind(seconds).execute(&cluster.pool).await.expect("updates");
-    assert_eq!(done.rows_affected(), 1, "{name} has not stopped");
-}
+use super::{last_seen, named, tools, waits_for, worker_is};
+use crate::harness::{Cluster, SOON, source::MariadbSource, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_left_to_the_workers_that_have_its_tools_and_fails_only_when_there_are_none() {

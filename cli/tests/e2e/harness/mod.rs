@@ -354,6 +354,7 @@ pub fn claimant() -> Claimant {
         name: "test".to_owned(),
         pools: vec!["default".to_owned()],
         engines: vec![Engine::Postgres, Engine::Mysql, Engine::Mariadb],
+        out_of_reach: Vec::new(),
     }
 }
 

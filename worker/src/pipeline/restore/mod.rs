@@ -39,6 +39,7 @@ use super::{
 use crate::{
     failure::{At, Class, RunError},
     lease::Lease,
+    reach::is_of_store,
     run_log::RunLog,
     service::Shared,
     trace::noted,
@@ -176,9 +177,10 @@ impl<'a> Tries<'a> {
         self.errors.push(error);
     }
 
-    /// None served. One that another try may find outweighs those that stay as they are.
+    /// None served. One that another try may find outweighs those that stay as they are, and one that another worker may.
     fn none(self) -> RunError {
-        let again = self.errors.iter().find(|e| e.class == Class::Retry).or(self.errors.first());
+        let find = |is: fn(&RunError) -> bool| self.errors.iter().find(|e| is(e));
+        let again = find(|e| e.class == Class::Retry).or(find(|e| is_of_store(e.code))).or(self.errors.first());
         let (class, code) = again.map_or((Class::GiveUp, "backup_gone"), |e| (e.class, e.code));
         let texts: Vec<_> = self.errors.iter().map(|e| e.message.as_str()).collect();
         let texts = texts.join("; ");

@@ -4,6 +4,7 @@ use std::{
     io::{self, ErrorKind},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -46,6 +47,11 @@ impl LocalStore {
     /// The marker must be there.
     pub async fn check(&self) -> Result<(), StoreError> {
         self.folder.check().await
+    }
+
+    /// The marker must be there, and the file system take writes.
+    pub async fn check_writable(&self) -> Result<(), StoreError> {
+        self.folder.check_writable().await
     }
 
     /// Writes, reads and removes a small file; leaves the marker the first time.
@@ -121,6 +127,11 @@ pub struct LocalBegun {
 impl LocalBegun {
     /// Makes the part file; one that exists is somebody else's and an error.
     pub async fn start(self) -> Result<LocalUpload, StoreError> {
+        let path = self.store.path(&self.path);
+        within(STEP, &path, self.make()).await
+    }
+
+    async fn make(&self) -> Result<LocalUpload, StoreError> {
         let (part, path) = (self.store.part(&self.path), self.store.path(&self.path));
         let folder = path.parent().unwrap_or(self.store.root()).to_owned();
         if !fs::try_exists(&folder).await.unwrap_or(false) {
@@ -138,6 +149,24 @@ impl LocalBegun {
     }
 }
 
+/// Longest time of a step, as of a request to an object store: a mount that hangs would keep the run, and its slot.
+const STEP: Duration = Duration::from_secs(240);
+/// Longest time in which everything that was written is to be on the disk: the kernel may hold gigabytes of it.
+const FLUSH: Duration = Duration::from_secs(1_800);
+
+/// Does a step on a file within its time.
+async fn within<T>(
+    limit: Duration,
+    path: &Path,
+    step: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    let silent = |_| {
+        let text = format!("{} does not answer within {} s: does its mount hang?", path.display(), limit.as_secs());
+        StoreError::retry("store_silent", text)
+    };
+    tokio::time::timeout(limit, step).await.map_err(silent)?
+}
+
 /// A part file that is written.
 pub struct LocalUpload {
     file: fs::File,
@@ -148,21 +177,31 @@ pub struct LocalUpload {
 impl LocalUpload {
     /// Takes the next bytes.
     pub async fn write(&mut self, chunk: Bytes) -> Result<(), StoreError> {
-        self.file.write_all(&chunk).await.map_err(|e| io_error(&e, "write to", &self.part))
+        self.write_within(&chunk, STEP).await
+    }
+
+    async fn write_within(&mut self, chunk: &[u8], limit: Duration) -> Result<(), StoreError> {
+        let Self { file, part, .. } = self;
+        let write = async { file.write_all(chunk).await.map_err(|e| io_error(&e, "write to", part)) };
+        within(limit, part, write).await
     }
 
     /// Forces everything to the disk. A full disk may show itself only here.
     pub async fn flush(&mut self) -> Result<(), StoreError> {
-        let flushed = async {
-            self.file.flush().await?;
-            self.file.sync_all().await
-        }
-        .await;
-        flushed.map_err(|e| io_error(&e, "write to", &self.part))
+        let Self { file, part, .. } = self;
+        let flush = async {
+            file.flush().await?;
+            file.sync_all().await
+        };
+        within(FLUSH, part, async { flush.await.map_err(|e| io_error(&e, "write to", part)) }).await
     }
 
     /// Gives the file its name, unless the name is taken, and forces the folder to the disk.
     pub async fn publish(&mut self, expected: &Measure) -> Result<(), StoreError> {
+        within(STEP, &self.path, self.name(expected)).await
+    }
+
+    async fn name(&self, expected: &Measure) -> Result<(), StoreError> {
         let length = self.file.metadata().await.map_err(|e| io_error(&e, "look at", &self.part))?.len();
         if length != expected.bytes {
             return Err(StoreError::retry(
@@ -199,4 +238,29 @@ async fn create_private(path: &Path) -> io::Result<fs::File> {
 
 async fn sync_folder(path: &Path) -> io::Result<()> {
     fs::File::open(path).await?.sync_all().await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use common::store::Class;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_write_that_does_not_come_back_ends_after_its_time_and_may_be_tried_again() {
+        let short = Duration::from_millis(50);
+        // A pipe that nobody reads takes little, and then nothing.
+        let (reader, writer) = io::pipe().expect("a pipe");
+        let file = fs::File::from_std(OwnedFd::from(writer).into());
+        let mut upload = LocalUpload { file, part: "/hangs/.part".into(), path: "/hangs/file".into() };
+        let chunk = vec![0; 1 << 20];
+        let all = async { while let Ok(()) = upload.write_within(&chunk, short).await {} };
+        tokio::time::timeout(Duration::from_secs(10), all).await.expect("a write ends");
+        let error = upload.write_within(&chunk, short).await.expect_err("it hangs");
+        assert_eq!((error.code, error.class), ("store_silent", Class::Retry), "{}", error.message);
+        // The thread that hangs comes back, so that the test can end.
+        drop(reader);
+    }
 }

@@ -1,6 +1,8 @@
 //! Why an execution waits. Answered from one look at the queue for all who ask within a second: what holds runs back
 //! is in small tables (the gate, the leases, the workers), so a look costs the same however many wait.
 
+mod look;
+
 use std::{
     collections::HashMap,
     time::{Duration, Instant},
@@ -9,8 +11,9 @@ use std::{
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::PgConnection;
+use uuid::Uuid;
 
-use crate::id::{ExecutionId, JobId, SourceId, WorkerId};
+use crate::id::{DestinationId, ExecutionId, JobId, SourceId};
 
 /// Positions in the queue that are told.
 const MOST_QUEUED: i64 = 1_000;
@@ -48,6 +51,8 @@ pub enum WaitReason {
     NoWorker,
     /// No worker of its pool has the tools for its source.
     NoTool,
+    /// No worker of its pool that has the tools reaches its source and its destinations (a restore: one that has the backup).
+    OutOfReach,
     /// Another run of its job is under way, and they must not overlap.
     Job,
     /// As many runs (or restores) as its source allows are under way.
@@ -75,6 +80,7 @@ pub struct WaitingFor {
 struct Claimant {
     pools: Vec<String>,
     engines: Vec<String>,
+    out_of_reach: Vec<Uuid>,
     cordoned: bool,
     free: i64,
 }
@@ -97,6 +103,9 @@ pub struct QueueSnapshot {
     workers: Vec<Claimant>,
     /// Engines of the sources that not every worker of their pool can dump: none in most clusters.
     choosy: HashMap<SourceId, String>,
+    /// Where backups of a job go, and where the backup of a restore lies; of none as long as every worker reaches everything.
+    stores: HashMap<JobId, Vec<DestinationId>>,
+    copies: HashMap<ExecutionId, Vec<DestinationId>>,
 }
 
 impl QueueSnapshot {
@@ -112,7 +121,13 @@ impl QueueSnapshot {
         )
         .fetch_all(&mut *conn)
         .await?;
-        let leases = leases(conn).await?;
+        let leases = look::leases(conn).await?;
+        let workers = look::claimants(conn, &leases).await?;
+        let hindered = workers.iter().any(|worker| !worker.out_of_reach.is_empty());
+        let (mut stores, mut copies) = (HashMap::new(), HashMap::new());
+        if hindered {
+            (stores, copies) = (look::stores(conn).await?, look::copies(conn).await?);
+        }
         Ok(Self {
             asked,
             now: gate.now,
@@ -121,9 +136,11 @@ impl QueueSnapshot {
             used: leases.len(),
             positions: queue.into_iter().zip(1..).collect(),
             jobs: leases.iter().map(|l| ((l.job_id, l.kind.clone()), l.execution_id)).collect(),
-            full: full(&leases),
-            workers: claimants(conn, &leases).await?,
-            choosy: choosy(conn).await?,
+            full: look::full(&leases),
+            workers,
+            choosy: look::choosy(conn).await?,
+            stores,
+            copies,
         })
     }
 
@@ -141,7 +158,7 @@ impl QueueSnapshot {
     /// What holds an execution back; `None` when it is about to be claimed. What would hold it back even with free
     /// slots comes first.
     pub fn waiting_for(&self, waiting: &Waiting) -> Option<WaitingFor> {
-        use WaitReason::{Job, Limit, NoTool, NoWorker, Paused, Retry, Source, WorkersBusy, WorkersCordoned};
+        use WaitReason::{Job, Limit, Paused, Retry, Source, WorkersBusy, WorkersCordoned};
         let because = |reason, message: String| Some(WaitingFor { reason, message });
         let Waiting { id, pool, run_at, .. } = waiting;
         if waiting.attempt > 0 && *run_at > self.now + self.age() {
@@ -151,22 +168,10 @@ impl QueueSnapshot {
         if self.paused {
             return because(Paused, "nothing is claimed while the setting paused is true".to_owned());
         }
-        let of_pool: Vec<&Claimant> = self.workers.iter().filter(|worker| worker.pools.contains(pool)).collect();
-        if of_pool.is_empty() {
-            return because(
-                NoWorker,
-                format!("no worker of the pool '{pool}' runs: start one with DBACKUP_POOLS={pool}"),
-            );
-        }
-        let engine = self.choosy.get(&waiting.source_id);
-        let able: Vec<&Claimant> =
-            of_pool.into_iter().filter(|worker| engine.is_none_or(|engine| worker.engines.contains(engine))).collect();
-        if let (Some(engine), true) = (engine, able.is_empty()) {
-            return because(
-                NoTool,
-                format!("no worker of the pool '{pool}' has the tools for {engine}: install them there"),
-            );
-        }
+        let able = match self.able(waiting) {
+            Ok(able) => able,
+            Err(why) => return Some(why),
+        };
         let same_kind = (waiting.job_id, waiting.kind.clone());
         if let Some(other) = self.jobs.get(&same_kind).filter(|other| waiting.serial && **other != *id) {
             let text = match waiting.kind.as_str() {
@@ -209,68 +214,49 @@ impl QueueSnapshot {
             ),
         }
     }
-}
 
-struct LeaseRow {
-    execution_id: ExecutionId,
-    job_id: JobId,
-    source_id: SourceId,
-    kind: String,
-    worker_id: Option<WorkerId>,
-    most: Option<i32>,
-}
-
-async fn leases(conn: &mut PgConnection) -> Result<Vec<LeaseRow>, sqlx::Error> {
-    sqlx::query_as!(
-        LeaseRow,
-        r#"select l.execution_id as "execution_id: ExecutionId", l.job_id as "job_id: JobId", l.source_id as "source_id: SourceId",
-                  l.type as kind, l.worker_id as "worker_id: WorkerId",
-                  case l.type when 'Restore' then s.max_concurrent_restores else s.max_concurrent_runs end as most
-             from execution_leases l left join sources s on s.id = l.source_id"#
-    )
-    .fetch_all(conn)
-    .await
-}
-
-fn full(leases: &[LeaseRow]) -> Full {
-    let mut used: HashMap<(SourceId, String), (i32, i32)> = HashMap::new();
-    for lease in leases {
-        if let Some(most) = lease.most {
-            used.entry((lease.source_id, lease.kind.clone())).or_insert((0, most)).0 += 1;
+    /// The workers that could take it, cordoned or busy ones too; or why there is none.
+    fn able(&self, waiting: &Waiting) -> Result<Vec<&Claimant>, WaitingFor> {
+        use WaitReason::{NoTool, NoWorker, OutOfReach};
+        let because = |reason, message: String| Err(WaitingFor { reason, message });
+        let pool = &waiting.pool;
+        let of_pool: Vec<&Claimant> = self.workers.iter().filter(|worker| worker.pools.contains(pool)).collect();
+        if of_pool.is_empty() {
+            return because(
+                NoWorker,
+                format!("no worker of the pool '{pool}' runs: start one with DBACKUP_POOLS={pool}"),
+            );
         }
+        let engine = self.choosy.get(&waiting.source_id);
+        let able: Vec<&Claimant> =
+            of_pool.into_iter().filter(|worker| engine.is_none_or(|engine| worker.engines.contains(engine))).collect();
+        if let (Some(engine), true) = (engine, able.is_empty()) {
+            return because(
+                NoTool,
+                format!("no worker of the pool '{pool}' has the tools for {engine}: install them there"),
+            );
+        }
+        let able: Vec<&Claimant> = able.into_iter().filter(|worker| self.reaches(worker, waiting)).collect();
+        if able.is_empty() {
+            return because(
+                OutOfReach,
+                format!(
+                    "no worker of the pool '{pool}' that has its tools reaches all it needs: GET /api/cluster tells under outOfReach what is in the way"
+                ),
+            );
+        }
+        Ok(able)
     }
-    used.into_iter().filter(|(_, (used, most))| used >= most).map(|(source, (_, most))| (source, most)).collect()
-}
 
-async fn claimants(conn: &mut PgConnection, leases: &[LeaseRow]) -> Result<Vec<Claimant>, sqlx::Error> {
-    let rows = sqlx::query!(
-        r#"select id as "id: WorkerId", pools, engines, concurrency, cordoned from workers
-            where state = 'Active' and seen_at > clock_timestamp() - gone_after_ms * interval '1 millisecond'"#
-    )
-    .fetch_all(conn)
-    .await?;
-    let used = |id: WorkerId| i64::try_from(leases.iter().filter(|l| l.worker_id == Some(id)).count()).unwrap_or(0);
-    Ok(rows
-        .into_iter()
-        .map(|r| Claimant {
-            pools: r.pools,
-            engines: r.engines,
-            cordoned: r.cordoned,
-            free: i64::from(r.concurrency) - used(r.id),
-        })
-        .collect())
-}
-
-async fn choosy(conn: &mut PgConnection) -> Result<HashMap<SourceId, String>, sqlx::Error> {
-    let rows = sqlx::query!(
-        r#"select s.id as "id: SourceId", s.engine from sources s
-            where exists (select 1 from workers w
-                           where w.state = 'Active' and s.pool = any (w.pools) and s.engine <> all (w.engines)
-                             and w.seen_at > clock_timestamp() - w.gone_after_ms * interval '1 millisecond')"#
-    )
-    .fetch_all(conn)
-    .await?;
-    Ok(rows.into_iter().map(|r| (r.id, r.engine)).collect())
+    fn reaches(&self, worker: &Claimant, waiting: &Waiting) -> bool {
+        let within = |id: Uuid| !worker.out_of_reach.contains(&id);
+        let (copies, stores) = (self.copies.get(&waiting.id), self.stores.get(&waiting.job_id));
+        let stored = match waiting.kind.as_str() {
+            "Restore" => copies.is_none_or(|copies| copies.iter().any(|copy| within(copy.0))),
+            _ => stores.is_none_or(|stores| stores.iter().all(|store| within(store.0))),
+        };
+        stored && within(waiting.source_id.0) && within(waiting.id.0)
+    }
 }
 
 #[cfg(test)]
@@ -294,7 +280,13 @@ mod tests {
     }
 
     fn idle_worker() -> Claimant {
-        Claimant { pools: vec!["default".to_owned()], engines: vec!["postgres".to_owned()], cordoned: false, free: 4 }
+        Claimant {
+            pools: vec!["default".to_owned()],
+            engines: vec!["postgres".to_owned()],
+            out_of_reach: Vec::new(),
+            cordoned: false,
+            free: 4,
+        }
     }
 
     /// An idle cluster where `waiting` is the first.
@@ -310,6 +302,8 @@ mod tests {
             full: HashMap::new(),
             workers: vec![idle_worker()],
             choosy: HashMap::new(),
+            stores: HashMap::new(),
+            copies: HashMap::new(),
         }
     }
 
@@ -333,6 +327,8 @@ mod tests {
         assert_eq!(reason(&queue), Some(WaitReason::Source));
         queue.jobs.insert((first.job_id, backup), ExecutionId::new());
         assert_eq!(reason(&queue), Some(WaitReason::Job));
+        queue.workers[0].out_of_reach.push(first.source_id.0);
+        assert_eq!(reason(&queue), Some(WaitReason::OutOfReach));
         queue.choosy.insert(first.source_id, "mariadb".to_owned());
         assert_eq!(reason(&queue), Some(WaitReason::NoTool));
         queue.workers[0].pools.clear();
@@ -363,5 +359,26 @@ mod tests {
         queue.workers.push(Claimant { engines: vec!["mariadb".to_owned()], cordoned: true, ..idle_worker() });
         let reason = queue.waiting_for(&first).map(|waiting| waiting.reason);
         assert_eq!(reason, Some(WaitReason::WorkersCordoned));
+    }
+
+    #[test]
+    fn a_backup_needs_every_destination_within_reach_of_one_worker_and_a_restore_one_copy() {
+        let (backup, stores) = (waiting(), vec![DestinationId::new(), DestinationId::new()]);
+        let restore = Waiting { kind: "Restore".to_owned(), ..waiting() };
+        let mut queue = idle(&backup);
+        queue.positions.insert(restore.id, 2);
+        queue.stores.insert(backup.job_id, stores.clone());
+        queue.copies.insert(restore.id, stores.clone());
+        let reasons =
+            |queue: &QueueSnapshot| [&backup, &restore].map(|one| queue.waiting_for(one).map(|waiting| waiting.reason));
+        assert_eq!(reasons(&queue), [None, None]);
+        queue.workers[0].out_of_reach = vec![stores[0].0];
+        queue.workers.push(Claimant { out_of_reach: vec![stores[1].0], ..idle_worker() });
+        assert_eq!(reasons(&queue), [Some(WaitReason::OutOfReach), None], "each reaches another one");
+        queue.workers[0].out_of_reach.push(stores[1].0);
+        queue.workers[1].out_of_reach.push(stores[0].0);
+        assert_eq!(reasons(&queue), [Some(WaitReason::OutOfReach); 2]);
+        queue.workers.push(idle_worker());
+        assert_eq!(reasons(&queue), [None, None]);
     }
 }
