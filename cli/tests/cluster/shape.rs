@@ -81,6 +81,10 @@ fn unconfined(service: &str, lasts: bool, about: &Value, secrets: &[String]) -> 
     if ["api", "worker", "postgres", "proxy"].contains(&service) {
         must(config["StopTimeout"] == 45, "its time to stop is not 45 s");
     }
+    if service == "worker" {
+        let keepalive = &host["Sysctls"]["net.ipv4.tcp_keepalive_time"];
+        must(keepalive == "60", "a database that is lost in silence holds a run for two hours");
+    }
     let environment = config["Env"].to_string();
     must(!secrets.iter().any(|secret| environment.contains(secret.as_str())), "a secret is in its environment");
     let mounts = about["Mounts"].as_array().into_iter().flatten();
