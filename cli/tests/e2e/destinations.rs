@@ -17,7 +17,7 @@ use axum::{
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Cluster, SOON, files,
+    Cluster, SOON, as_root, files,
     proxy::{Mode, Proxy},
     s3::{S3Server, SECRET_KEY},
     source::PostgresSource,
@@ -202,12 +202,12 @@ struct Mount(PathBuf);
 impl Mount {
     fn tmpfs(path: &Path, options: &str) -> Self {
         std::fs::create_dir_all(path).expect("a folder");
-        run("mount", &["-t", "tmpfs", "-o", options, "tmpfs", &path.display().to_string()]);
+        as_root("mount", &["-t", "tmpfs", "-o", options, "tmpfs", &path.display().to_string()]);
         Self(path.to_owned())
     }
 
     fn remount(&self, options: &str) {
-        run("mount", &["-o", &format!("remount,{options}"), &self.0.display().to_string()]);
+        as_root("mount", &["-o", &format!("remount,{options}"), &self.0.display().to_string()]);
     }
 }
 
@@ -215,20 +215,6 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.0).stderr(std::process::Stdio::null()).status();
     }
-}
-
-/// As root; a developer's own account goes through sudo.
-fn run(program: &str, args: &[&str]) {
-    let mut command = match nix::unistd::geteuid().is_root() {
-        true => Command::new(program),
-        false => {
-            let mut sudo = Command::new("sudo");
-            sudo.arg("-n").arg(program);
-            sudo
-        }
-    };
-    let output = command.args(args).output().expect("runs");
-    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -19,7 +19,8 @@ use uuid::Uuid;
 use super::{last_seen, named, register, tools, waits_for, worker_is};
 use crate::{
     harness::{
-        Cluster, LEASE, SOON, claimant, files, id, postgres_port,
+        Cluster, LEASE, SOON, as_root, claimant, files, id, postgres_port,
+        process::binary,
         proxy::{Mode, Proxy},
         source::PostgresSource,
         until,
@@ -101,6 +102,38 @@ async fn a_worker_that_misses_a_mount_fails_nothing_that_another_can_do() {
     symlink(&cluster.scratch, &link).expect("mounts");
     worker_is(&cluster, "lacking", "whole", |worker| worker["outOfReach"] == json!({})).await;
     assert!(cluster.backup(&job).await["logs"].to_string().contains("on worker lacking"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_that_one_worker_has_lost_fails_nothing_that_another_can_do() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    // A worker with mounts of its own, as in a container.
+    let programs = cluster.scratch.join("programs");
+    std::fs::create_dir(&programs).expect("a folder");
+    let script = format!("#!/bin/bash\nexec unshare --mount {} \"$@\"\n", binary("dbackup-worker").display());
+    crate::bad_dumps::write_script(&programs.join("dbackup-worker"), &script);
+    cluster.use_programs(Some(&programs));
+    let seldom = ("DBACKUP_TICKER_MS", LEASE.as_millis().to_string());
+    let lacking = cluster.add_worker(&[named("lacking")[0].clone(), seldom]).await.pid().to_string();
+    cluster.use_programs(None);
+    cluster.add_worker(&named("able")).await;
+    let (destination, root) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
+    cluster.ok("POST", "/api/cluster/workers/able/cordon", None).await;
+    assert!(cluster.backup(&job).await["logs"].to_string().contains("on worker lacking"));
+    // An empty folder lies there from now on, as under a mount that is gone.
+    let root = root.display().to_string();
+    as_root("nsenter", &["--target", &lacking, "--mount", "mount", "-t", "tmpfs", "tmpfs", &root]);
+    let waiting = [cluster.trigger(&job).await, cluster.trigger(&job).await, cluster.trigger(&job).await];
+    are_left(&cluster, &waiting).await;
+    let seen = worker_is(&cluster, "lacking", "hindered", |worker| lacks(worker, &destination)).await;
+    assert!(seen["outOfReach"].to_string().contains("is the mount missing?"), "{seen:#}");
+    cluster.ok("POST", "/api/cluster/workers/able/uncordon", None).await;
+    for run in &waiting {
+        cluster.in_status(run, "Success", SOON).await;
+    }
+    assert_eq!(cluster.count("select count(*) from executions where failures > 0").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -126,6 +126,14 @@ async fn the_cluster_shows_its_slots_and_a_worker_is_cordoned_and_uncordoned() {
     browser.until("why it waits is told", "return !!document.querySelector('tr[data-status=Pending] [data-label=Because]')?.innerText.includes('cordoned')").await;
     browser.press("Uncordon").await;
     browser.until_text("It claims again.").await;
+    let why = "destination 'nas': is the mount missing?";
+    sqlx::query("update workers set out_of_reach = jsonb_build_object(gen_random_uuid(), $1::text)")
+        .bind(why)
+        .execute(&cluster.pool)
+        .await
+        .expect("updates");
+    browser.go("/settings/cluster").await;
+    browser.until_text(why).await;
     assert_eq!(cordoned().await, false);
     assert_eq!(cluster.ended(&waiting, SOON).await["status"], "Success");
     browser.assert_clean().await;

@@ -19,9 +19,9 @@ const OFFERED: &str =
     "return [...document.querySelectorAll('.empty a, .steps a')].map((step) => step.getAttribute('href'))";
 
 /// A cluster in which everything that a page shows is there: a backup, a failure, a run that goes on and one that waits, a
-/// key.
+/// key, a worker that misses a mount.
 async fn lively() -> (Cluster, Held, Vec<(&'static str, String)>) {
-    let cluster = Cluster::start().await;
+    let mut cluster = Cluster::start().await;
     let (destination, _) = cluster.local_destination().await;
     let shop = PostgresSource::with_rows(2_000).await;
     let mut config = shop.config();
@@ -50,6 +50,10 @@ async fn lively() -> (Cluster, Held, Vec<(&'static str, String)>) {
     let more = json!({ "events": ["failed", "cancelled"], "labels": { "env": "prod" } });
     let (hook, _) = webhook(&cluster, &hooks, more).await;
     let (person, _) = crate::harness::people::user(&cluster, &["jobs:read"]).await;
+    // A worker that misses the mount.
+    let elsewhere = cluster.scratch.join("elsewhere").display().to_string();
+    let hindered = ("DBACKUP_WORKER_NAME", "backup-3".to_owned());
+    cluster.add_worker(&[hindered, ("DBACKUP_LOCAL_PATHS", elsewhere)]).await;
     let id = |run: &serde_json::Value| run["id"].as_str().expect("an id").to_owned();
     let pages = vec![
         ("overview", "/".to_owned()),

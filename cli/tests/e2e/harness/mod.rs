@@ -347,6 +347,21 @@ pub fn id(data: &Value) -> String {
     data["id"].as_str().unwrap_or_else(|| panic!("no id in {data}")).to_owned()
 }
 
+/// Runs a program as root; a developer's own account goes through sudo.
+#[allow(dead_code, reason = "not every test binary mounts")]
+pub fn as_root(program: &str, args: &[&str]) {
+    let mut command = match nix::unistd::geteuid().is_root() {
+        true => std::process::Command::new(program),
+        false => {
+            let mut sudo = std::process::Command::new("sudo");
+            sudo.arg("-n").arg(program);
+            sudo
+        }
+    };
+    let output = command.args(args).output().expect("runs");
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// A worker that no process is, with every tool: a test claims as it.
 pub fn claimant() -> Claimant {
     Claimant {
