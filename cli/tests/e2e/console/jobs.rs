@@ -102,7 +102,10 @@ async fn a_job_is_made_with_errors_beside_its_fields_then_found_cloned_changed_p
         (cluster.ok("GET", "/api/jobs/copy-of-shop-daily", None).await["enabled"] == false).then_some(())
     })
     .await;
-    browser.until_text("paused").await;
+    // The list does not change under a menu that is open, so not before it shows what was done.
+    let resumes =
+        "return [...document.querySelectorAll('button')].some((button) => button.textContent.trim() === 'Resume')";
+    browser.until("the list shows it paused", resumes).await;
     browser.click("summary[aria-label='More for Copy of Shop daily']").await;
     browser.press("Resume").await;
     browser.until_text("Its schedule is on again.").await;
