@@ -1,4 +1,6 @@
-//! Times as clients read them: UTC with milliseconds, `2025-01-15T10:30:00.000Z`.
+//! Times as clients read them: UTC with milliseconds, `2025-01-15T10:30:00.000Z`; and as the database takes them.
+
+use std::time::Duration;
 
 use chrono::{DateTime, Datelike, SecondsFormat, Utc};
 use serde::Serializer;
@@ -27,4 +29,9 @@ pub fn millis_or_null<S: Serializer>(time: &Option<DateTime<Utc>>, serializer: S
         Some(time) => millis(time, serializer),
         None => serializer.serialize_none(),
     }
+}
+
+/// Whole milliseconds, as the database takes them; the longest that it can where there are more.
+pub fn ms(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -95,7 +95,7 @@ pub async fn register(conn: &mut PgConnection, worker: &Registration) -> Result<
         i32::try_from(worker.concurrency).unwrap_or(i32::MAX),
         &names(&worker.engines),
         Json(&worker.tools) as _,
-        i64::try_from(worker.gone_after.as_millis()).unwrap_or(i64::MAX),
+        crate::time::ms(worker.gone_after),
         Json(&worker.out_of_reach) as _,
     )
     .fetch_one(&mut *tx)

@@ -54,7 +54,7 @@ async fn answer(shared: Shared, id: uuid::Uuid, target: Target) {
         ok,
         message,
         version,
-        duration_ms: i64::try_from(began.elapsed().as_millis()).unwrap_or(i64::MAX),
+        duration_ms: common::time::ms(began.elapsed()),
         worker: shared.config.name.clone(),
     };
     let replied: Result<(), DbError> =

@@ -18,7 +18,7 @@ use crate::harness::{
 };
 
 /// A folder of tools in which `pg_dump` is a script and psql the real one.
-fn tools(folder: &Path, pg_dump: &str) -> PathBuf {
+pub fn tools(folder: &Path, pg_dump: &str) -> PathBuf {
     let bin = folder.join("bin");
     std::fs::create_dir_all(&bin).expect("a folder");
     write_script(

@@ -293,7 +293,7 @@ pub async fn rotate(
         id as _,
         &plain.hash().0[..],
         plain.hint(),
-        i64::try_from(grace.as_millis()).unwrap_or(i64::MAX),
+        crate::time::ms(grace),
     )
     .execute(&mut *conn)
     .await?;

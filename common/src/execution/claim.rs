@@ -77,7 +77,7 @@ pub async fn claim(
         &worker.pools,
         &worker::names(&worker.engines),
         &worker.out_of_reach,
-        lease_ms(lease),
+        crate::time::ms(lease),
         i32::try_from(want).unwrap_or(i32::MAX),
     )
     .fetch_all(conn)
@@ -86,10 +86,6 @@ pub async fn claim(
         .into_iter()
         .map(|r| Claim { execution: r.execution_id, token: r.token, slot: r.slot, attempt: r.attempt })
         .collect())
-}
-
-fn lease_ms(lease: Duration) -> i64 {
-    i64::try_from(lease.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// Whether the next claim of this worker leaves an execution alone because another can serve it: it may be given back.
@@ -106,7 +102,7 @@ pub async fn is_for_others(
         worker.id as _,
         &worker.pools,
         &worker.out_of_reach,
-        lease_ms(lease),
+        crate::time::ms(lease),
     )
     .fetch_optional(conn)
     .await?;

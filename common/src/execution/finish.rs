@@ -234,7 +234,7 @@ impl<'a> Columns<'a> {
         self.outcome.push(failure.and_then(|f| f.outcome).map(Outcome::as_str));
         let completed = (word == "success").then_some(Stage::Completed);
         self.stage.push(completed.or(failure.map(|f| f.stage)).map(Stage::as_str));
-        self.pause_ms.push(pause.map(|p| i64::try_from(p.as_millis()).unwrap_or(i64::MAX)));
+        self.pause_ms.push(pause.copied().map(crate::time::ms));
         self.size_bytes.push(published.map(|p| p.size_bytes).or(restored.map(|r| r.size_bytes)));
         self.path.push(published.map(|p| p.path.as_str()));
         self.checksum.push(published.map(|p| p.checksum.as_str()));

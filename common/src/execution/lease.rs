@@ -69,7 +69,7 @@ pub async fn heartbeat(conn: &mut PgConnection, lease: Duration, runs: &[Progres
         &tokens,
         &stages,
         &percents,
-        i64::try_from(lease.as_millis()).unwrap_or(i64::MAX),
+        crate::time::ms(lease),
         &bytes,
         &rates as &[Option<i64>],
     )

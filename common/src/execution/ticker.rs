@@ -163,7 +163,7 @@ fn close(rescued: &Rescued, lease: Duration) {
     let Rescued { attempt, stage, .. } = rescued;
     // The last heartbeat set the end of the lease; with another length of lease there this is a little off.
     let silent = (rescued.at - rescued.expired_at).to_std().unwrap_or_default() + lease;
-    let silent_ms = i64::try_from(silent.as_millis()).unwrap_or(i64::MAX);
+    let silent_ms = crate::time::ms(silent);
     attempt.close(Closing {
         from: rescued.claimed_at.into(),
         to: rescued.at.into(),

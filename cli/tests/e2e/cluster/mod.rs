@@ -58,11 +58,16 @@ async fn job(cluster: &Cluster, more: Value) -> String {
     job_of(cluster, &source, more).await
 }
 
-/// The same of a source. Its destination is not tested: that would need a worker.
-async fn job_of(cluster: &Cluster, source: &str, more: Value) -> String {
+/// A destination that is not tested: that would need a worker. Gives its id.
+async fn untested_destination(cluster: &Cluster) -> String {
     let root = cluster.scratch.join("backups").join(unique("store"));
     let body = json!({ "name": unique("store"), "kind": "local", "config": { "root": root } });
-    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    id(&cluster.ok("POST", "/api/destinations", Some(body)).await)
+}
+
+/// The same of a source, with a destination that is not tested.
+async fn job_of(cluster: &Cluster, source: &str, more: Value) -> String {
+    let destination = untested_destination(cluster).await;
     let mut fields = json!({ "overlap": "allow" });
     for (name, value) in more.as_object().expect("an object") {
         fields[name] = value.clone();
@@ -82,7 +87,7 @@ async fn waits_for(cluster: &Cluster, execution: &str, reason: &str) -> String {
     waiting["message"].as_str().expect("a sentence").to_owned()
 }
 
-/// A folder of tools: psql is the real one, the others tell versions only.
+/// A folder of tools that tell their versions and do nothing else.
 fn tools(folder: &Path, names: &[&str]) -> PathBuf {
     let bin = folder.join(unique("bin"));
     std::fs::create_dir_all(&bin).expect("a folder");

@@ -16,8 +16,9 @@ use serde_json::{Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{last_seen, named, register, tools, waits_for, worker_is};
+use super::{last_seen, named, register, untested_destination, waits_for, worker_is};
 use crate::{
+    bad_dumps::{tools, write_script},
     harness::{
         Cluster, LEASE, SOON, as_root, claimant, files, id, postgres_port,
         process::binary,
@@ -111,7 +112,7 @@ async fn a_mount_that_one_worker_has_lost_fails_nothing_that_another_can_do() {
     let programs = cluster.scratch.join("programs");
     std::fs::create_dir(&programs).expect("a folder");
     let script = format!("#!/bin/bash\nexec unshare --mount {} \"$@\"\n", binary("dbackup-worker").display());
-    crate::bad_dumps::write_script(&programs.join("dbackup-worker"), &script);
+    write_script(&programs.join("dbackup-worker"), &script);
     cluster.use_programs(Some(&programs));
     let seldom = ("DBACKUP_TICKER_MS", LEASE.as_millis().to_string());
     let lacking = cluster.add_worker(&[named("lacking")[0].clone(), seldom]).await.pid().to_string();
@@ -173,10 +174,8 @@ async fn a_run_that_no_worker_reaches_ends_with_what_is_in_the_way() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_whose_server_is_newer_than_the_tools_of_a_worker_is_left_to_one_with_newer_tools() {
     let mut cluster = Cluster::build().workers(0).start().await;
-    let bin = tools(&cluster.scratch, &["psql"]);
-    std::fs::remove_file(bin.join("psql")).expect("removes");
-    symlink("/usr/bin/psql", bin.join("psql")).expect("links");
-    crate::bad_dumps::write_script(&bin.join("pg_dump"), "#!/bin/bash\necho 'pg_dump (PostgreSQL) 9.6.24'\n");
+    let bin = tools(&cluster.scratch, "exit 7");
+    write_script(&bin.join("pg_dump"), "#!/bin/bash\necho 'pg_dump (PostgreSQL) 9.6.24'\n");
     cluster.add_worker(&[named("old")[0].clone(), ("DBACKUP_POSTGRES_BIN", bin.display().to_string())]).await;
     cluster.add_worker(&named("able")).await;
     let (destination, _) = cluster.local_destination().await;
@@ -220,12 +219,7 @@ async fn takes(conn: &mut PgConnection, me: &Claimant) -> bool {
 async fn a_run_is_left_only_to_a_worker_that_can_do_all_of_it() {
     let cluster = Cluster::build().workers(0).start().await;
     let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let mut stores = Vec::new();
-    for name in ["one", "other"] {
-        let root = cluster.scratch.join("backups").join(name);
-        let body = json!({ "name": name, "kind": "local", "config": { "root": root } });
-        stores.push(id(&cluster.ok("POST", "/api/destinations", Some(body)).await));
-    }
+    let stores = [untested_destination(&cluster).await, untested_destination(&cluster).await];
     let [one, other] = [0, 1].map(|at| stores[at].parse::<Uuid>().expect("an id"));
     let source_id: Uuid = source.parse().expect("an id");
     let job = cluster.job(&source, &[&stores[0], &stores[1]], json!({})).await;
@@ -249,17 +243,9 @@ async fn a_run_is_left_only_to_a_worker_that_can_do_all_of_it() {
         // Another pool.
         (of(postgres(), &[one]), Claimant { pools: vec!["far".to_owned()], ..of(postgres(), &[]) }, true),
     ] {
-        sqlx::query("delete from workers").execute(&mut *conn).await.expect("deletes");
-        for worker in [&mine, &another] {
-            register(&mut conn, worker, &worker.engines).await;
-        }
-        let last_seen =
-            |seconds: f64| format!("update workers set seen_at = clock_timestamp() - {seconds} * interval '1 second'");
-        assert_eq!(takes(&mut conn, &mine).await, taken, "{mine:?} beside {another:?}");
-        sqlx::query(sqlx::AssertSqlSafe(last_seen(4.0 * LEASE.as_secs_f64())))
-            .execute(&mut *conn)
-            .await
-            .expect("updates");
+        takes_beside(&mut conn, &mine, &another, taken).await;
+        let four_leases_ago = "update workers set seen_at = clock_timestamp() - $1 * interval '1 second'";
+        sqlx::query(four_leases_ago).bind(4.0 * LEASE.as_secs_f64()).execute(&mut *conn).await.expect("updates");
         assert!(takes(&mut conn, &mine).await, "{another:?} was not seen for long");
     }
 }
@@ -271,17 +257,12 @@ async fn a_run_of_a_source_that_its_job_has_no_more_is_left_to_nobody() {
         cluster.source("postgres", PostgresSource::empty().await.config()).await,
         cluster.source("postgres", PostgresSource::empty().await.config()).await,
     ];
-    let body = json!({ "name": "store", "kind": "local", "config": { "root": cluster.scratch.join("backups") } });
-    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let destination = untested_destination(&cluster).await;
     let job = cluster.job(&source, &[&destination], json!({})).await;
     cluster.trigger(&job).await;
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     let lacking = Claimant { out_of_reach: vec![destination.parse().expect("an id")], ..claimant() };
-    let whole = claimant();
-    for worker in [&lacking, &whole] {
-        register(&mut conn, worker, &worker.engines).await;
-    }
-    assert!(!takes(&mut conn, &lacking).await, "the other can do it");
+    takes_beside(&mut conn, &lacking, &claimant(), false).await;
     sqlx::query("update jobs set source_id = $1::uuid").bind(another).execute(&mut *conn).await.expect("updates");
     assert!(takes(&mut conn, &lacking).await, "what it needs is judged by another source than its own");
 }
@@ -290,16 +271,13 @@ async fn a_run_of_a_source_that_its_job_has_no_more_is_left_to_nobody() {
 async fn who_leaves_many_runs_to_others_is_not_slow_about_it() {
     let cluster = Cluster::build().workers(0).start().await;
     let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let body = json!({ "name": "store", "kind": "local", "config": { "root": cluster.scratch.join("backups") } });
-    let destination = id(&cluster.ok("POST", "/api/destinations", Some(body)).await);
+    let destination = untested_destination(&cluster).await;
     let job = cluster.job(&source, &[&destination], json!({})).await;
     crate::harness::history::fill(&cluster, &job, 0, 100_000).await;
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     let lacking = Claimant { out_of_reach: vec![destination.parse().expect("an id")], ..claimant() };
     let whole = claimant();
-    for worker in [&lacking, &whole] {
-        register(&mut conn, worker, &worker.engines).await;
-    }
+    takes_beside(&mut conn, &lacking, &whole, false).await;
     // PostgreSQL may take another plan from the sixth call on. A claim has five seconds, and holds up the others for a part.
     for round in 0..8 {
         let began = Instant::now();
@@ -312,16 +290,14 @@ async fn who_leaves_many_runs_to_others_is_not_slow_about_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_left_to_others_also_when_the_database_is_away_in_that_moment() {
     let mut cluster = Cluster::build().workers(0).start().await;
-    let (bin, gate) = (tools(&cluster.scratch, &["psql"]), cluster.scratch.join("gate"));
-    std::fs::remove_file(bin.join("psql")).expect("removes");
-    symlink("/usr/bin/psql", bin.join("psql")).expect("links");
+    let (bin, gate) = (tools(&cluster.scratch, "exit 7"), cluster.scratch.join("gate"));
     let asked = cluster.scratch.join("asked");
     let script = format!(
         "#!/bin/bash\nwhile [ -e {} ]; do touch {}; sleep 0.02; done\necho 'pg_dump (PostgreSQL) 9.6.24'\n",
         gate.display(),
         asked.display()
     );
-    crate::bad_dumps::write_script(&bin.join("pg_dump"), &script);
+    write_script(&bin.join("pg_dump"), &script);
     let proxy = Proxy::start(postgres_port()).await;
     let url = ("DATABASE_URL", cluster.database_url_at(proxy.port));
     let bins = ("DBACKUP_POSTGRES_BIN", bin.display().to_string());
