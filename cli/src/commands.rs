@@ -28,12 +28,16 @@ pub async fn migrate(data: Option<PathBuf>) -> Result<(), StartError> {
     Ok(done?)
 }
 
-/// `dbackup health`.
-pub async fn health(data: Option<PathBuf>) -> Result<(), StartError> {
+/// `dbackup health`; with `--worker` also a worker that hangs, or cannot register, is not healthy.
+pub async fn health(data: Option<PathBuf>, worker: bool) -> Result<(), StartError> {
     let instance = Instance::open(data)?;
     let mut conn = instance.db.connect_apart().await.map_err(PrepareError::Away)?;
     if let Some(key) = &instance.key {
         seal::check_canary(&mut conn, key).await?;
+    }
+    let host = worker::config::host();
+    if worker && !common::worker::runs_on(&mut conn, &host).await.map_err(PrepareError::Away)? {
+        return Err(std::io::Error::other(format!("no worker of {host} was seen within its lease")).into());
     }
     println!("healthy");
     Ok(())

@@ -53,6 +53,9 @@ enum Command {
         /// Ask an API process instead, such as http://127.0.0.1:3000, whether it is ready
         #[arg(long)]
         api: Option<url::Url>,
+        /// Ask besides whether a worker of this machine (or container) was seen within its lease
+        #[arg(long, conflicts_with = "api")]
+        worker: bool,
     },
     /// Show the workers, the slots in use and what waits
     Status(status::StatusArgs),
@@ -76,8 +79,8 @@ async fn main() {
             println!("{:#}", api::openapi::document());
             Ok(())
         }
-        Command::Health { api: None } => commands::health(program.data).await,
-        Command::Health { api: Some(url) } => commands::api_health(&url).await,
+        Command::Health { api: None, worker } => commands::health(program.data, worker).await,
+        Command::Health { api: Some(url), .. } => commands::api_health(&url).await,
         Command::KeyRotate => commands::rotate_key(program.data).await,
         Command::Status(args) => status::run(program.data, args).await,
         Command::Trigger(args) => trigger::run(args).await,

@@ -193,6 +193,13 @@ pub struct Worker {
     pub last_seen_at: DateTime<Utc>,
 }
 
+impl Worker {
+    /// Whether it lives.
+    fn runs(&self) -> bool {
+        matches!(self.state, WorkerState::Active | WorkerState::Draining)
+    }
+}
+
 /// How many runs a worker has, and may have.
 #[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
 #[schema(example = json!({ "used": 1, "total": 4 }))]
@@ -257,6 +264,12 @@ pub async fn all(conn: &mut PgConnection) -> Result<Vec<Worker>, sqlx::Error> {
     Ok(rows.into_iter().map(Worker::from).collect())
 }
 
+/// Whether a worker of a machine runs, by its beats: one that was not seen for a lease is gone.
+pub async fn runs_on(conn: &mut PgConnection, host: &str) -> Result<bool, sqlx::Error> {
+    let workers = all(conn).await?;
+    Ok(workers.iter().any(|worker| worker.host == host && worker.runs()))
+}
+
 /// What became of a cordon.
 #[derive(Debug)]
 pub enum Cordoned {
@@ -292,13 +305,12 @@ pub async fn cordon(conn: &mut PgConnection, id_or_name: &str, cordoned: bool) -
 /// The one of this id, or the only one of this name that runs, or the latest that ran.
 fn pick(workers: Vec<Worker>, id_or_name: &str) -> Result<Worker, Cordoned> {
     let id = id_or_name.parse().ok();
-    let runs = |worker: &Worker| matches!(worker.state, WorkerState::Active | WorkerState::Draining);
     let mut found: Vec<Worker> = match workers.iter().find(|worker| Some(worker.id) == id) {
         Some(worker) => vec![worker.clone()],
         None => workers.into_iter().filter(|worker| worker.name == id_or_name).collect(),
     };
-    if found.iter().any(runs) {
-        found.retain(runs);
+    if found.iter().any(Worker::runs) {
+        found.retain(Worker::runs);
         if found.len() > 1 {
             return Err(Cordoned::Ambiguous(found.len()));
         }

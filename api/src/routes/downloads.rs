@@ -87,8 +87,8 @@ pub async fn download(
     Ok(response)
 }
 
-/// The body of the answer: it ends early, which every client sees by the announced length, when the caller loses its right
-/// or the process stops.
+/// The body of the answer: it ends early, which every client sees by the announced length, when the caller loses its right.
+/// When the process stops it goes on for as long as requests under way may, and is cut then.
 async fn sent(
     state: &AppState,
     caller: &Caller,
@@ -112,10 +112,7 @@ async fn sent(
     let over = async move {
         // Held as long as the body lives.
         let _place = place;
-        tokio::select! {
-            () = caller.loses_its_right(&state.memory) => {}
-            () = state.stop.closing.cancelled() => {}
-        }
+        caller.loses_its_right(&state.memory).await;
     };
     Ok(Body::from_stream(bytes.take_until(Box::pin(over))).into_response())
 }

@@ -23,23 +23,30 @@ const AGAIN: Duration = Duration::from_millis(250);
 /// What the clients saw.
 #[derive(Default)]
 pub struct Tally {
-    /// Triggers that were acknowledged.
+    /// Triggers that were acknowledged, or waits that were answered.
     acknowledged: AtomicUsize,
-    /// 503 with Retry-After: what the API may say when its database is away.
-    pub refused: Mutex<Vec<String>>,
+    /// 503 `database_away` with Retry-After: what the API says when its database is away.
+    refused: AtomicUsize,
     /// Every other failure.
-    pub failed: Mutex<Vec<String>>,
+    failed: Mutex<Vec<String>>,
 }
 
 impl Tally {
-    fn failure(&self, what: &str, answer: Result<Response, reqwest::Error>) {
-        match answer {
-            Ok(answer) if answer.status() == 503 && answer.headers().contains_key(RETRY_AFTER) => {
-                self.refused.lock().expect("not poisoned").push(what.to_owned());
+    async fn failure(&self, what: &str, answer: Result<Response, reqwest::Error>) {
+        let failed = match answer {
+            Ok(answer) => {
+                let (status, tells_when) = (answer.status(), answer.headers().contains_key(RETRY_AFTER));
+                let body = answer.text().await.unwrap_or_default();
+                let code = serde_json::from_str::<Value>(&body).map(|body| body["code"].clone()).unwrap_or_default();
+                if status == 503 && tells_when && code == "database_away" {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    return;
+                }
+                format!("{what}: {status} {body}")
             }
-            Ok(answer) => self.failed.lock().expect("not poisoned").push(format!("{what}: {}", answer.status())),
-            Err(error) => self.failed.lock().expect("not poisoned").push(format!("{what}: {error:?}")),
-        }
+            Err(error) => format!("{what}: {error:?}"),
+        };
+        self.failed.lock().expect("not poisoned").push(failed);
     }
 
     /// How many triggers were acknowledged.
@@ -49,7 +56,7 @@ impl Tally {
 
     /// How many requests were refused.
     pub fn refused(&self) -> usize {
-        self.refused.lock().expect("not poisoned").len()
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// The failures.
@@ -91,14 +98,42 @@ impl Load {
 
     /// So many clients, each with the next trigger as soon as the one before is acknowledged.
     pub fn at_once(project: &Project, job: &str, clients: usize) -> Self {
+        let job = job.to_owned();
+        Self::each(project, clients, move |project, tally| {
+            let job = job.clone();
+            async move { drop(trigger(&project, &job, &tally).await) }
+        })
+    }
+
+    /// So many clients that wait for the end of an execution, each again as soon as it is told that there is none yet.
+    pub fn waiting(project: &Project, execution: &str, clients: usize) -> Self {
+        let path = format!("/api/executions/{execution}?wait=60");
+        Self::each(project, clients, move |project, tally| {
+            let waits = project.request("GET", &path, None).send();
+            async move {
+                match waits.await {
+                    Ok(answer) if answer.status() == 200 => {
+                        tally.acknowledged.fetch_add(1, Ordering::Relaxed);
+                    }
+                    answer => tally.failure("a wait", answer).await,
+                }
+            }
+        })
+    }
+
+    /// So many clients, each of which asks again and again.
+    fn each<F: Future<Output = ()> + Send>(
+        project: &Project,
+        clients: usize,
+        ask: impl Fn(Project, Arc<Tally>) -> F + Clone + Send + Sync + 'static,
+    ) -> Self {
         let (stop, tally) = (CancellationToken::new(), Arc::new(Tally::default()));
         let mut work = JoinSet::new();
         for _ in 0..clients {
-            let (project, job) = (project.clone(), job.to_owned());
-            let (stop, tally) = (stop.clone(), tally.clone());
+            let (project, ask, stop, tally) = (project.clone(), ask.clone(), stop.clone(), tally.clone());
             work.spawn(async move {
                 while !stop.is_cancelled() {
-                    trigger(&project, &job, &tally).await;
+                    ask(project.clone(), tally.clone()).await;
                 }
             });
         }
@@ -130,7 +165,7 @@ async fn trigger(project: &Project, job: &str, tally: &Tally) -> String {
                 }
                 tally.failed.lock().expect("not poisoned").push(format!("an answer was cut: {answer}"));
             }
-            answer => tally.failure("a trigger", answer),
+            answer => tally.failure("a trigger", answer).await,
         }
         tokio::time::sleep(AGAIN).await;
     }
@@ -139,32 +174,46 @@ async fn trigger(project: &Project, job: &str, tally: &Tally) -> String {
 async fn poll(project: &Project, execution: &str, tally: &Tally) {
     match project.request("GET", &format!("/api/executions/{execution}"), None).send().await {
         Ok(answer) if answer.status() == 200 => {}
-        answer => tally.failure("a poll", answer),
+        answer => tally.failure("a poll", answer).await,
     }
 }
 
 /// Changes the limit every second, between 1 and 10, until it is dropped.
-pub struct Limits(tokio::task::JoinHandle<()>);
+pub struct Limits {
+    work: tokio::task::JoinHandle<()>,
+    changed: Arc<(AtomicUsize, AtomicUsize)>,
+}
 
 impl Limits {
     /// Begins.
     pub fn change(project: &Project, seed: u64) -> Self {
-        let project = project.clone();
-        Self(tokio::spawn(async move {
+        let (project, changed) = (project.clone(), Arc::<(AtomicUsize, AtomicUsize)>::default());
+        let counted = changed.clone();
+        let work = tokio::spawn(async move {
             let mut random = StdRng::seed_from_u64(seed);
             let mut clock = tokio::time::interval(Duration::from_secs(1));
             loop {
                 clock.tick().await;
                 let limit = json!({ "maxConcurrentJobs": random.random_range(1..=10) });
+                counted.0.fetch_add(1, Ordering::Relaxed);
                 // The database may be away just now.
-                let _ = project.request("PATCH", "/api/settings", Some(limit)).send().await;
+                let answer = project.request("PATCH", "/api/settings", Some(limit)).send().await;
+                if answer.is_ok_and(|answer| answer.status() == 200) {
+                    counted.1.fetch_add(1, Ordering::Relaxed);
+                }
             }
-        }))
+        });
+        Self { work, changed }
+    }
+
+    /// How often it was to be changed, and how often it was.
+    pub fn so_far(&self) -> (usize, usize) {
+        (self.changed.0.load(Ordering::Relaxed), self.changed.1.load(Ordering::Relaxed))
     }
 }
 
 impl Drop for Limits {
     fn drop(&mut self) {
-        self.0.abort();
+        self.work.abort();
     }
 }

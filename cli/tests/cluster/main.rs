@@ -85,11 +85,14 @@ async fn main() -> ExitCode {
             continue;
         }
         println!("{part:?}, {:.0} s after the start", began.elapsed().as_secs_f64());
+        let restarts = project.restarts().await;
         match part {
             Part::Shape => {
                 shape::confines(&project).await;
                 shape::skewed(&project).await;
                 shape::scales(&project).await;
+                shape::finds_the_scaled(&project).await;
+                shape::starts_again(&project).await;
                 shape::proxied(&project, &stages[1]).await;
             }
             Part::Workers => println!("  {:?}", disturb::workers(&project, &stages, args.disturbances).await),
@@ -104,15 +107,21 @@ async fn main() -> ExitCode {
                 proxy::repeats_no_trigger(&project, &source, &local).await;
             }
         }
+        // But for those that were to, no process has ended by itself and been started again unseen.
+        let died =
+            project.restarts().await.into_iter().filter(|(id, n)| restarts.get(id).is_some_and(|before| before < n));
+        let died: Vec<_> = died.collect();
+        assert!(*part == Part::Shape || died.is_empty(), "{part:?}: processes died: {died:?}");
     }
     beside.end().await;
+    let changes = limits.so_far();
     drop(limits);
     project.ok("PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 10 }))).await;
     outages::drained(&project).await;
     let mut wrong = check::everything(&project, &local, &stages).await;
     // Parts alone may be over before every limit was there.
     if args.only.is_empty() {
-        wrong.extend(check::disturbances(&project).await);
+        wrong.extend(check::disturbances(&project, changes).await);
     }
     let _ = std::fs::remove_dir_all(&scratch);
     println!(

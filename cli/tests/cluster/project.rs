@@ -1,6 +1,7 @@
 //! The Compose project under test: Docker's own commands, the address of its proxy, its database.
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     sync::{Arc, Mutex},
     time::Duration,
@@ -38,12 +39,38 @@ pub struct Project {
     pub source: IpAddr,
     /// Executions whose trigger was acknowledged, to whomever.
     pub acknowledged: Arc<Mutex<Vec<String>>>,
-    name: String,
 }
 
 impl Audited for Project {
     fn pool(&self) -> &PgPool {
         &self.pool
+    }
+}
+
+/// How an execution ended.
+#[derive(Debug, sqlx::FromRow)]
+pub struct End {
+    status: String,
+    outcome: Option<String>,
+    error_code: Option<String>,
+    /// How often it was taken from a worker that was lost.
+    pub rescues: i32,
+}
+
+impl End {
+    /// Well.
+    pub fn is_success(&self) -> bool {
+        self.status == "Success"
+    }
+
+    /// Closed as lost, since it was taken from its worker a fourth time: that is the rule.
+    pub fn is_lost(&self) -> bool {
+        self.outcome.as_deref() == Some("WorkerLost") && self.rescues > 3
+    }
+
+    /// A restore whose tool committed before its lost worker could end it: the next attempt has refused what is there.
+    pub fn is_overtaken(&self) -> bool {
+        self.error_code.as_deref() == Some("target_not_empty") && self.rescues > 0
     }
 }
 
@@ -66,6 +93,11 @@ pub async fn compose(args: &[&str]) -> String {
 
 fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run this with make cluster-test"))
+}
+
+/// The name that Compose knows it by.
+pub fn project_name() -> String {
+    variable("COMPOSE_PROJECT_NAME")
 }
 
 impl Project {
@@ -91,7 +123,6 @@ impl Project {
             here: format!("10.215.{net}.1").parse().expect("an address"),
             source: format!("10.215.{net}.10").parse().expect("an address"),
             acknowledged: Arc::default(),
-            name: variable("COMPOSE_PROJECT_NAME"),
         }
     }
 
@@ -110,9 +141,17 @@ impl Project {
         docker(&["inspect", "--format", "{{.Id}}", host]).await
     }
 
-    /// A network's name.
-    pub fn network(&self, network: &str) -> String {
-        format!("{}_{network}", self.name)
+    /// How often Docker started each container again because its process had ended by itself.
+    pub async fn restarts(&self) -> BTreeMap<String, u32> {
+        let ids = compose(&["ps", "--all", "--quiet"]).await;
+        let mut command = vec!["inspect", "--format", "{{.Id}} {{.RestartCount}}"];
+        command.extend(ids.lines());
+        let counts = docker(&command).await;
+        let count = |line: &str| {
+            let (id, count) = line.split_once(' ').expect("two words");
+            (id.to_owned(), count.parse().expect("a number"))
+        };
+        counts.lines().map(count).collect()
     }
 
     /// Waits until a container's own probe succeeds.
@@ -183,14 +222,14 @@ impl Project {
         self.acknowledged.lock().expect("not poisoned").push(execution.to_owned());
     }
 
-    /// Waits until an execution has ended; gives how, and how often it was rescued.
-    pub async fn ended(&self, execution: &str) -> (String, i32) {
+    /// Waits until an execution has ended; gives how.
+    pub async fn ended(&self, execution: &str) -> End {
         until(&format!("execution {execution} ends"), A_WHILE, || self.end_of(execution)).await
     }
 
     /// As [`Project::ended`], if it has.
-    pub async fn end_of(&self, execution: &str) -> Option<(String, i32)> {
-        let query = "select status, rescues::int from executions where id = $1::uuid and ended_at is not null";
+    pub async fn end_of(&self, execution: &str) -> Option<End> {
+        let query = "select status, outcome, error_code, rescues::int from executions where id = $1::uuid and ended_at is not null";
         sqlx::query_as(query).bind(execution).fetch_optional(&self.pool).await.expect("answers")
     }
 

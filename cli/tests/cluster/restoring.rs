@@ -24,7 +24,7 @@ impl Restores {
     /// Makes a backup of a job, to be restored into a source of the same server.
     pub async fn new(project: &Project, job: &str, source: String) -> Self {
         let backup = project.trigger(job).await;
-        assert_eq!(project.ended(&backup).await.0, "Success", "a backup to restore");
+        assert!(project.ended(&backup).await.is_success(), "a backup to restore");
         Self { backup, server: project.source, source, begun: Mutex::default() }
     }
 
@@ -48,17 +48,21 @@ impl Restores {
         PgConnection::connect_with(&options).await.expect("the source answers")
     }
 
-    /// Which of them brought back something else than all of the backup or, where they failed, nothing. An attempt that was
-    /// lost may have brought back all of it before the next one failed.
+    /// Which of them ended in a way that they may not, or brought back something else than all of the backup or nothing.
     pub async fn wrong(&self, project: &Project) -> Vec<String> {
         let whole = self.content("shop").await;
         let (mut wrong, begun) = (Vec::new(), self.begun.lock().expect("not poisoned").clone());
         for (execution, database) in &begun {
-            let (status, rescues) = project.ended(execution).await;
+            let end = project.ended(execution).await;
             let content = self.content(database).await;
-            let nothing = content.is_none() && status != "Success";
-            if !nothing && (content != whole || status != "Success" && rescues == 0) {
-                wrong.push(format!("restore {execution} ended in {status}, and {database} holds {content:?}"));
+            let all_is_there = content == whole;
+            let so_it_is = match () {
+                () if end.is_success() || end.is_overtaken() => all_is_there,
+                // One of the attempts that were lost may have committed.
+                () => end.is_lost() && (all_is_there || content.is_none()),
+            };
+            if !so_it_is {
+                wrong.push(format!("restore {execution} ended so: {end:?}, and {database} holds {content:?}"));
             }
         }
         println!("{} restores, {} of them all or nothing", begun.len(), begun.len() - wrong.len());

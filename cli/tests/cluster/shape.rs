@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::{
     harness::until,
-    project::{A_WHILE, BACKUPS, Project, compose, docker},
+    project::{A_WHILE, BACKUPS, Project, compose, docker, project_name},
     stages::Stage,
 };
 
@@ -37,6 +37,8 @@ pub async fn confines(project: &Project) {
         ("api", "/run/dbackup/encryption-key"),
     ] {
         secrets.push(compose(&["exec", "-T", service, "cat", path]).await);
+        let mode = compose(&["exec", "-T", service, "stat", "-c", "%a", path]).await;
+        assert_eq!(mode, "600", "others may read {path}");
     }
     let mut wrong = Vec::new();
     for (service, count, lasts) in SERVICES {
@@ -88,9 +90,18 @@ fn unconfined(service: &str, lasts: bool, about: &Value, secrets: &[String]) -> 
     let environment = config["Env"].to_string();
     must(!secrets.iter().any(|secret| environment.contains(secret.as_str())), "a secret is in its environment");
     let mounts = about["Mounts"].as_array().into_iter().flatten();
-    for mount in mounts.filter(|mount| mount["Destination"] == BACKUPS) {
-        must(mount["RW"] == (service == "worker"), "who may write to the backups");
+    let backups: Vec<_> = mounts.filter(|mount| mount["Destination"] == BACKUPS).collect();
+    let (named, writes) = (format!("{}_backups", project_name()), service == "worker");
+    match ["api", "worker"].contains(&service) {
+        true => must(
+            matches!(backups[..], [mount] if mount["Name"] == named.as_str() && mount["RW"] == writes),
+            "the one volume of the backups, which a worker writes to and the API reads",
+        ),
+        false => must(backups.is_empty(), "it sees the backups"),
     }
+    let sets = |variable: &str| has(&config["Env"], variable);
+    must(service != "worker" || sets("DBACKUP_DRAIN_SECONDS=25"), "its drain is not 25 s");
+    must(service != "api" || sets("DBACKUP_SHUTDOWN_DELAY_SECONDS=5"), "it serves less than 5 s after its signal");
     wrong
 }
 
@@ -100,7 +111,7 @@ pub async fn proxied(project: &Project, stage: &Stage) {
     let (held, _) = stage.hold_one(project).await;
     let (waited, streamed) = tokio::join!(waits(project, &held), streams(project, &held));
     stage.open();
-    assert_eq!(project.ended(&held).await.0, "Success");
+    assert!(project.ended(&held).await.is_success(), "a run that was held");
     let address = forged(project, &stage.job).await;
     believed(project, &stage.job).await;
     println!("  a client waited for {waited:.0?}, events came for {streamed:.0?}, a client's address is {address}");
@@ -154,7 +165,7 @@ async fn address_of(project: &Project, execution: &str) -> String {
 async fn believed(project: &Project, job: &str) {
     const CLIENT: &str = "203.0.113.9";
     let of_env = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by .dev/cluster-test"));
-    let (network, address) = (format!("{}_edge", of_env("COMPOSE_PROJECT_NAME")), of_env("DBACKUP_UPSTREAM_PROXIES"));
+    let (network, address) = (format!("{}_edge", project_name()), of_env("DBACKUP_UPSTREAM_PROXIES"));
     let image = docker(&["inspect", "--format", "{{.Config.Image}}", &project.containers("api").await[0]]).await;
     let request = format!(
         r"POST /api/jobs/{job}/run HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nX-Forwarded-For: 198.51.100.7, {CLIENT}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
@@ -185,13 +196,58 @@ pub async fn scales(project: &Project) {
     println!("  {before} workers, {} with --scale worker=5, and {before} again", before + 2);
 }
 
-/// The clock of the one worker is an hour ahead, and the others' are right.
+/// A process that dies by itself is started again, and serves.
+pub async fn starts_again(project: &Project) {
+    for service in ["api", "worker"] {
+        let container = project.containers(service).await.remove(0);
+        // `docker kill` would count as the will of its operator.
+        let about =
+            docker(&["inspect", "--format", "{{.State.Pid}} {{.Config.Image}} {{.RestartCount}}", &container]).await;
+        let (pid, rest) = about.split_once(' ').expect("three words");
+        let (image, restarts) = rest.split_once(' ').expect("three words");
+        docker(&["run", "--rm", "--pid", "host", "--user", "0", image, "bash", "-c", &format!("kill -9 {pid}")]).await;
+        let restarts: u32 = restarts.parse().expect("a number");
+        until(&format!("a {service} is started again"), A_WHILE, || async {
+            (project.restarts().await[&container] > restarts).then_some(())
+        })
+        .await;
+        project.healthy(&container).await;
+    }
+    println!("  an API and a worker that died were started again");
+}
+
+/// The proxy learns of a third API process by its name alone: it serves when the first two are gone.
+pub async fn finds_the_scaled(project: &Project) {
+    let old = project.containers("api").await;
+    compose(&["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale", "api=3", "api"]).await;
+    for container in project.containers("api").await {
+        project.healthy(&container).await;
+    }
+    for container in &old {
+        docker(&["stop", container]).await;
+    }
+    let answer = project.request("GET", "/api/jobs", None).send().await.expect("answers");
+    assert_eq!(answer.status(), 200, "only the new API process is there");
+    for container in &old {
+        docker(&["start", container]).await;
+        project.healthy(container).await;
+    }
+    compose(&["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale", "api=2", "api"]).await;
+    println!("  a third API process serves alone");
+}
+
+/// The clock of the one worker is an hour ahead, as what it logs shows, and the others' are right.
 pub async fn skewed(project: &Project) {
     for (service, ahead) in [("worker", 0), ("worker-skewed", 3_600)] {
         for container in project.containers(service).await {
-            let clock: i64 = docker(&["exec", &container, "date", "+%s"]).await.parse().expect("a number");
-            let here = chrono::Utc::now().timestamp();
-            assert!((clock - here - ahead).abs() < 30, "the clock of {service} is {} s ahead", clock - here);
+            let log = docker(&["logs", "--timestamps", &container]).await;
+            // Docker's time of a line, and the worker's own.
+            let line = log.lines().find(|line| line.contains(r#""timestamp""#)).expect("a worker logs");
+            let (docker, line) = line.split_once(' ').expect("a time");
+            let said: Value = serde_json::from_str(line).expect("JSON");
+            let time = |text: &str| chrono::DateTime::parse_from_rfc3339(text).expect("a time");
+            let clock = time(said["timestamp"].as_str().expect("a time")) - time(docker);
+            assert!((clock.num_seconds() - ahead).abs() < 30, "the clock of {service} is {clock} ahead");
         }
     }
     println!("  the clock of one worker is an hour ahead");

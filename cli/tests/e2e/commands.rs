@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 
@@ -80,6 +81,23 @@ async fn health_tells_by_its_exit_status_what_is_wrong() {
         );
         assert!(stderr.contains(words), "{args:?} {env:?}: {stderr}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_probe_of_a_worker_fails_while_the_worker_hangs_and_before_there_is_one() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    let env = [("DATABASE_URL", cluster.env()["DATABASE_URL"].clone())];
+    let probe =
+        || said(&dbackup(&["health", "--worker"], &env.each_ref().map(|(name, value)| (*name, value.as_str()))));
+    let (status, _, stderr) = probe();
+    assert_eq!(status, Some(1));
+    assert!(stderr.contains("no worker of ") && stderr.contains("within its lease"), "{stderr}");
+    cluster.add_worker(&[]).await;
+    until("it is healthy", SOON, || async { (probe().0 == Some(0)).then_some(()) }).await;
+    cluster.workers[0].signal(Signal::SIGSTOP);
+    until("it is not", SOON, || async { (probe().0 == Some(1)).then_some(()) }).await;
+    cluster.workers[0].signal(Signal::SIGCONT);
+    until("it is healthy again", SOON, || async { (probe().0 == Some(0)).then_some(()) }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

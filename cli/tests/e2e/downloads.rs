@@ -1,7 +1,8 @@
 //! Downloads of what lies in destinations, by the API.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{fs::File, os::unix::fs::FileExt, path::Path, time::Duration};
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -21,6 +22,19 @@ async fn backup(cluster: &Cluster, destination: &str, rows: u32) -> (Value, [Str
     };
     let addresses = [of(false), of(true)];
     (backup, addresses)
+}
+
+/// Length of an object that is more than any buffer on the way takes.
+const LONG: usize = 1 << 30;
+
+/// Makes the object of a backup so long, without the time to write it.
+async fn grown(cluster: &Cluster, backup: &Value, root: &Path) {
+    let file = File::options().write(true).open(root.join(backup["path"].as_str().expect("a path"))).expect("opens");
+    file.set_len(LONG as u64).expect("grows");
+    let change = format!(
+        "with grown as (update artifacts set size_bytes = {LONG} where database_name is not null returning 1) select count(*) from grown"
+    );
+    assert_eq!(cluster.count(&change).await, 1);
 }
 
 async fn get(cluster: &Cluster, api: usize, path: &str, headers: &[(&str, &str)]) -> reqwest::Response {
@@ -113,11 +127,7 @@ async fn a_download_ends_when_its_key_is_disabled() {
     let cluster = Cluster::start().await;
     let (destination, root) = cluster.local_destination().await;
     let (backup, [object, _]) = backup(&cluster, &destination, 10).await;
-    // More than any buffer on the way takes, without the time to make it.
-    let file = File::options().write(true).open(root.join(backup["path"].as_str().expect("a path"))).expect("opens");
-    file.set_len(1 << 30).expect("grows");
-    let change = "with grown as (update artifacts set size_bytes = 1 << 30 where database_name is not null returning 1) select count(*) from grown";
-    assert_eq!(cluster.count(change).await, 1);
+    grown(&cluster, &backup, &root).await;
     let made = cluster
         .ok("POST", "/api/api-keys", Some(json!({ "name": "reader", "permissions": ["storage:download"] })))
         .await;
@@ -139,7 +149,7 @@ async fn a_download_ends_when_its_key_is_disabled() {
             other => break other.is_err(),
         }
     };
-    assert!(broken && seen < 1 << 30, "{seen} bytes");
+    assert!(broken && seen < LONG, "{seen} bytes");
 
     // A process sends so many at once; those who wait take up nothing else.
     let mut many = Vec::new();
@@ -155,6 +165,30 @@ async fn a_download_ends_when_its_key_is_disabled() {
         (get(&cluster, 1, &object, &[("range", "bytes=1-9")]).await.status() == 206).then_some(())
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_stops_sends_a_download_to_its_end() {
+    let mut cluster = Cluster::start().await;
+    let (destination, root) = cluster.local_destination().await;
+    let (backup, [object, _]) = backup(&cluster, &destination, 10).await;
+    grown(&cluster, &backup, &root).await;
+    // Not from its beginning: what is whole is checked.
+    let mut response = get(&cluster, 0, &object, &[("range", "bytes=1-")]).await;
+    let mut seen = response.chunk().await.expect("a chunk").expect("bytes").len();
+    cluster.apis[0].0.signal(Signal::SIGTERM);
+    let address = cluster.url(0).trim_start_matches("http://").to_owned();
+    until("no connection is taken", SOON, || async {
+        tokio::net::TcpStream::connect(&address).await.is_err().then_some(())
+    })
+    .await;
+    assert!(seen < LONG - 1, "it was over before the end began");
+    while let Some(chunk) = response.chunk().await.unwrap_or_else(|error| panic!("cut after {seen} bytes: {error:?}")) {
+        seen += chunk.len();
+    }
+    assert_eq!(seen, LONG - 1);
+    let ended = cluster.apis[0].0.end(Duration::from_secs(5)).await;
+    assert_eq!(ended.code(), Some(0), "{}", cluster.apis[0].0.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
