@@ -1,6 +1,6 @@
 # The recipes live in .dev; this names them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup build up fmt lint sqlx openapi fuzz-api bench chaos upgrade-test cluster-test
+.PHONY: help demo test setup setup-run build up fmt lint sqlx openapi fuzz-api bench chaos upgrade-test cluster-test
 
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbackup/target
 # Folder of the instance that `make up` runs.
@@ -21,11 +21,13 @@ test: ## every test, against servers that it starts itself (ARGS=restore: those 
 
 setup: ## install what is missing: servers, clients, tools
 	@.dev/setup
+setup-run:
+	@.dev/setup run
 
-build: ## build every program
+build: setup-run ## build every program
 	cargo build --workspace --locked
 
-up: setup ## run API and workers with their data in DATA (default /var/lib/dbackup, or ~/.local/share/dbackup)
+up: setup-run ## run API and workers with their data in DATA (default /var/lib/dbackup, or ~/.local/share/dbackup)
 	cargo run --package cli --bin dbackup --locked -- --data "$(DATA)" up
 
 fmt: ## format the code

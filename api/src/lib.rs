@@ -1,7 +1,7 @@
 //! The REST API: stateless processes that answer from the database.
 //!
-//! What is absent on purpose: no dump tool, no route to a source, no mount of a destination (workers have
-//! those), and no state that another API process would miss.
+//! What is absent on purpose: no dump tool, no route to a source, no destination but for reading what is downloaded (workers
+//! have those), and no state that another API process would miss.
 
 pub mod auth;
 mod called;

@@ -104,7 +104,8 @@ impl Embedded {
 
 impl Layout {
     fn prepare(folder: &Path) -> Result<Self, EmbeddedError> {
-        let bin = newest_bin()?;
+        let cluster = folder.join("pg");
+        let bin = server_bin(&cluster)?;
         let user = if nix::unistd::geteuid().is_root() {
             let user = User::from_name("postgres").ok().flatten();
             Some(user.ok_or_else(|| {
@@ -116,13 +117,7 @@ impl Layout {
         } else {
             None
         };
-        let layout = Self {
-            bin,
-            cluster: folder.join("pg"),
-            socket: folder.join(SOCKET_FOLDER),
-            log: folder.join("postgres.log"),
-            user,
-        };
+        let layout = Self { bin, cluster, socket: folder.join(SOCKET_FOLDER), log: folder.join("postgres.log"), user };
         if layout.socket.as_os_str().len() > MAX_SOCKET_FOLDER {
             return Err(ConfigError(format!(
                 "--data (DBACKUP_DATA): {} is too long for a Unix socket; at most {} characters",
@@ -229,7 +224,7 @@ impl Layout {
                 "-c",
                 "unix_socket_permissions=0700",
                 "-c",
-                "max_connections=100",
+                "max_connections=300",
                 "-p",
                 "5432",
             ])
@@ -291,7 +286,9 @@ fn is_dead(pid: Pid) -> bool {
     stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('Z'))
 }
 
-fn newest_bin() -> Result<PathBuf, ConfigError> {
+/// The programs of the server: those that are named, those of the major that made the cluster, or the newest. A server does
+/// not start on the files of another major.
+fn server_bin(cluster: &Path) -> Result<PathBuf, ConfigError> {
     if let Some(bin) = std::env::var_os("DBACKUP_PG_BIN") {
         let bin = PathBuf::from(bin);
         return match bin.join("postgres").is_file() {
@@ -299,13 +296,49 @@ fn newest_bin() -> Result<PathBuf, ConfigError> {
             false => Err(ConfigError(format!("DBACKUP_PG_BIN: there is no postgres in {}", bin.display()))),
         };
     }
-    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let mut found: Vec<(u32, PathBuf)> = versions
-        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
+    let made_by = fs::read_to_string(cluster.join("PG_VERSION")).ok().and_then(|major| major.trim().parse().ok());
+    choose_bin(Path::new("/usr/lib/postgresql"), made_by)
+}
+
+/// Debian's layout: a folder for each major.
+fn choose_bin(majors: &Path, made_by: Option<u32>) -> Result<PathBuf, ConfigError> {
+    let versions = fs::read_dir(majors).into_iter().flatten().flatten();
+    let found = versions
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry.path().join("bin"))))
         .filter(|(_, bin)| bin.join("postgres").is_file() && bin.join("initdb").is_file())
-        .collect();
-    found.sort();
-    found.pop().map(|(_, bin)| bin).ok_or_else(|| {
-        ConfigError("no PostgreSQL server found in /usr/lib/postgresql: install the postgresql package, or name its folder in DBACKUP_PG_BIN".into())
+        .filter(|(major, _)| made_by.is_none_or(|made_by| made_by == *major));
+    let found = found.max().map(|(_, bin)| bin);
+    found.ok_or_else(|| {
+        let (what, package) = match made_by {
+            Some(major) => (format!("PostgreSQL {major} server, which made the data,"), format!("postgresql-{major}")),
+            None => ("PostgreSQL server".to_owned(), "postgresql".to_owned()),
+        };
+        let folder = majors.display();
+        ConfigError(format!(
+            "no {what} found in {folder}: install the package {package}, or name its folder in DBACKUP_PG_BIN"
+        ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_is_served_by_the_major_that_made_it_and_a_new_one_by_the_newest() {
+        let majors = std::env::temp_dir().join(format!("majors-{}", std::process::id()));
+        for (major, programs) in [("9", 2), ("15", 2), ("17", 2), ("18", 1), ("common", 2)] {
+            let bin = majors.join(major).join("bin");
+            fs::create_dir_all(&bin).expect("a folder");
+            for program in ["initdb", "postgres"].iter().take(programs) {
+                fs::write(bin.join(program), "").expect("a file");
+            }
+        }
+        let chosen = |made_by| choose_bin(&majors, made_by).map_err(|error| error.to_string());
+        assert_eq!(chosen(None), Ok(majors.join("17/bin")));
+        assert_eq!(chosen(Some(15)), Ok(majors.join("15/bin")));
+        let error = chosen(Some(16)).expect_err("there is none");
+        assert!(error.contains("PostgreSQL 16") && error.contains("postgresql-16"), "{error}");
+        fs::remove_dir_all(&majors).expect("removes");
+    }
 }

@@ -149,13 +149,13 @@ pub struct TimingArgs {
     /// Longest wait for the answer to a heartbeat, in milliseconds [default: 2/15 of the lease]
     #[arg(long, env = "DBACKUP_HEARTBEAT_TIMEOUT_MS")]
     heartbeat_timeout_ms: Option<u64>,
-    /// A run without an acknowledged heartbeat is killed after this time, in milliseconds [default: 11/15 of the lease]
+    /// A run without an acknowledged heartbeat stands still after this time, in milliseconds [default: 11/15 of the lease]
     #[arg(long, env = "DBACKUP_FENCE_MS")]
     fence_ms: Option<u64>,
     /// Longest time between looks at the queue, in milliseconds
     #[arg(long, env = "DBACKUP_POLL_MS", default_value_t = 1_000)]
     poll_ms: u64,
-    /// Time between looks for lost runs, in milliseconds
+    /// Time between looks for lost runs and for new schedules, in milliseconds
     #[arg(long, env = "DBACKUP_TICKER_MS", default_value_t = 2_000)]
     ticker_ms: u64,
 }

@@ -356,12 +356,17 @@ pub async fn delete(conn: &mut PgConnection, id: DestinationId) -> Result<bool, 
     Ok(done.rows_affected() == 1)
 }
 
-/// Notes that a test found the store writable; the first time stays.
-pub async fn mark_ready(conn: &mut PgConnection, id: DestinationId) -> Result<(), sqlx::Error> {
-    sqlx::query!("update destinations set ready_at = coalesce(ready_at, clock_timestamp()) where id = $1", id as _)
-        .execute(conn)
-        .await?;
-    Ok(())
+/// Notes that a test found the store writable; the first time stays. `false` when it was changed since it was read: what was
+/// tested may be another store.
+pub async fn mark_ready(conn: &mut PgConnection, tested: &Destination) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query!(
+        "update destinations set ready_at = coalesce(ready_at, clock_timestamp()) where id = $1 and updated_at = $2",
+        tested.id as _,
+        tested.updated_at,
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() == 1)
 }
 
 /// The folders that workers of these pools are to see: those that a test found writable once, where backups of their jobs go
@@ -385,16 +390,15 @@ pub async fn folders(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<De
     Ok(rows.into_iter().map(Destination::from).collect())
 }
 
-/// The destinations of a job, in the order its maker listed them.
-pub async fn of_job(conn: &mut PgConnection, job: crate::id::JobId) -> Result<Vec<Destination>, sqlx::Error> {
+/// The destinations of these ids, in their order; those that are gone are left out.
+pub async fn of_ids(conn: &mut PgConnection, ids: &[DestinationId]) -> Result<Vec<Destination>, sqlx::Error> {
     let rows = sqlx::query_as!(
         Row,
         r#"select d.id as "id: DestinationId", d.slug, d.name, d.kind as "kind: Kind", d.config as "config: Json<Map<String, Value>>",
                   d.sealed_secrets, d.pool, d.ready_at, d.labels as "labels: Json<Labels>", d.created_at, d.updated_at
-             from job_destinations j join destinations d on d.id = j.destination_id
-            where j.job_id = $1
-            order by j.position"#,
-        job as _
+             from unnest($1::uuid[]) with ordinality as i (id, position) join destinations d on d.id = i.id
+            order by i.position"#,
+        ids as _
     )
     .fetch_all(conn)
     .await?;

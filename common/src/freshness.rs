@@ -127,7 +127,8 @@ struct Row {
 
 /// How fresh every job is, or each of `only`, oldest job first.
 pub async fn jobs(conn: &mut PgConnection, only: Option<&[JobId]>) -> Result<Vec<JobFreshness>, sqlx::Error> {
-    // The server of a source may have a wrong clock: data is not newer than the backup of it, by our own.
+    // The server of a source may have a wrong clock: data is not newer than the backup of it, by our own. And a backup of
+    // a source that the job had before says nothing of the one that it has.
     let rows = sqlx::query_as!(
         Row,
         r#"select j.id as "id: JobId", j.slug, j.name, j.source_id as "source_id: SourceId", j.schedule, j.timezone, j.enabled,
@@ -136,7 +137,7 @@ pub async fn jobs(conn: &mut PgConnection, only: Option<&[JobId]>) -> Result<Vec
                   clock_timestamp() as "now!"
              from jobs j
              left join lateral (select e.snapshot_at, e.ended_at, e.started_at, e.size_bytes from executions e
-                                 where e.job_id = j.id and e.type = 'Backup' and e.status = 'Success'
+                                 where e.job_id = j.id and e.source_id = j.source_id and e.type = 'Backup' and e.status = 'Success'
                                  order by e.ended_at desc limit 1) e on true
             where $1::uuid[] is null or j.id = any ($1)
             order by j.id"#,

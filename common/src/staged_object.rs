@@ -11,7 +11,9 @@ use crate::{
     telemetry::TraceContext,
 };
 
-/// Records a name before it is written; `false` when the claim is no longer ours.
+/// Records a name before it is written; `false` when the claim is no longer ours. Of a statement that was sent again because
+/// its answer was lost, the first may still arrive while the claim is being ended: it waits for that at the execution's row,
+/// and then finds that it is too late. Else the name of what was published would be swept.
 pub async fn record(
     conn: &mut PgConnection,
     claim: Claim,
@@ -21,7 +23,10 @@ pub async fn record(
 ) -> Result<bool, sqlx::Error> {
     let done = sqlx::query!(
         "insert into staged_objects (id, execution_id, token, destination_id, path, upload_id)
-         select $1, l.execution_id, l.token, $3, $4, $5 from execution_leases l where l.token = $2",
+         select $1, l.execution_id, l.token, $3, $4, $5
+           from execution_leases l join executions e on e.id = l.execution_id
+          where l.token = $2 and e.last_token = $2 and e.status = 'Running'
+            for key share of e",
         uuid::Uuid::now_v7(),
         claim.token as _,
         destination as _,

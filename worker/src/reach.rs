@@ -30,6 +30,10 @@ use crate::{
 /// How long what was learned from a run counts: a source's server may be another one by then.
 const LEARNED: Duration = Duration::from_secs(600);
 
+/// Attempts of a run, after which it is given back no more and ends with its own error. What each of the workers has learned
+/// it forgets: where all of them lack something, and each takes long to find out, they would hand the run on for ever.
+const MOST_ATTEMPTS: i32 = 30;
+
 /// What was found.
 #[derive(Debug, Default)]
 pub struct Reach {
@@ -151,6 +155,9 @@ pub fn is_of_store(code: &str) -> bool {
 /// Whether a run that failed here is to be given back, because this worker cannot serve it and another can. That is on
 /// record then: this worker does not claim it again.
 pub async fn is_for_others(shared: &Shared, lease: &Lease, kind: Kind, error: &RunError, log: &RunLog) -> bool {
+    if lease.claim.attempt > MOST_ATTEMPTS {
+        return false;
+    }
     let out_of_reach = match (error.code, kind) {
         ("client_too_old", Kind::Backup(source)) => Some(source.0),
         // The restore itself: of the backups of its target nothing is said. And a copy that is within reach may be of no use.

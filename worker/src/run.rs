@@ -84,7 +84,7 @@ pub async fn run(shared: Shared, claimed: Claimed) {
             Some(Ok(Assigned::Gone(_))) => {
                 let error = RunError::give_up(
                     "job_gone",
-                    "the job, or the source of a restore, was deleted before the run began",
+                    "the job, or the source or a destination that it had at the trigger, was deleted before the run began",
                 );
                 failed(&lease, error, &shared, 1)
             }
@@ -95,7 +95,7 @@ pub async fn run(shared: Shared, claimed: Claimed) {
         tell_log(&log, &ending);
         drop(log);
         // The last lines are written under the lease, so before it goes.
-        let _ = log_writer.await;
+        log_writer.end().await;
         let outcome = outcome_of(&ending, &lease);
         let recorded = finisher::record(&shared, &lease, ending).await;
         if let Some((engine, trace, kind)) = counted {

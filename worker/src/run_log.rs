@@ -13,6 +13,7 @@ use common::{
     telemetry::{Span, attempt::claim_span_id},
 };
 use tokio::{sync::mpsc, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 
 use crate::lease::{Lease, Stop};
 
@@ -22,6 +23,21 @@ const GATHER: Duration = Duration::from_millis(300);
 const BATCH: usize = 200;
 /// Lines of one attempt; what a tool says beyond is counted, not kept.
 const MOST_LINES: usize = 5_000;
+
+/// What writes a log.
+pub struct Writer {
+    task: JoinHandle<()>,
+    over: CancellationToken,
+}
+
+impl Writer {
+    /// Waits until everything is written that was told so far. Whoever has a [`RunLog`] still tells nobody from now on: a
+    /// process that a tool has left behind may hold its standard error open, and so the log, for ever.
+    pub async fn end(self) {
+        self.over.cancel();
+        let _ = self.task.await;
+    }
+}
 
 /// Writes lines of one run.
 #[derive(Clone, Debug)]
@@ -33,12 +49,13 @@ pub struct RunLog {
 }
 
 impl RunLog {
-    /// Starts the writing task; it ends when the last [`RunLog`] is dropped and everything is written.
-    pub fn start(db: Db, lease: Arc<Lease>) -> (Self, JoinHandle<()>) {
+    /// Starts the writing task.
+    pub fn start(db: Db, lease: Arc<Lease>) -> (Self, Writer) {
         let (lines, receiver) = mpsc::channel(1024);
-        let writer = tokio::spawn(write(db, lease.clone(), receiver));
+        let over = CancellationToken::new();
+        let task = tokio::spawn(write(db, lease.clone(), receiver, over.clone()));
         let span_id = claim_span_id(lease.claim.execution, lease.claim.token).to_string();
-        (Self { lease, lines, span_id }, writer)
+        (Self { lease, lines, span_id }, Writer { task, over })
     }
 
     /// A log that nobody writes.
@@ -91,12 +108,20 @@ impl RunLog {
     }
 }
 
-async fn write(db: Db, lease: Arc<Lease>, mut receiver: mpsc::Receiver<NewLine>) {
+async fn write(db: Db, lease: Arc<Lease>, mut receiver: mpsc::Receiver<NewLine>, over: CancellationToken) {
     let mut batch = Vec::new();
     let mut written = 0;
     let mut open = true;
-    while open && receiver.recv_many(&mut batch, BATCH).await > 0 {
-        open = gather(&mut receiver, &mut batch).await;
+    while open {
+        match over.run_until_cancelled(receiver.recv_many(&mut batch, BATCH)).await {
+            Some(0) => break,
+            Some(_) => open = gather(&mut receiver, &mut batch, &over).await,
+            // What was told until now is still there to be received.
+            None => {
+                receiver.close();
+                open = receiver.recv_many(&mut batch, BATCH).await > 0;
+            }
+        }
         let room = MOST_LINES.saturating_sub(written);
         if batch.len() > room {
             let before = batch.len();
@@ -112,14 +137,15 @@ async fn write(db: Db, lease: Arc<Lease>, mut receiver: mpsc::Receiver<NewLine>)
 }
 
 /// Adds what comes within [`GATHER`]; `false` when nothing more will come.
-async fn gather(receiver: &mut mpsc::Receiver<NewLine>, batch: &mut Vec<NewLine>) -> bool {
+async fn gather(receiver: &mut mpsc::Receiver<NewLine>, batch: &mut Vec<NewLine>, over: &CancellationToken) -> bool {
     let until = tokio::time::Instant::now() + GATHER;
     while batch.len() < BATCH {
         let room = BATCH - batch.len();
-        match tokio::time::timeout_at(until, receiver.recv_many(batch, room)).await {
-            Ok(0) => return false,
-            Ok(_) => {}
-            Err(_) => return true,
+        let more = over.run_until_cancelled(receiver.recv_many(batch, room));
+        match tokio::time::timeout_at(until, more).await {
+            Ok(Some(0)) => return false,
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => return true,
         }
     }
     true

@@ -11,6 +11,8 @@ use common::{
     source,
 };
 
+use sqlx::PgConnection;
+
 use crate::{
     failure::{At, RunError},
     lease::ProcessGroups,
@@ -99,8 +101,11 @@ async fn test(shared: &Shared, target: Target, groups: &ProcessGroups) -> Result
                 .ok_or_else(gone)?;
             let store = open_store(shared, &destination).await?;
             let message = store.test(destination.ready_at.is_none()).await.map_err(|e| e.at(&destination.slug))?;
-            shared.db.within(Duration::from_secs(5), async |conn| destination::mark_ready(conn, id).await).await?;
-            Ok((message, None))
+            let mark = async |conn: &mut PgConnection| destination::mark_ready(conn, &destination).await;
+            match shared.db.within(Duration::from_secs(5), mark).await? {
+                true => Ok((message, None)),
+                false => Err(RunError::give_up("changed", "the destination was changed meanwhile: test it again")),
+            }
         }
     }
 }

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::signal::{Signal, kill};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 
 use crate::harness::{
@@ -356,4 +359,28 @@ async fn a_run_longer_than_its_job_allows_is_stopped() {
     let ended = cluster.ended(&cluster.trigger(&job).await, SOON).await;
     assert_eq!((ended["outcome"].as_str(), ended["attempt"].as_i64()), (Some("TimedOut"), Some(1)), "{ended:#}");
     assert_eq!(files(&root), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_ends_though_its_tool_has_left_a_process_behind_that_holds_its_standard_error() {
+    let left_behind = "setsid sleep 300 >/dev/null & echo $! > \"$(dirname \"$0\")/left\"; echo 'it is broken' >&2";
+    for (script, cancel) in [(format!("{left_behind}; exit 1"), false), (format!("{left_behind}; sleep 300"), true)] {
+        let (cluster, folder) = cluster_with(&script, Cluster::build()).await;
+        let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+        let (destination, _) = cluster.local_destination().await;
+        let run = cluster.trigger(&cluster.job(&source, &[&destination], json!({})).await).await;
+        let pid = until("it runs", SOON, || async {
+            std::fs::read_to_string(folder.join("bin/left")).ok()?.trim().parse().ok().map(Pid::from_raw)
+        })
+        .await;
+        if cancel {
+            cluster.ok("POST", &format!("/api/executions/{run}/cancel"), None).await;
+        }
+        let ended = cluster.ended(&run, SOON).await;
+        assert!(is_alive(pid), "it was not left behind");
+        kill(pid, Signal::SIGKILL).expect("ends it");
+        let said = if cancel { "cancelled" } else { "it is broken" };
+        assert!(ended["error"].as_str().is_some_and(|error| error.contains(said)), "{ended:#}");
+        std::fs::remove_dir_all(folder).expect("removes");
+    }
 }

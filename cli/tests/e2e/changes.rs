@@ -1,8 +1,13 @@
 //! Definitions that change: while a run waits, two at once, and by whom.
 
+use common::{destination, id::Reference};
 use serde_json::{Value, json};
 
-use crate::harness::{Cluster, SOON, id, source::PostgresSource, until};
+use crate::{
+    cluster::untested_destination,
+    encryption::key_file,
+    harness::{Cluster, SOON, files, id, source::PostgresSource, until},
+};
 
 /// A change: method, path, body.
 pub type Change<'a> = (&'a str, &'a str, Value);
@@ -111,6 +116,84 @@ async fn a_run_that_waits_is_of_the_source_that_its_trigger_named_whatever_its_j
     let next = cluster.backup(&job).await;
     let restored = other.restore(&root.join(next["path"].as_str().expect("a path"))).await;
     other.assert_same(&restored).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_waits_goes_where_its_source_was_to_go_and_is_for_whom_it_was_to_be() {
+    let cluster = Cluster::start().await;
+    let first = cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
+    let second = cluster.source("postgres", PostgresSource::with_rows(7).await.config()).await;
+    let (vault, vault_root) = cluster.local_destination().await;
+    let (public, public_root) = cluster.local_destination().await;
+    let (_, recipient) = key_file(&cluster.scratch);
+    let more = json!({ "encryption": { "recipients": [recipient] } });
+    let job = cluster.job(&first, &[&vault], more.clone()).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
+    let run = cluster.trigger(&job).await;
+    let elsewhere = json!({ "sourceId": second, "destinationIds": [public], "encryption": null });
+    // Back and forth: what counts is what the job was when it last had the source.
+    let back = json!({ "sourceId": first, "destinationIds": [vault], "encryption": more["encryption"] });
+    for change in [&elsewhere, &back, &elsewhere] {
+        cluster.ok("PUT", &format!("/api/jobs/{job}"), Some(change.clone())).await;
+    }
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
+    let ended = cluster.ended(&run, SOON).await;
+    assert_eq!(ended["status"], "Success", "{ended:#}");
+    assert_eq!((files(&vault_root).len(), files(&public_root).len()), (2, 0), "{ended:#}");
+    assert!(ended["artifacts"].as_array().expect("a list").iter().any(|a| a["recipients"] == json!([recipient])));
+    let next = cluster.backup(&job).await;
+    assert_eq!((files(&vault_root).len(), files(&public_root).len()), (2, 2), "{next:#}");
+    assert!(next["artifacts"].as_array().expect("a list").iter().all(|a| a["recipients"].is_null()), "{next:#}");
+    // What it was to go to is gone: it goes nowhere.
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
+    let run = cluster.trigger(&job).await;
+    cluster.ok("PUT", &format!("/api/jobs/{job}"), Some(back)).await;
+    cluster.ok("DELETE", &format!("/api/destinations/{public}"), None).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
+    let ended = cluster.ended(&run, SOON).await;
+    assert_eq!((&ended["status"], &ended["errorCode"]), (&json!("Failed"), &json!("job_gone")), "{ended:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_the_source_before_is_none_of_the_source_that_a_job_has_now() {
+    let cluster = Cluster::start().await;
+    let first = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let second = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (destination, _) = cluster.local_destination().await;
+    let job = cluster.job(&first, &[&destination], json!({ "overlap": "allow", "expectEverySeconds": 90_000 })).await;
+    let state = async || {
+        let (_, health) = cluster.request("GET", "/api/health/backups", None).await;
+        health["data"][0]["state"].as_str().unwrap_or_else(|| panic!("{health}")).to_owned()
+    };
+    let run = format!("/api/jobs/{job}/run");
+    let young = json!({ "maxAgeSeconds": 3600 });
+    let backup = cluster.backup(&job).await;
+    assert_eq!(state().await, "fresh");
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
+    let waiting = cluster.trigger(&job).await;
+    cluster.ok("PUT", &format!("/api/jobs/{job}"), Some(json!({ "sourceId": second }))).await;
+    assert_eq!(state().await, "never_succeeded");
+    let (_, answer) = cluster.request("POST", &run, Some(young.clone())).await;
+    let id = answer["executionId"].as_str().unwrap_or_else(|| panic!("{answer}"));
+    assert!(answer["reused"] != json!(true) && backup["id"] != id && waiting != id, "{answer}");
+    let (_, again) = cluster.request("POST", &run, Some(young)).await;
+    assert_eq!((&again["executionId"], &again["reused"]), (&json!(id), &json!(true)), "{again}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_test_of_a_destination_that_was_changed_meanwhile_says_nothing_of_what_it_is_now() {
+    let cluster = Cluster::start().await;
+    let destination = untested_destination(&cluster).await;
+    let path = format!("/api/destinations/{destination}");
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let tested = destination::find(&mut conn, &Reference::new(destination)).await.expect("answers").expect("one");
+    let elsewhere = cluster.scratch.join("elsewhere");
+    std::fs::create_dir(&elsewhere).expect("a folder");
+    cluster.ok("PUT", &path, Some(json!({ "config": { "root": elsewhere } }))).await;
+    assert!(!destination::mark_ready(&mut conn, &tested).await.expect("answers"));
+    assert_eq!(cluster.count("select count(*) from destinations where ready_at is not null").await, 0);
+    cluster.ok("POST", &format!("{path}/test"), None).await;
+    assert!(elsewhere.join(".dbackup-store").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

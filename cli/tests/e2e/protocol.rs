@@ -399,3 +399,39 @@ async fn two_processes_that_wait_for_the_same_job_both_count_what_the_first_of_t
     assert_eq!([first.min(second), first.max(second)], [200, 429], "one of them fits");
     assert_eq!(cluster.count("select count(*) from executions").await, 3);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_whose_record_arrives_while_its_run_ends_is_not_recorded() {
+    let cluster = with_pending(1).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let claim = claim_one(&mut conn).await;
+    let destination = sqlx::query_scalar("select id from destinations").fetch_one(&mut *conn).await.expect("a row");
+    let record = async |conn: &mut PgConnection| {
+        staged_object::record(conn, claim, DestinationId(destination), "job/backup.dump", None).await.expect("answers")
+    };
+    assert!(record(&mut conn).await, "it runs");
+    // What `finish` does, held in the middle.
+    let mut ending = cluster.pool.begin().await.expect("begins");
+    for query in [
+        "select from executions for update",
+        "update executions set status = 'Success', ended_at = clock_timestamp(), started_at = clock_timestamp()",
+        "delete from execution_leases",
+        "delete from staged_objects",
+    ] {
+        sqlx::query(query).execute(&mut *ending).await.unwrap_or_else(|error| panic!("{query}: {error}"));
+    }
+    let late = async {
+        let mut late = cluster.pool.acquire().await.expect("a connection");
+        record(&mut late).await
+    };
+    let committing = async {
+        until("the late one waits", SOON, || async {
+            let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%staged_objects%'";
+            (cluster.count(waiting).await == 1).then_some(())
+        })
+        .await;
+        ending.commit().await.expect("commits");
+    };
+    let (recorded, ()) = tokio::join!(late, committing);
+    assert!(!recorded && cluster.count("select count(*) from staged_objects").await == 0, "it would be swept");
+}

@@ -10,7 +10,10 @@ use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
-use super::restore::{self, Order};
+use super::{
+    pin,
+    restore::{self, Order},
+};
 use crate::{
     artifact::{self, Artifact},
     destination::{self, Destination},
@@ -140,7 +143,7 @@ pub struct Briefing {
 /// What a claim turned out to be about.
 #[derive(Clone, Debug)]
 pub enum Assigned {
-    /// Its job or source was deleted meanwhile.
+    /// Something of what its trigger named was deleted meanwhile.
     Gone(Briefing),
     /// A backup.
     Run(Box<Assignment>),
@@ -223,11 +226,20 @@ pub async fn assignment(conn: &mut PgConnection, claim: Claim) -> Result<Option<
     if row.kind == "Restore" {
         return restore(conn, claim, briefing, row.job_id, row.source_id).await.map(Some);
     }
-    let Some(job) = job::find(conn, &Reference::new(row.job_id.to_string())).await? else { return gone(briefing) };
+    let Some(mut job) = job::find(conn, &Reference::new(row.job_id.to_string())).await? else { return gone(briefing) };
     // The one that the trigger named, which the gate counts it for and a restore goes back to: the job may have another now.
+    // Then its destinations and recipients are not meant for this one.
+    if job.source_id != row.source_id {
+        let Some(pinned) = pin::find(conn, claim.execution).await? else { return gone(briefing) };
+        (job.destination_ids, job.encryption) = pinned;
+    }
     let source = source::find(conn, &Reference::new(row.source_id.to_string())).await?;
     let Some(source) = source else { return gone(briefing) };
-    let destinations = destination::of_job(conn, job.id).await?;
+    // Those that were read together with the recipients.
+    let destinations = destination::of_ids(conn, &job.destination_ids).await?;
+    if destinations.len() < job.destination_ids.len() {
+        return gone(briefing);
+    }
     Ok(Some(Assigned::Run(Box::new(Assignment {
         claim,
         briefing,

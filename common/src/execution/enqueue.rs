@@ -317,16 +317,20 @@ async fn active_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashM
     Ok(rows.into_iter().map(|r| (r.job_id, r.id)).collect())
 }
 
+/// Only of the source that the job has now: a backup of another one is no backup of this.
 async fn reusable_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<HashMap<JobId, Reusable>, sqlx::Error> {
     let ids: Vec<JobId> = jobs.iter().map(|j| j.id).collect();
     let rows = sqlx::query!(
         r#"select j.id as "job!: JobId", s.id as "success?: ExecutionId",
                   extract(epoch from clock_timestamp() - s.snapshot_at)::float8 as age,
-                  (select p.id from executions p where p.status = 'Pending' and p.type = 'Backup' and p.job_id = j.id order by p.seq limit 1)
+                  (select p.id from executions p
+                    where p.status = 'Pending' and p.type = 'Backup' and p.job_id = j.id and p.source_id = j.source_id order by p.seq limit 1)
                       as "pending?: ExecutionId"
-             from unnest($1::uuid[]) as j (id)
-             left join lateral (select e.id, e.snapshot_at from executions e where e.job_id = j.id and e.status = 'Success' and e.type = 'Backup'
-                                 order by e.seq desc limit 1) s on true"#,
+             from jobs j
+             left join lateral (select e.id, e.snapshot_at from executions e
+                                 where e.job_id = j.id and e.source_id = j.source_id and e.status = 'Success' and e.type = 'Backup'
+                                 order by e.seq desc limit 1) s on true
+            where j.id = any ($1)"#,
         &ids[..] as _
     )
     .fetch_all(conn)

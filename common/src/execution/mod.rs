@@ -22,6 +22,7 @@ mod inserts;
 pub mod lease;
 mod list;
 pub mod log;
+pub(crate) mod pin;
 pub mod remembered;
 pub mod restore;
 pub mod room;

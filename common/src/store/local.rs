@@ -99,7 +99,16 @@ impl Folder {
     /// The marker must be there.
     pub async fn check(&self) -> Result<(), StoreError> {
         let marker = self.root.join(MARKER);
-        match look(&self.root, LOOK, move || std::fs::metadata(marker)).await? {
+        self.judge(look(&self.root, LOOK, move || std::fs::metadata(marker)).await?)
+    }
+
+    /// The same, for as long as it takes: for one who has a limit of his own.
+    pub async fn check_patiently(&self) -> Result<(), StoreError> {
+        self.judge(fs::metadata(self.root.join(MARKER)).await)
+    }
+
+    fn judge(&self, marker: io::Result<std::fs::Metadata>) -> Result<(), StoreError> {
+        match marker {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => Err(StoreError::give_up(
                 "store_missing",

@@ -5,7 +5,7 @@ use std::io;
 use age::x25519::Recipient;
 use bytes::Bytes;
 use common::{job::Compression, telemetry::span::SpanKind};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
     QUEUE, compress, encrypt,
@@ -13,11 +13,23 @@ use super::{
 };
 use crate::{failure::RunError, lease::Lease};
 
+/// Does work in a thread of its own, which is not one of the runtime's for blocking work: file operations wait for one of
+/// those, of which there are 512, and a run would keep three of them for as long as it goes. The result does not come when
+/// the thread could not be started, or panicked.
+pub fn apart<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> oneshot::Receiver<T> {
+    let (sender, result) = oneshot::channel();
+    let started = std::thread::Builder::new().name(name.to_owned()).spawn(move || drop(sender.send(work())));
+    if let Err(error) = started {
+        tracing::error!(%error, name, "a thread could not be started");
+    }
+    result
+}
+
 /// They end when what feeds them ends, or when what they feed does.
 pub struct Threads {
-    measuring: JoinHandle<(Measure, Ends)>,
-    compressing: JoinHandle<io::Result<Measure>>,
-    encrypting: Option<JoinHandle<io::Result<Measure>>>,
+    measuring: oneshot::Receiver<(Measure, Ends)>,
+    compressing: oneshot::Receiver<io::Result<Measure>>,
+    encrypting: Option<oneshot::Receiver<io::Result<Measure>>>,
 }
 
 /// What went through them.
@@ -40,17 +52,15 @@ impl Threads {
         let (plain_out, plain_in) = mpsc::channel(QUEUE);
         let (measured_out, measured_in) = mpsc::channel(QUEUE);
         let (packed_out, packed_in) = mpsc::channel(QUEUE);
-        let measuring = tokio::task::spawn_blocking(move || meter::measure(plain_in, measured_out));
+        let measuring = apart("measure", move || meter::measure(plain_in, measured_out));
         let span = lease.span(SpanKind::Internal, "compress");
-        let compressing =
-            tokio::task::spawn_blocking(move || compress::compress_in(span, compression, measured_in, packed_out));
+        let compressing = apart("compress", move || compress::compress_in(span, compression, measured_in, packed_out));
         if recipients.is_empty() {
             return (Self { measuring, compressing, encrypting: None }, plain_out, packed_in);
         }
         let (stored_out, stored_in) = mpsc::channel(QUEUE);
         let (span, recipients) = (lease.span(SpanKind::Internal, "encrypt"), recipients.to_vec());
-        let encrypting =
-            tokio::task::spawn_blocking(move || encrypt::encrypt_in(span, &recipients, packed_in, stored_out));
+        let encrypting = apart("encrypt", move || encrypt::encrypt_in(span, &recipients, packed_in, stored_out));
         (Self { measuring, compressing, encrypting: Some(encrypting) }, plain_out, stored_in)
     }
 
@@ -79,4 +89,25 @@ impl Threads {
 
 fn unencrypted(error: &io::Error) -> RunError {
     RunError::retry("encryption_failed", format!("the dump could not be encrypted: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn work_that_is_apart_waits_for_none_of_the_threads_of_the_runtime() {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.max_blocking_threads(1).enable_time().build().expect("a runtime");
+        let (let_go, held) = std::sync::mpsc::channel::<()>();
+        runtime.block_on(async {
+            let busy = tokio::task::spawn_blocking(move || held.recv().ok());
+            let seven = tokio::time::timeout(Duration::from_secs(10), apart("seven", || 7)).await;
+            assert_eq!(seven.expect("it waits for nobody"), Ok(7));
+            drop(let_go);
+            busy.await.expect("ends");
+        });
+    }
 }

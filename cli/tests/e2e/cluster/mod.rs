@@ -59,7 +59,7 @@ async fn job(cluster: &Cluster, more: Value) -> String {
 }
 
 /// A destination that is not tested: that would need a worker. Gives its id.
-async fn untested_destination(cluster: &Cluster) -> String {
+pub async fn untested_destination(cluster: &Cluster) -> String {
     let root = cluster.scratch.join("backups").join(unique("store"));
     let body = json!({ "name": unique("store"), "kind": "local", "config": { "root": root } });
     id(&cluster.ok("POST", "/api/destinations", Some(body)).await)

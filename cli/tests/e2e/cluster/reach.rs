@@ -24,7 +24,7 @@ use crate::{
         process::binary,
         proxy::{Mode, Proxy},
         source::PostgresSource,
-        until,
+        sql, until,
     },
     restores::{empty_database, restore},
 };
@@ -194,6 +194,25 @@ async fn a_run_whose_server_is_newer_than_the_tools_of_a_worker_is_left_to_one_w
     // With other tools it is asked again.
     std::fs::remove_file(bin.join("pg_dump")).expect("removes");
     worker_is(&cluster, "old", "without a dump tool", |worker| worker["outOfReach"] == json!({})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_given_back_again_and_again_ends_with_its_own_error() {
+    let mut cluster = Cluster::build().workers(0).start().await;
+    let bin = tools(&cluster.scratch, "exit 7");
+    write_script(&bin.join("pg_dump"), "#!/bin/bash\necho 'pg_dump (PostgreSQL) 9.6.24'\n");
+    cluster.add_worker(&[named("old")[0].clone(), ("DBACKUP_POSTGRES_BIN", bin.display().to_string())]).await;
+    cluster.add_worker(&named("able")).await;
+    let (destination, _) = cluster.local_destination().await;
+    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let job = cluster.job(&source, &[&destination], json!({})).await;
+    cluster.ok("POST", "/api/cluster/workers/able/cordon", None).await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
+    let run = cluster.trigger(&job).await;
+    sql(&cluster.database, "update executions set attempt = 30").await;
+    cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
+    let ended = cluster.ended(&run, SOON).await;
+    assert_eq!((&ended["errorCode"], &ended["attempt"]), (&json!("client_too_old"), &json!(31)), "{ended:#}");
 }
 
 /// Whether `mine` takes a run that it would leave to `another`.

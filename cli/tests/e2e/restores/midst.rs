@@ -1,7 +1,7 @@
 //! Restores in their midst: held there, killed, cancelled, limited, and by tools that need a detour.
 
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -154,11 +154,7 @@ REAL/pg_restore "$@" | sed '/^SET lock_timeout = 0;$/a SET transaction_timeout =
 #[tokio::test(flavor = "multi_thread")]
 async fn newer_tools_restore_into_an_older_server_all_of_it_or_nothing() {
     let bin = std::env::temp_dir().join(unique("newer"));
-    std::fs::create_dir(&bin).expect("a folder");
-    let real = newest_tools();
-    for tool in ["pg_dump", "psql"] {
-        std::os::unix::fs::symlink(real.join(tool), bin.join(tool)).expect("links");
-    }
+    let real = linked_tools(&bin);
     write_script(&bin.join("pg_restore"), &NEWER.replace("REAL", &real.display().to_string()));
     let mut cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", bin.display()).start().await;
     let source = PostgresSource::with_rows(20_000).await;
@@ -204,9 +200,44 @@ async fn newer_tools_restore_into_an_older_server_all_of_it_or_nothing() {
     std::fs::remove_dir_all(bin).expect("removes");
 }
 
+/// Makes a folder with the newest tools on this machine but for pg_restore; gives where they really are.
+fn linked_tools(bin: &Path) -> PathBuf {
+    std::fs::create_dir(bin).expect("a folder");
+    let real = newest_tools();
+    for tool in ["pg_dump", "psql"] {
+        std::os::unix::fs::symlink(real.join(tool), bin.join(tool)).expect("links");
+    }
+    real
+}
+
 /// The folder of the newest tools on this machine.
 fn newest_tools() -> PathBuf {
     let majors = std::fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
     let newest = majors.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok()).max();
     PathBuf::from(format!("/usr/lib/postgresql/{}/bin", newest.expect("a major")))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_is_cancelled_while_the_server_makes_the_end_of_it_says_that_it_may_be_there() {
+    let bin = std::env::temp_dir().join(unique("tools"));
+    let real = linked_tools(&bin);
+    // It has sent everything and waits for the answer to its commit; asked to end, it does.
+    let script = format!(
+        "#!/bin/bash\nif [ \"$1\" = --version ]; then exec {}/pg_restore --version; fi\ntrap 'exit 1' TERM\ncat >/dev/null\ntouch {}/sent\nsleep 300 & wait\n",
+        real.display(),
+        bin.display()
+    );
+    write_script(&bin.join("pg_restore"), &script);
+    let cluster = Cluster::build().env("DBACKUP_POSTGRES_BIN", bin.display()).start().await;
+    let source = PostgresSource::with_rows(10).await;
+    let (job, _) = job(&cluster, "postgres", source.config(), json!({})).await;
+    let backup = cluster.backup(&job).await;
+    let into = empty_database(&source).await;
+    let id = restore(&cluster, &backup, json!({ "into": into })).await;
+    until("it has sent everything", SOON, || async { bin.join("sent").exists().then_some(()) }).await;
+    cluster.ok("POST", &format!("/api/executions/{id}/cancel"), None).await;
+    let ended = cluster.ended(&id, SOON).await;
+    let error = ended["error"].as_str().expect("an error");
+    assert!(error.contains(&format!("the backup may be in '{into}' now")), "{error}");
+    std::fs::remove_dir_all(bin).expect("removes");
 }

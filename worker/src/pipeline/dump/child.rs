@@ -8,7 +8,8 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     process::{ExitStatus, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use nix::{
@@ -166,7 +167,7 @@ impl Program {
         if let Some(stdin) = &stdin {
             let _ = fcntl(stdin, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
         }
-        let stderr = child.stderr.take().map(|stderr| tokio::spawn(tell(stderr, name.clone(), log.clone())));
+        let stderr = child.stderr.take().map(|stderr| Said::listen(stderr, name.clone(), log.clone()));
         Ok(Running { child, group, name, stdin, stdout, stderr, lease: lease.clone() })
     }
 }
@@ -196,7 +197,7 @@ pub struct Running {
     name: String,
     stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,
-    stderr: Option<JoinHandle<String>>,
+    stderr: Option<Said>,
     lease: Arc<Lease>,
 }
 
@@ -237,7 +238,7 @@ impl Running {
             self.child.wait().await.map_err(|e| RunError::retry("tool_failed", format!("{}: {e}", self.name)))?;
         self.lease.groups.remove(self.group);
         let stderr = match self.stderr.take() {
-            Some(reader) => reader.await.unwrap_or_default(),
+            Some(said) => said.end().await,
             None => String::new(),
         };
         // It leads its group.
@@ -262,9 +263,33 @@ const TAIL_BYTES: usize = 2_000;
 /// Lines of one tool that go to the log.
 const MOST_LINES: usize = 1_000;
 
-async fn tell(stderr: ChildStderr, name: String, log: RunLog) -> String {
+/// Longest wait for the rest of what a tool that has ended said: a process that it left behind may keep its standard error
+/// open for ever.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// What a tool says on its standard error.
+struct Said {
+    reader: JoinHandle<()>,
+    tail: Arc<Mutex<String>>,
+}
+
+impl Said {
+    fn listen(stderr: ChildStderr, name: String, log: RunLog) -> Self {
+        let tail = Arc::<Mutex<String>>::default();
+        Self { reader: tokio::spawn(tell(stderr, name, log, tail.clone())), tail }
+    }
+
+    /// The end of it.
+    async fn end(mut self) -> String {
+        if tokio::time::timeout(LAST_WORDS, &mut self.reader).await.is_err() {
+            self.reader.abort();
+        }
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner).trim_end().to_owned()
+    }
+}
+
+async fn tell(stderr: ChildStderr, name: String, log: RunLog, tail: Arc<Mutex<String>>) {
     let mut lines = BufReader::new(stderr.take(64 << 20)).split(b'\n');
-    let mut tail = String::new();
     let mut count = 0;
     while let Ok(Some(line)) = lines.next_segment().await {
         let line: String = String::from_utf8_lossy(&line).trim_end().chars().take(2_000).collect();
@@ -275,6 +300,7 @@ async fn tell(stderr: ChildStderr, name: String, log: RunLog) -> String {
         if count <= MOST_LINES {
             log.warn(format!("{name}: {line}"));
         }
+        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
         tail.push_str(&line);
         tail.push('\n');
         if tail.len() > 2 * TAIL_BYTES {
@@ -282,5 +308,4 @@ async fn tell(stderr: ChildStderr, name: String, log: RunLog) -> String {
             tail.drain(..cut);
         }
     }
-    tail.trim_end().to_owned()
 }

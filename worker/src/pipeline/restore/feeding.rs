@@ -18,6 +18,7 @@ use crate::{
         QUEUE,
         dump::{self, child::Running},
         manifest::Manifest,
+        threads::apart,
     },
 };
 
@@ -114,7 +115,7 @@ impl Feeding<'_> {
         let (plain_out, plain_in) = mpsc::channel(QUEUE);
         let how = unpack::Packed { identity: (*identity).clone(), compression: manifest.compression };
         let rename = target.rename(&part.object.database, part.into);
-        let unpacking = tokio::task::spawn_blocking(move || unpack::unpack(how, rename, stored_in, plain_out));
+        let unpacking = apart("unpack", move || unpack::unpack(how, rename, stored_in, plain_out));
         let stored = async {
             let mut hash = Sha256::new();
             while let Some(chunk) = stream.try_next().await.map_err(at)? {

@@ -326,6 +326,12 @@ async fn read_whole(
     if same { Ok(()) } else { Err(damaged(artifact)) }
 }
 
+/// Whether the server has said that it did not take the end. A connection that broke and a tool that was ended say nothing of
+/// what it made of that: it may have committed, and wait for its standby.
+fn is_refused(error: &RunError) -> bool {
+    error.code != "source_unreachable" && error.message.contains("ERROR:")
+}
+
 async fn restore_one(
     all: Restoration<'_>,
     target: &Target<'_>,
@@ -348,9 +354,10 @@ async fn restore_one(
             None => feeding.direct(tool, reading, &mut span).await,
             Some(reader) => feeding.script(reader, tool, reading, &mut span).await,
         };
-        // A connection that broke says nothing of what the server made of the end.
-        if !done.as_ref().is_err_and(|error| error.code == "source_unreachable") {
-            all.touched.over(done.is_ok());
+        match &done {
+            Ok(()) => all.touched.over(true),
+            Err(error) if all.lease.stop_reason().is_none() && is_refused(error) => all.touched.over(false),
+            Err(_) => {}
         }
         done
     };

@@ -145,7 +145,12 @@ impl LocalBegun {
         }
         self.store.folder.within(&folder).await?;
         let file = create_private(&part).await.map_err(|e| io_error(&e, "make", &part))?;
-        Ok(LocalUpload { file, part, path })
+        // The mount may have gone since the run began: then this file lies on the disk below it.
+        if let Err(error) = self.store.folder.check_patiently().await {
+            let _ = fs::remove_file(&part).await;
+            return Err(error);
+        }
+        Ok(LocalUpload { store: self.store.clone(), file, part, path })
     }
 }
 
@@ -169,6 +174,7 @@ async fn within<T>(
 
 /// A part file that is written.
 pub struct LocalUpload {
+    store: LocalStore,
     file: fs::File,
     part: PathBuf,
     path: PathBuf,
@@ -209,6 +215,7 @@ impl LocalUpload {
                 format!("{} has {length} bytes, but {} were written to it", self.part.display(), expected.bytes),
             ));
         }
+        self.store.folder.check_patiently().await?;
         let (part, path) = (self.part.clone(), self.path.clone());
         let renamed = tokio::task::spawn_blocking(move || rename_new(&part, &path)).await.map_err(io::Error::other);
         renamed.and_then(|r| r).map_err(|e| io_error(&e, "rename to", &self.path))?;
@@ -248,13 +255,39 @@ mod tests {
 
     use super::*;
 
+    async fn store(root: &Path) -> LocalStore {
+        let config = LocalConfig { root: root.to_owned() };
+        LocalStore::open(&config, &[root.to_owned()]).await.expect("a store")
+    }
+
+    #[tokio::test]
+    async fn what_was_begun_on_a_mount_that_has_gone_since_is_not_written_below_it() {
+        let root = std::env::temp_dir().join(format!("mount-{}", uuid::Uuid::now_v7()));
+        std::fs::create_dir(&root).expect("a folder");
+        let store = store(&root).await;
+        store.test(true).await.expect("is writable");
+        let (first, second) = (store.begin("job/first"), store.begin("job/second"));
+        let mut upload = first.start().await.expect("begins");
+        upload.flush().await.expect("flushes");
+        std::fs::remove_file(root.join(MARKER)).expect("removes");
+        let error = second.start().await.err().expect("the mount is gone");
+        assert_eq!(error.code, "store_missing");
+        let error = upload.publish(&Measure { bytes: 0, sha256: String::new() }).await.expect_err("the mount is gone");
+        assert_eq!(error.code, "store_missing");
+        let left: Vec<_> =
+            std::fs::read_dir(root.join("job")).expect("a folder").flatten().map(|f| f.file_name()).collect();
+        assert_eq!(left, [".first.part"], "one file was begun before");
+        std::fs::remove_dir_all(&root).expect("removes");
+    }
+
     #[tokio::test]
     async fn a_write_that_does_not_come_back_ends_after_its_time_and_may_be_tried_again() {
         let short = Duration::from_millis(50);
         // A pipe that nobody reads takes little, and then nothing.
         let (reader, writer) = io::pipe().expect("a pipe");
         let file = fs::File::from_std(OwnedFd::from(writer).into());
-        let mut upload = LocalUpload { file, part: "/hangs/.part".into(), path: "/hangs/file".into() };
+        let store = store(&std::env::temp_dir()).await;
+        let mut upload = LocalUpload { store, file, part: "/hangs/.part".into(), path: "/hangs/file".into() };
         let chunk = vec![0; 1 << 20];
         let all = async { while let Ok(()) = upload.write_within(&chunk, short).await {} };
         tokio::time::timeout(Duration::from_secs(10), all).await.expect("a write ends");
