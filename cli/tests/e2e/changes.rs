@@ -124,6 +124,7 @@ async fn a_run_that_waits_goes_where_its_source_was_to_go_and_is_for_whom_it_was
     let first = cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
     let second = cluster.source("postgres", PostgresSource::with_rows(7).await.config()).await;
     let (vault, vault_root) = cluster.local_destination().await;
+    let (safe, safe_root) = cluster.local_destination().await;
     let (public, public_root) = cluster.local_destination().await;
     let (_, recipient) = key_file(&cluster.scratch);
     let more = json!({ "encryption": { "recipients": [recipient] } });
@@ -132,17 +133,18 @@ async fn a_run_that_waits_goes_where_its_source_was_to_go_and_is_for_whom_it_was
     let run = cluster.trigger(&job).await;
     let elsewhere = json!({ "sourceId": second, "destinationIds": [public], "encryption": null });
     // Back and forth: what counts is what the job was when it last had the source.
-    let back = json!({ "sourceId": first, "destinationIds": [vault], "encryption": more["encryption"] });
+    let back = json!({ "sourceId": first, "destinationIds": [safe], "encryption": more["encryption"] });
     for change in [&elsewhere, &back, &elsewhere] {
         cluster.ok("PUT", &format!("/api/jobs/{job}"), Some(change.clone())).await;
     }
     cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
     let ended = cluster.ended(&run, SOON).await;
     assert_eq!(ended["status"], "Success", "{ended:#}");
-    assert_eq!((files(&vault_root).len(), files(&public_root).len()), (2, 0), "{ended:#}");
+    let stored = || [&vault_root, &safe_root, &public_root].map(|root| files(root).len());
+    assert_eq!(stored(), [0, 2, 0], "{ended:#}");
     assert!(ended["artifacts"].as_array().expect("a list").iter().any(|a| a["recipients"] == json!([recipient])));
     let next = cluster.backup(&job).await;
-    assert_eq!((files(&vault_root).len(), files(&public_root).len()), (2, 2), "{next:#}");
+    assert_eq!(stored(), [0, 2, 2], "{next:#}");
     assert!(next["artifacts"].as_array().expect("a list").iter().all(|a| a["recipients"].is_null()), "{next:#}");
     // What it was to go to is gone: it goes nowhere.
     cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
