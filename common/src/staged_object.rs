@@ -1,7 +1,7 @@
 //! Staged objects: every name that an attempt is going to write, recorded before its first byte. After a crash
 //! the sweeper removes what was not published, from this record alone: it never lists a store, so that a shared
-//! bucket loses nothing. A database that was restored from a dump does not know what was published after the dump, so what
-//! came with it is left alone: see [`Litter::restored`].
+//! bucket loses nothing. A database that was restored from a dump, or has taken over from another, does not know what was
+//! published after that moment, so what came with it is left alone: see [`Litter::restored`].
 
 use sqlx::{Connection, PgConnection};
 
@@ -75,8 +75,9 @@ pub struct Litter {
     pub upload_id: Option<String>,
     /// It was removed before; after this time the record goes.
     pub swept_before: bool,
-    /// The record came here with a dump of this database: what it names may be a backup by now. (A row's `xmin` is the
-    /// transaction that wrote it, which each of ours names in `written_by`.)
+    /// The record came here with a dump of this database, from a primary that is gone, or from before a recovery to a point in
+    /// time: what it names may be a backup by now. (A row's `xmin` is the transaction that wrote it, which each of ours names
+    /// in `written_by`; a standby that was promoted and a database that was recovered write on a timeline of their own.)
     pub restored: bool,
     /// Trace of the execution.
     pub traceparent: Option<String>,
@@ -97,7 +98,8 @@ pub async fn due(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<Litter
         Litter,
         r#"select s.id, s.execution_id as "execution: ExecutionId", s.destination_id as "destination: DestinationId", s.path, s.upload_id,
                   s.swept_at is not null as "swept_before!",
-                  s.xmin::text::bigint <> (s.written_by::text::bigint & 4294967295) as "restored!", e.traceparent
+                  s.xmin::text::bigint <> (s.written_by::text::bigint & 4294967295)
+                  or s.timeline is distinct from (select wal_timeline()) as "restored!", e.traceparent
              from staged_objects s join executions e on e.id = s.execution_id
             where e.pool = any ($1)
               and not exists (select 1 from execution_leases l where l.token = s.token)

@@ -77,7 +77,7 @@ enum Failure {
 async fn sweep(shared: &Shared, destination: Option<&Destination>, litter: &Litter) -> Result<(), Failure> {
     let (path, execution, trace_id) = (&litter.path, litter.execution, litter.trace_id());
     if litter.restored {
-        tracing::warn!(path, %execution, trace_id, "this database was restored from a dump that was made during the run: whatever the run has written since is left alone");
+        tracing::warn!(path, %execution, trace_id, "this database was restored from a dump that was made during the run, brought back to a point in time, or has taken over from another: what the run has written may be a backup, and is left alone");
     } else if let Some(destination) = destination {
         let store = open_store(shared, destination).await.map_err(|e| Failure::Told(e.message))?;
         let remove = store.remove(path, litter.upload_id.as_deref(), litter.swept_before);

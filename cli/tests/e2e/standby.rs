@@ -83,3 +83,46 @@ async fn what_was_acknowledged_survives_the_loss_of_the_primary_and_a_run_under_
     let run = cluster.execution(&under_way).await;
     assert_eq!(run["attempt"], 1, "it stood still, and went on: {run:#}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_took_over_without_the_end_of_a_run_leaves_its_backup_alone_and_runs_it_again() {
+    let mut primary = OwnPostgres::start().await;
+    let followed = Proxy::start(primary.port()).await;
+    let standby = primary.standby(followed.port).await;
+    let database = Proxy::start(primary.port()).await;
+    let cluster = Cluster::build().on(primary.url("postgres")).database_at(database.port).start().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let run = held.run(&cluster).await;
+    // From here on the standby hears nothing, and nobody waits for it.
+    primary.execute("alter system set synchronous_standby_names = ''").await;
+    primary.execute("select pg_reload_conf()").await;
+    followed.set(Mode::Hold);
+    held.proxy.set(Mode::Pass);
+    let first = cluster.ended(&run, SOON).await;
+    assert_eq!(first["status"], "Success", "{first:#}");
+    let stored = held.root.join(first["path"].as_str().expect("a path"));
+    database.set(Mode::Cut);
+    primary.crash();
+    followed.set(Mode::Cut);
+    standby.promote().await;
+    let named = "select count(*) from staged_objects where token = (select min(token) from staged_objects)";
+    assert!(standby.count(named).await > 0, "it does not know of what the run was about to write");
+    assert_eq!(
+        standby.count("select count(*) from executions where status = 'Running'").await,
+        1,
+        "it knows of the end"
+    );
+    database.lead_to(standby.port());
+    database.set(Mode::Pass);
+    let again = until("it runs again", 2 * SOON, || async {
+        let (status, answer) = cluster.request("GET", &format!("/api/executions/{run}"), None).await;
+        (status == 200 && answer["data"]["status"] == "Success").then(|| answer["data"].clone())
+    })
+    .await;
+    assert_ne!(again["path"], first["path"], "{again:#}");
+    until("nothing is left to be swept", SOON, || async {
+        (standby.count("select count(*) from staged_objects").await == 0).then_some(())
+    })
+    .await;
+    assert!(stored.exists() && held.root.join(again["path"].as_str().expect("a path")).exists(), "a backup is gone");
+}
