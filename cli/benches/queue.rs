@@ -169,6 +169,11 @@ impl DumpOfItself {
         let dump = Command::new("setsid").args(["bash", "-c", &loops]).stdin(Stdio::null()).spawn();
         Self(dump.expect("bash runs"))
     }
+
+    /// A dump that failed is none.
+    fn still_runs(&mut self) {
+        assert!(self.0.try_wait().expect("answers").is_none(), "the dump has failed");
+    }
 }
 
 impl Drop for DumpOfItself {
@@ -206,8 +211,10 @@ async fn with_history(cluster: &Cluster, job: &str, report: &mut Report) -> bool
     drop(without);
     let full = claims(cluster).await;
     let dumped = {
-        let _dump = DumpOfItself::start(cluster);
-        claims(cluster).await
+        let mut dump = DumpOfItself::start(cluster);
+        let claims = claims(cluster).await;
+        dump.still_runs();
+        claims
     };
     report.line("");
     report.line(format!(
