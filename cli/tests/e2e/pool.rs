@@ -70,7 +70,8 @@ async fn a_transaction_that_came_to_nothing_lets_its_locks_go_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_behind_pgbouncer_in_session_mode_runs_waits_and_hears() {
     let bouncer = PgBouncer::start(100).await;
-    let cluster = Cluster::build().database_at(bouncer.port).start().await;
+    // What is not heard of is seen after a minute only.
+    let cluster = Cluster::build().database_at(bouncer.port).env("DBACKUP_POLL_MS", 60_000).start().await;
     let source = cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
     let (destination, _) = cluster.local_destination().await;
     let job = cluster.job(&source, &[&destination], json!({})).await;
