@@ -2,6 +2,8 @@
 #   docker build --target worker --build-arg POSTGRES_MAJORS="15 16" .
 
 FROM rust:1-slim-trixie AS build
+# A step that fails in the middle of a pipe is a failure.
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 WORKDIR /src
 # A profile of Cargo.toml: `ci` builds in half the time, without link-time optimisation.
 ARG PROFILE=release
@@ -12,11 +14,12 @@ COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     --mount=type=cache,target=/build,sharing=locked \
     { cd /build && find . -path ./target -prune -o -type f -print | \
-        while read -r file; do [ -e "/src/$file" ] || { rm "$file" && echo "$file"; }; done && \
+        while read -r file; do if [ ! -f "/src/$file" ]; then rm "$file"; echo "$file"; fi; done; \
+      find . -path ./target -prune -o -mindepth 1 -type d -empty -delete; \
       cd /src && find . -type f | \
-        while read -r file; do cmp -s "$file" "/build/$file" || { install -D -m 644 "$file" "/build/$file" && echo "$file"; }; done; \
+        while read -r file; do if ! cmp -s "$file" "/build/$file"; then install -D -m 644 "$file" "/build/$file"; echo "$file"; fi; done; \
     } | cut -d/ -f2 | sort -u | \
-      while read -r part; do [ -d "/build/$part/src" ] || part='*'; touch /build/$part/src/*.rs; done && \
+      while read -r part; do if [ ! -d "/build/$part/src" ]; then part='*'; fi; touch /build/$part/src/*.rs; done && \
     cd /build && cargo build --locked --profile "$PROFILE" --package api --package worker --package cli && \
     mkdir /programs && cp target/"$PROFILE"/dbackup target/"$PROFILE"/dbackup-api target/"$PROFILE"/dbackup-worker /programs
 

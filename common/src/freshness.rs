@@ -128,7 +128,7 @@ struct Row {
 /// How fresh every job is, or each of `only`, oldest job first.
 pub async fn jobs(conn: &mut PgConnection, only: Option<&[JobId]>) -> Result<Vec<JobFreshness>, sqlx::Error> {
     // The server of a source may have a wrong clock: data is not newer than the backup of it, by our own. And a backup of
-    // a source that the job had before says nothing of the one that it has.
+    // a source that the job had before says nothing of the one that it has: of the latest hundred one must be of this.
     let rows = sqlx::query_as!(
         Row,
         r#"select j.id as "id: JobId", j.slug, j.name, j.source_id as "source_id: SourceId", j.schedule, j.timezone, j.enabled,
@@ -136,9 +136,10 @@ pub async fn jobs(conn: &mut PgConnection, only: Option<&[JobId]>) -> Result<Vec
                   (extract(epoch from e.ended_at - e.started_at) * 1000)::bigint as duration_ms, e.size_bytes as "size_bytes?",
                   clock_timestamp() as "now!"
              from jobs j
-             left join lateral (select e.snapshot_at, e.ended_at, e.started_at, e.size_bytes from executions e
-                                 where e.job_id = j.id and e.source_id = j.source_id and e.type = 'Backup' and e.status = 'Success'
-                                 order by e.ended_at desc limit 1) e on true
+             left join lateral (select l.snapshot_at, l.ended_at, l.started_at, l.size_bytes
+                                  from (select snapshot_at, ended_at, started_at, size_bytes, source_id from executions
+                                         where job_id = j.id and type = 'Backup' and status = 'Success' order by ended_at desc limit 100) l
+                                 where l.source_id = j.source_id order by l.ended_at desc limit 1) e on true
             where $1::uuid[] is null or j.id = any ($1)
             order by j.id"#,
         only as _,

@@ -7,7 +7,6 @@ use sqlx::{Connection, PgConnection, types::Json};
 use crate::{
     db,
     encryption::Encryption,
-    execution::pin,
     id::{DestinationId, JobId, Reference, SourceId},
     label::Labels,
     page::{Page, fetch_limit},
@@ -269,7 +268,6 @@ pub async fn update(
 ) -> Result<Option<Job>, sqlx::Error> {
     let mut tx = conn.begin().await?;
     let Some(next_run_at) = plan_anew(&mut tx, (id, updated_at), draft).await? else { return Ok(None) };
-    pin::keep(&mut tx, id, draft.source_id).await?;
     sqlx::query!(
         "update jobs
             set slug = coalesce($2, slug), name = $3, source_id = $4, compression = $5, enabled = $6, overlap = $7,

@@ -52,7 +52,7 @@ pub async fn discarded(conn: &mut PgConnection, token: Token) -> Result<(), sqlx
         .execute(&mut *tx)
         .await?;
     sqlx::query!(
-        "update staged_objects set swept_at = clock_timestamp(), written_by = pg_current_xact_id() where token = $1",
+        "update staged_objects set swept_at = clock_timestamp(), written_by = pg_current_xact_id(), timeline = wal_timeline() where token = $1",
         token as _
     )
     .execute(&mut *tx)

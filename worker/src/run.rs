@@ -84,7 +84,7 @@ pub async fn run(shared: Shared, claimed: Claimed) {
             Some(Ok(Assigned::Gone(_))) => {
                 let error = RunError::give_up(
                     "job_gone",
-                    "the job, or the source or a destination that it had at the trigger, was deleted before the run began",
+                    "the job, or the source or a destination that it had at the trigger, was deleted or changed before the run began",
                 );
                 failed(&lease, error, &shared, 1)
             }

@@ -327,9 +327,11 @@ async fn reusable_by_job(conn: &mut PgConnection, jobs: &[JobRow]) -> Result<Has
                     where p.status = 'Pending' and p.type = 'Backup' and p.job_id = j.id and p.source_id = j.source_id order by p.seq limit 1)
                       as "pending?: ExecutionId"
              from jobs j
-             left join lateral (select e.id, e.snapshot_at from executions e
-                                 where e.job_id = j.id and e.source_id = j.source_id and e.status = 'Success' and e.type = 'Backup'
-                                 order by e.seq desc limit 1) s on true
+             -- Of the latest: a job that has got another source may have many of the one before.
+             left join lateral (select e.id, e.snapshot_at
+                                  from (select id, snapshot_at, source_id, seq from executions
+                                         where job_id = j.id and status = 'Success' and type = 'Backup' order by seq desc limit 100) e
+                                 where e.source_id = j.source_id order by e.seq desc limit 1) s on true
             where j.id = any ($1)"#,
         &ids[..] as _
     )

@@ -66,7 +66,7 @@ impl Threads {
 
     /// Waits for their end.
     pub async fn end(self) -> Result<Through, RunError> {
-        let ended = |e| RunError::give_up("internal_error", format!("a thread of the stream ended: {e}"));
+        let ended = |_| RunError::retry("internal_error", "a thread of the stream could not be started, or broke off");
         let (plain, plain_ends) = self.measuring.await.map_err(ended)?;
         let packed = self.compressing.await.map_err(ended)?;
         let encrypted = match self.encrypting {

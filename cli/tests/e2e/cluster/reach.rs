@@ -3,6 +3,7 @@
 
 use std::{
     os::unix::fs::symlink,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -171,8 +172,9 @@ async fn a_run_that_no_worker_reaches_ends_with_what_is_in_the_way() {
     assert_eq!(ended["errorCode"], "store_missing", "{ended:#}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_run_whose_server_is_newer_than_the_tools_of_a_worker_is_left_to_one_with_newer_tools() {
+/// A worker whose tools are older than the server, and one that is cordoned; the folder of the old tools, a source and a
+/// destination.
+async fn with_old_tools() -> (Cluster, PathBuf, String, String) {
     let mut cluster = Cluster::build().workers(0).start().await;
     let bin = tools(&cluster.scratch, "exit 7");
     write_script(&bin.join("pg_dump"), "#!/bin/bash\necho 'pg_dump (PostgreSQL) 9.6.24'\n");
@@ -180,8 +182,14 @@ async fn a_run_whose_server_is_newer_than_the_tools_of_a_worker_is_left_to_one_w
     cluster.add_worker(&named("able")).await;
     let (destination, _) = cluster.local_destination().await;
     let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
     cluster.ok("POST", "/api/cluster/workers/able/cordon", None).await;
+    (cluster, bin, source, destination)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_server_is_newer_than_the_tools_of_a_worker_is_left_to_one_with_newer_tools() {
+    let (cluster, bin, source, destination) = with_old_tools().await;
+    let job = cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
     let waiting = [cluster.trigger(&job).await, cluster.trigger(&job).await];
     are_left(&cluster, &waiting).await;
     let seen = worker_is(&cluster, "old", "hindered", |worker| lacks(worker, &source)).await;
@@ -198,15 +206,8 @@ async fn a_run_whose_server_is_newer_than_the_tools_of_a_worker_is_left_to_one_w
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_was_given_back_again_and_again_ends_with_its_own_error() {
-    let mut cluster = Cluster::build().workers(0).start().await;
-    let bin = tools(&cluster.scratch, "exit 7");
-    write_script(&bin.join("pg_dump"), "#!/bin/bash\necho 'pg_dump (PostgreSQL) 9.6.24'\n");
-    cluster.add_worker(&[named("old")[0].clone(), ("DBACKUP_POSTGRES_BIN", bin.display().to_string())]).await;
-    cluster.add_worker(&named("able")).await;
-    let (destination, _) = cluster.local_destination().await;
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
+    let (cluster, _, source, destination) = with_old_tools().await;
     let job = cluster.job(&source, &[&destination], json!({})).await;
-    cluster.ok("POST", "/api/cluster/workers/able/cordon", None).await;
     cluster.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
     let run = cluster.trigger(&job).await;
     sql(&cluster.database, "update executions set attempt = 30").await;

@@ -131,8 +131,9 @@ impl Feeding<'_> {
         };
         let writing = async { Ok(write(plain_in, stdin).await) };
         let (stored, written) = tokio::try_join!(stored, writing)?;
-        let unpacked =
-            unpacking.await.map_err(|e| RunError::give_up("internal_error", format!("a thread ended: {e}")))?;
+        let unpacked = unpacking
+            .await
+            .map_err(|_| RunError::retry("internal_error", "a thread could not be started, or broke off"))?;
         let Some(last) = written else { return Ok(Fed::Refused) };
         let plain = unpacked
             .map_err(|e| RunError::give_up("backup_damaged", format!("{} cannot be unpacked: {e}", artifact.path)))?;

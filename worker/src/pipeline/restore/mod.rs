@@ -327,9 +327,12 @@ async fn read_whole(
 }
 
 /// Whether the server has said that it did not take the end. A connection that broke and a tool that was ended say nothing of
-/// what it made of that: it may have committed, and wait for its standby.
+/// what it made of that: it may have committed, and wait for its standby. A server may speak another language than the tools:
+/// then `pg_restore` says what it could not do, and psql ends with its status for an error in a script.
 fn is_refused(error: &RunError) -> bool {
-    error.code != "source_unreachable" && error.message.contains("ERROR:")
+    let words = ["ERROR:", "could not execute query", "psql into", "exited with status 3"];
+    let says = |word: &str| error.message.contains(word);
+    error.code != "source_unreachable" && (says(words[0]) || says(words[1]) || says(words[2]) && says(words[3]))
 }
 
 async fn restore_one(
