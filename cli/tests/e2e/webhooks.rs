@@ -168,6 +168,11 @@ async fn what_was_not_taken_is_told_again_under_the_same_id_until_it_is_a_day_ol
     let before = hooks.told().len();
     cluster.backup(&job).await;
     hooks.receives(before + 1, SOON).await;
+    // What is recorded in the same moment would count neither as young nor as old, and be tried again a minute later.
+    until("the first failure is recorded", SOON, || async {
+        (cluster.count("select count(*) from webhook_deliveries where error is not null").await == 1).then_some(())
+    })
+    .await;
     let old = "update webhook_deliveries set created_at = created_at - interval '25 hours'";
     sqlx::query(old).execute(&cluster.pool).await.expect("updates");
     until("it is given up", SOON, || async { (counted("given_up").await == 1.0).then_some(()) }).await;
