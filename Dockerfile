@@ -15,7 +15,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     --mount=type=cache,target=/build,sharing=locked \
     { cd /build && find . -path ./target -prune -o -type f -print | \
         while read -r file; do if [ ! -f "/src/$file" ]; then rm "$file"; echo "$file"; fi; done; \
-      find . -path ./target -prune -o -mindepth 1 -type d -empty -delete; \
+      find . -mindepth 1 -type d -empty -not -path './target/*' -delete; \
       cd /src && find . -type f | \
         while read -r file; do if ! cmp -s "$file" "/build/$file"; then install -D -m 644 "$file" "/build/$file"; echo "$file"; fi; done; \
     } | cut -d/ -f2 | sort -u | \
