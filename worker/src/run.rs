@@ -93,7 +93,6 @@ pub async fn run(shared: Shared, claimed: Claimed) {
             None => Ending::Released,
         };
         tell_log(&log, &ending);
-        drop(log);
         // The last lines are written under the lease, so before it goes.
         log_writer.end().await;
         let outcome = outcome_of(&ending, &lease);

@@ -10,7 +10,6 @@ use common::{
     queue::{Notice, heard},
     source,
 };
-
 use sqlx::PgConnection;
 
 use crate::{

@@ -68,6 +68,11 @@ impl End {
         self.outcome.as_deref() == Some("WorkerLost") && self.rescues > 3
     }
 
+    /// On request.
+    pub fn is_cancelled(&self) -> bool {
+        self.outcome.as_deref() == Some("Cancelled")
+    }
+
     /// A restore whose tool committed before its lost worker could end it: the next attempt has refused what is there.
     pub fn is_overtaken(&self) -> bool {
         self.error_code.as_deref() == Some("target_not_empty") && self.rescues > 0

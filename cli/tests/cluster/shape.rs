@@ -178,20 +178,21 @@ async fn believed(project: &Project, job: &str) {
     assert_eq!(address_of(project, &execution).await, CLIENT);
 }
 
+async fn scale(service: &str, count: usize) {
+    let flags = ["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale"];
+    compose(&[&flags[..], &[&format!("{service}={count}"), service]].concat()).await;
+}
+
 /// `--scale worker=5`: two more take part, and go again.
 pub async fn scales(project: &Project) {
-    let scale = async |count: &str| {
-        let flags = ["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale"];
-        compose(&[&flags[..], &[&format!("worker={count}"), "worker"]].concat()).await;
-    };
     let active = async || {
         let cluster = project.ok("GET", "/api/cluster", None).await;
         cluster["workers"].as_array().into_iter().flatten().filter(|worker| worker["state"] == "Active").count()
     };
     let before = active().await;
-    scale("5").await;
+    scale("worker", 5).await;
     until("two more workers take part", A_WHILE, || async { (active().await == before + 2).then_some(()) }).await;
-    scale("3").await;
+    scale("worker", 3).await;
     until("they are gone", A_WHILE, || async { (active().await == before).then_some(()) }).await;
     println!("  {before} workers, {} with --scale worker=5, and {before} again", before + 2);
 }
@@ -219,7 +220,7 @@ pub async fn starts_again(project: &Project) {
 /// The proxy learns of a third API process by its name alone: it serves when the first two are gone.
 pub async fn finds_the_scaled(project: &Project) {
     let old = project.containers("api").await;
-    compose(&["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale", "api=3", "api"]).await;
+    scale("api", 3).await;
     for container in project.containers("api").await {
         project.healthy(&container).await;
     }
@@ -232,7 +233,7 @@ pub async fn finds_the_scaled(project: &Project) {
         docker(&["start", container]).await;
         project.healthy(container).await;
     }
-    compose(&["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale", "api=2", "api"]).await;
+    scale("api", 2).await;
     println!("  a third API process serves alone");
 }
 

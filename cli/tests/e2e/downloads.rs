@@ -177,11 +177,7 @@ async fn a_process_that_stops_sends_a_download_to_its_end() {
     let mut response = get(&cluster, 0, &object, &[("range", "bytes=1-")]).await;
     let mut seen = response.chunk().await.expect("a chunk").expect("bytes").len();
     cluster.apis[0].0.signal(Signal::SIGTERM);
-    let address = cluster.url(0).trim_start_matches("http://").to_owned();
-    until("no connection is taken", SOON, || async {
-        tokio::net::TcpStream::connect(&address).await.is_err().then_some(())
-    })
-    .await;
+    cluster.takes_no_connection(0).await;
     assert!(seen < LONG - 1, "it was over before the end began");
     while let Some(chunk) = response.chunk().await.unwrap_or_else(|error| panic!("cut after {seen} bytes: {error:?}")) {
         seen += chunk.len();

@@ -26,11 +26,7 @@ async fn sigterm_lets_an_api_process_answer_what_it_took_and_take_nothing_more()
     .await;
 
     cluster.apis[0].0.signal(Signal::SIGTERM);
-    let address = cluster.url(0).trim_start_matches("http://").to_owned();
-    until("no connection is taken", SOON, || async {
-        tokio::net::TcpStream::connect(&address).await.is_err().then_some(())
-    })
-    .await;
+    cluster.takes_no_connection(0).await;
     assert!(!under_way.is_finished(), "it was answered before the end began");
     let answer = under_way.await.expect("joins").expect("it is answered");
     let (status, body) = (answer.status().as_u16(), answer.json::<Value>().await.expect("JSON"));

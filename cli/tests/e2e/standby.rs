@@ -105,8 +105,8 @@ async fn a_standby_that_took_over_without_the_end_of_a_run_leaves_its_backup_alo
     primary.crash();
     followed.set(Mode::Cut);
     standby.promote().await;
-    let named = "select count(*) from staged_objects where token = (select min(token) from staged_objects)";
-    assert!(standby.count(named).await > 0, "it does not know of what the run was about to write");
+    let named = standby.count("select count(*) from staged_objects").await;
+    assert!(named > 0, "it does not know of what the run was about to write");
     assert_eq!(
         standby.count("select count(*) from executions where status = 'Running'").await,
         1,

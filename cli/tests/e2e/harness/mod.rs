@@ -324,6 +324,15 @@ impl Cluster {
         &self.apis[api].1
     }
 
+    /// Waits until an API process that stops takes no connection any more.
+    pub async fn takes_no_connection(&self, api: usize) {
+        let address = self.url(api).trim_start_matches("http://");
+        until("no connection is taken", SOON, || async {
+            tokio::net::TcpStream::connect(address).await.is_err().then_some(())
+        })
+        .await;
+    }
+
     /// Everything that every process has logged.
     pub fn logs(&self) -> String {
         let processes = self.apis.iter().map(|(p, _)| p).chain(&self.workers);

@@ -330,9 +330,9 @@ async fn read_whole(
 /// what it made of that: it may have committed, and wait for its standby. A server may speak another language than the tools:
 /// then `pg_restore` says what it could not do, and psql ends with its status for an error in a script.
 fn is_refused(error: &RunError) -> bool {
-    let words = ["ERROR:", "could not execute query", "psql into", "exited with status 3"];
-    let says = |word: &str| error.message.contains(word);
-    error.code != "source_unreachable" && (says(words[0]) || says(words[1]) || says(words[2]) && says(words[3]))
+    let says = |words: &str| error.message.contains(words);
+    let by_psql = says("psql into") && says("exited with status 3");
+    error.code != "source_unreachable" && (says("ERROR:") || says("could not execute query") || by_psql)
 }
 
 async fn restore_one(
