@@ -369,8 +369,8 @@ pub async fn mark_ready(conn: &mut PgConnection, tested: &Destination) -> Result
     Ok(done.rows_affected() == 1)
 }
 
-/// The folders that workers of these pools are to see: those that a test found writable once, where backups of their jobs go
-/// and where the backups of their restores lie.
+/// The folders that workers of these pools are to see: those that a test found writable once, where backups of their jobs go,
+/// also those that keep what their job was before, and where the backups of their restores lie.
 pub async fn folders(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<Destination>, sqlx::Error> {
     let rows = sqlx::query_as!(
         Row,
@@ -382,7 +382,9 @@ pub async fn folders(conn: &mut PgConnection, pools: &[String]) -> Result<Vec<De
                             where jd.destination_id = d.id and s.pool = any ($1))
                    or exists (select 1 from restores r join executions e on e.id = r.execution_id
                                        join artifacts a on a.execution_id = r.backup_id
-                               where e.ended_at is null and e.pool = any ($1) and a.destination_id = d.id))"#,
+                               where e.ended_at is null and e.pool = any ($1) and a.destination_id = d.id)
+                   or exists (select 1 from execution_pins p join executions e on e.id = p.execution_id
+                               where e.ended_at is null and e.pool = any ($1) and d.id = any (p.destination_ids)))"#,
         pools
     )
     .fetch_all(conn)

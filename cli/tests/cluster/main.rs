@@ -89,7 +89,7 @@ async fn main() -> ExitCode {
         match part {
             Part::Shape => {
                 shape::confines(&project).await;
-                shape::skewed(&project).await;
+                shape::skewed().await;
                 shape::scales(&project).await;
                 shape::finds_the_scaled(&project).await;
                 shape::starts_again(&project).await;
@@ -124,10 +124,10 @@ async fn main() -> ExitCode {
         wrong.extend(check::disturbances(&project, changes).await);
     }
     let _ = std::fs::remove_dir_all(&scratch);
+    let acknowledged = project.acknowledged.lock().expect("not poisoned").len();
     println!(
-        "{} runs of {} acknowledged triggers, {} attempts, {} rescues, {} at once at most; all over after {:.0} s",
+        "{} runs of {acknowledged} acknowledged triggers, {} attempts, {} rescues, {} at once at most; all over after {:.0} s",
         project.number("select count(*) from executions").await,
-        project.acknowledged.lock().expect("not poisoned").len(),
         project.number("select coalesce(sum(attempt), 0)::bigint from executions").await,
         project.number("select coalesce(sum(rescues), 0)::bigint from executions").await,
         project.number("select coalesce(max(running), 0)::bigint from lease_history").await,

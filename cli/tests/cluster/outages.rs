@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use serde_json::json;
+use tokio::process::Command;
 
 use crate::{
     harness::{audit::Audited, until},
@@ -153,6 +154,16 @@ pub async fn cancel_waiting(project: &Project, job: &str) {
     project.ok("PATCH", "/api/settings", Some(json!({ "paused": false }))).await;
 }
 
+/// README's `roll`, as it is pasted from there, of these services.
+async fn roll(services: &str) {
+    let readme = include_str!("../../../README.md");
+    let body = readme.split_once("\nroll() (").and_then(|(_, rest)| rest.split_once("\n)\n")).expect("README has it").0;
+    assert!(body.contains("in api worker;"), "{body}");
+    let script = format!("roll() ({}\n)\nroll", body.replace("in api worker;", &format!("in {services};")));
+    let output = Command::new("bash").args(["-c", &script]).output().await.expect("bash runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// Every API and worker container is replaced, one by one, as the README says: nothing fails, and what is given back
 /// counts against nothing.
 pub async fn rolling_restart(project: &Project, stage: &Stage, source: &str, local: &str, rate: u32) {
@@ -162,19 +173,19 @@ pub async fn rolling_restart(project: &Project, stage: &Stage, source: &str, loc
     let load = Load::at_rate(project, &job, rate);
     let waiting = Load::waiting(project, &held, 4);
     acknowledged(&load, 20).await;
-    let mut replaced = 0;
-    for service in ["api", "worker", "worker-skewed"] {
-        let old = project.containers(service).await;
-        for container in &old {
-            docker(&["stop", container]).await;
-            docker(&["rm", container]).await;
-            compose(&["up", "--detach", "--no-deps", "--no-recreate", "--no-build", service]).await;
-            for now in project.containers(service).await {
-                project.healthy(&now).await;
-            }
-            replaced += 1;
+    let all = async || {
+        let mut all = Vec::new();
+        for service in ["api", "worker", "worker-skewed"] {
+            all.extend(project.containers(service).await);
         }
-    }
+        all
+    };
+    let before_it = all().await;
+    roll("api worker").await;
+    roll("worker-skewed").await;
+    let after_it = all().await;
+    assert!(after_it.len() == before_it.len() && after_it.iter().all(|now| !before_it.contains(now)), "{after_it:?}");
+    let replaced = before_it.len();
     let tally = load.end().await;
     stage.open();
     let end = project.ended(&held).await;

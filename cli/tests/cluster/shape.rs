@@ -238,7 +238,7 @@ pub async fn finds_the_scaled(project: &Project) {
 }
 
 /// The clock of the one worker is an hour ahead, as what it logs shows, and the others' are right.
-pub async fn skewed(project: &Project) {
+pub async fn skewed() {
     for (service, ahead) in [("worker", 0), ("worker-skewed", 3_600)] {
         let log = compose(&["logs", "--no-log-prefix", "--no-color", "--timestamps", service]).await;
         // Docker's time of a line, and the worker's own.

@@ -1,6 +1,6 @@
 //! An upgrade without downtime, and the way back: two versions of the programs on one database. The schema goes first,
-//! then every process one by one; in between each version triggers, runs, polls, cancels and rescues what the other
-//! began.
+//! then every process one by one; in between each version triggers, runs, polls, cancels, restores and rescues what the
+//! other began, and both keep the one limit.
 //!
 //! `make upgrade-test` builds the earlier version (`FROM=<commit>`; by default that before the newest migration).
 
@@ -14,9 +14,18 @@ use std::{collections::BTreeSet, path::PathBuf, time::Instant};
 
 use clap::Parser;
 use harness::{
-    Cluster, SOON, held::Held, migrate, postgres_url, process::binary, proxy::Mode, source::PostgresSource, sql, unique,
+    Cluster, SOON, audit, files,
+    held::Held,
+    id, migrate, postgres_url,
+    process::binary,
+    proxy::Mode,
+    source::{PostgresSource, psql},
+    sql, unique,
 };
 use serde_json::{Value, json};
+
+/// All that the source holds of its own.
+const ROWS: &str = "select count(*), md5(string_agg(text, '' order by id)) from item";
 
 #[derive(Parser)]
 struct Args {
@@ -27,6 +36,7 @@ struct Args {
 
 struct Upgrade {
     cluster: Cluster,
+    source: PostgresSource,
     job: String,
     /// Of the workers, in their order.
     names: Vec<String>,
@@ -86,18 +96,19 @@ impl Upgrade {
         self.cluster.text(&query).await
     }
 
+    /// Cordons, or uncordons, all workers but those of one version.
+    async fn tell_others(&self, version: &str, verb: &str) {
+        for name in self.names.iter().filter(|name| !name.starts_with(version)) {
+            let id = self.cluster.text(&format!("select id::text from workers where name = '{name}'")).await;
+            self.ask(0, "POST", &format!("/api/cluster/workers/{id}/{verb}"), None).await;
+        }
+    }
+
     /// A run in the middle of its dump, on a worker of this version.
     async fn held_by(&self, held: &Held, version: &str) -> String {
-        let others: Vec<&String> = self.names.iter().filter(|name| !name.starts_with(version)).collect();
-        let tell_others = async |verb: &str| {
-            for name in &others {
-                let id = self.cluster.text(&format!("select id::text from workers where name = '{name}'")).await;
-                self.ask(0, "POST", &format!("/api/cluster/workers/{id}/{verb}"), None).await;
-            }
-        };
-        tell_others("cordon").await;
+        self.tell_others(version, "cordon").await;
         let id = held.run(&self.cluster).await;
-        tell_others("uncordon").await;
+        self.tell_others(version, "uncordon").await;
         let holder = self.cluster.text("select worker from execution_leases").await;
         assert!(holder.starts_with(version), "{holder} runs it");
         id
@@ -125,6 +136,47 @@ impl Upgrade {
         assert_eq!(ended["outcome"], "Cancelled", "{ended:#}");
         println!("a run on a {version} worker was cancelled through API {api}");
     }
+
+    /// A worker of one version restores what one of the other has stored, asked through an API process of the other.
+    async fn restores(&self, by: &str, from: &str, api: usize) {
+        self.tell_others(from, "cordon").await;
+        let backup = self.cluster.backup(&self.job).await;
+        self.tell_others(from, "uncordon").await;
+        self.tell_others(by, "cordon").await;
+        let into = unique("restored");
+        sql("postgres", &format!("create database {into} owner {}", self.source.role)).await;
+        let path = format!("/api/executions/{}/restore", id(&backup));
+        let answer = self.ask(api, "POST", &path, Some(json!({ "into": into }))).await;
+        let restore = answer["executionId"].as_str().expect("an id");
+        let ended = self.cluster.ended(restore, SOON).await;
+        self.tell_others(by, "uncordon").await;
+        assert_eq!(ended["status"], "Success", "{ended:#}");
+        let versions = (self.version_of(&id(&backup)).await, self.version_of(restore).await);
+        assert_eq!((versions.0.as_str(), versions.1.as_str()), (from, by));
+        assert_eq!(psql(&into, ROWS), psql(&self.source.database, ROWS));
+        println!("a {by} worker restored what a {from} one had stored, asked through API {api}");
+    }
+
+    /// All versions together keep the limit, by the database's own record of every lease.
+    async fn share_the_limit(&self) {
+        self.ask(0, "PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 2 }))).await;
+        let mut runs = Vec::new();
+        for at in 0..60 {
+            let api = at % self.cluster.apis.len();
+            let answer = self.ask(api, "POST", &format!("/api/jobs/{}/run", self.job), None).await;
+            runs.push(answer["executionId"].as_str().expect("an id").to_owned());
+        }
+        let mut by = BTreeSet::new();
+        for run in &runs {
+            let ended = self.cluster.ended(run, SOON).await;
+            assert_eq!(ended["status"], "Success", "{ended:#}");
+            by.insert(self.version_of(run).await);
+        }
+        assert_eq!(by.len(), 2, "{by:?}");
+        assert_eq!(audit::most_running_at(&self.cluster, 2).await, 2);
+        println!("{} runs of both versions under a limit of two", runs.len());
+        self.ask(0, "PATCH", "/api/settings", Some(json!({ "maxConcurrentJobs": 4 }))).await;
+    }
 }
 
 #[tokio::main]
@@ -134,12 +186,14 @@ async fn main() {
     sql("postgres", &format!("create database {database}")).await;
     let url = postgres_url(&database);
     let cluster = Cluster::build().programs(&from).on(url.clone()).workers(0).start().await;
-    let mut upgrade = Upgrade { cluster, job: String::new(), names: Vec::new(), started: 0 };
+    audit::install(&cluster).await;
+    let source = PostgresSource::with_rows(100).await;
+    let mut upgrade = Upgrade { cluster, source, job: String::new(), names: Vec::new(), started: 0 };
     for _ in 0..2 {
         upgrade.worker("old").await;
     }
-    let source = upgrade.cluster.source("postgres", PostgresSource::with_rows(100).await.config()).await;
-    let (destination, _) = upgrade.cluster.local_destination().await;
+    let source = upgrade.cluster.source("postgres", upgrade.source.config()).await;
+    let (destination, root) = upgrade.cluster.local_destination().await;
     upgrade.job = upgrade.cluster.job(&source, &[&destination], json!({ "overlap": "allow" })).await;
     let held = Held::new(&upgrade.cluster, json!({ "overlap": "allow" })).await;
     upgrade.everybody_serves("before", &["old"]).await;
@@ -156,6 +210,9 @@ async fn main() {
     upgrade.worker("new").await;
     upgrade.everybody_serves("side by side", &["old", "new"]).await;
     let newest = upgrade.cluster.apis.len() - 1;
+    upgrade.share_the_limit().await;
+    upgrade.restores("new", "old", 0).await;
+    upgrade.restores("old", "new", newest).await;
     upgrade.cancels(&held, "old", newest).await;
     upgrade.cancels(&held, "new", 0).await;
     upgrade.rescues(&held, "old", "new").await;
@@ -176,4 +233,11 @@ async fn main() {
         upgrade.worker("new").await;
     }
     upgrade.everybody_serves("after", &["new"]).await;
+    assert_eq!(audit::claims_over_the_limit(&upgrade.cluster).await, 0);
+    let doubled = "select count(*) from executions e where type = 'Backup' and status = 'Success'
+                      and (select count(*) from artifacts a where a.execution_id = e.id) <> 2";
+    assert_eq!(upgrade.cluster.count(doubled).await, 0, "a dump and its manifest each");
+    let recorded = format!("select count(*) from artifacts where destination_id = '{destination}'");
+    assert_eq!(files(&root).len() as i64, upgrade.cluster.count(&recorded).await);
+    println!("no lease over the limit, nothing published twice");
 }

@@ -10,6 +10,7 @@ use std::{
 use common::{
     destination,
     execution::claim::{self, Claimant},
+    id::ExecutionId,
     source::Engine,
 };
 use nix::sys::signal::Signal;
@@ -271,7 +272,56 @@ async fn a_run_is_left_only_to_a_worker_that_can_do_all_of_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_of_a_source_that_its_job_has_no_more_is_left_to_nobody() {
+async fn a_run_whose_job_has_another_source_now_is_left_by_where_it_goes_itself() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let [source, another] = [
+        cluster.source("postgres", PostgresSource::empty().await.config()).await,
+        cluster.source("postgres", PostgresSource::empty().await.config()).await,
+    ];
+    let [before, now] = [untested_destination(&cluster).await, untested_destination(&cluster).await];
+    sql(&cluster.database, "update destinations set ready_at = now()").await;
+    let job = cluster.job(&source, &[&before], json!({})).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let run = ExecutionId(cluster.trigger(&job).await.parse().expect("an id"));
+    let of = |id: &str| Claimant { out_of_reach: vec![id.parse().expect("an id")], ..claimant() };
+    let far = || Claimant { pools: vec!["far".to_owned()], ..claimant() };
+    let mariadb = || Claimant { engines: vec![Engine::Mariadb], ..claimant() };
+    let elsewhere = [
+        (of(&before), claimant(), false),
+        (of(&source), claimant(), false),
+        (of(&before), of(&before), true),
+        (of(&before), of(&source), true),
+        (of(&before), mariadb(), true),
+        (of(&before), far(), true),
+        (of(&now), claimant(), true),
+        (of(&another), claimant(), true),
+    ];
+    // With the source that it was triggered for a run follows its job again.
+    let back = [(of(&before), claimant(), true), (of(&now), claimant(), false), (of(&source), claimant(), false)];
+    for (source, cases) in [(&another, &elsewhere[..]), (&source, &back[..])] {
+        let change = json!({ "sourceId": source, "destinationIds": [now] });
+        cluster.ok("PUT", &format!("/api/jobs/{job}"), Some(change)).await;
+        for (mine, other, taken) in cases {
+            takes_beside(&mut conn, mine, other, *taken).await;
+            let left = claim::is_for_others(&mut conn, run, mine, LEASE).await.expect("answers");
+            assert_eq!(left, !taken, "{mine:?} gives it back to {other:?}");
+        }
+    }
+    cluster.ok("PUT", &format!("/api/jobs/{job}"), Some(json!({ "sourceId": another }))).await;
+    sqlx::query("delete from job_destinations").execute(&mut *conn).await.expect("deletes");
+    let mut folders = async |pool: &str| {
+        destination::folders(&mut conn, &[pool.to_owned()])
+            .await
+            .expect("answers")
+            .iter()
+            .map(|d| d.id.0)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!((folders("default").await, folders("far").await), (of(&now).out_of_reach, vec![]), "where the run goes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leaves_many_runs_to_others_is_not_slow_about_it() {
     let cluster = Cluster::build().workers(0).start().await;
     let [source, another] = [
         cluster.source("postgres", PostgresSource::empty().await.config()).await,
@@ -279,30 +329,19 @@ async fn a_run_of_a_source_that_its_job_has_no_more_is_left_to_nobody() {
     ];
     let destination = untested_destination(&cluster).await;
     let job = cluster.job(&source, &[&destination], json!({})).await;
-    cluster.trigger(&job).await;
-    let mut conn = cluster.pool.acquire().await.expect("a connection");
-    let lacking = Claimant { out_of_reach: vec![destination.parse().expect("an id")], ..claimant() };
-    takes_beside(&mut conn, &lacking, &claimant(), false).await;
-    sqlx::query("update jobs set source_id = $1::uuid").bind(another).execute(&mut *conn).await.expect("updates");
-    assert!(takes(&mut conn, &lacking).await, "what it needs is judged by another source than its own");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn who_leaves_many_runs_to_others_is_not_slow_about_it() {
-    let cluster = Cluster::build().workers(0).start().await;
-    let source = cluster.source("postgres", PostgresSource::empty().await.config()).await;
-    let destination = untested_destination(&cluster).await;
-    let job = cluster.job(&source, &[&destination], json!({})).await;
     crate::harness::history::fill(&cluster, &job, 0, 100_000).await;
     let mut conn = cluster.pool.acquire().await.expect("a connection");
     let lacking = Claimant { out_of_reach: vec![destination.parse().expect("an id")], ..claimant() };
     let whole = claimant();
     takes_beside(&mut conn, &lacking, &whole, false).await;
-    // PostgreSQL may take another plan from the sixth call on. A claim has five seconds, and holds up the others for a part.
-    for round in 0..8 {
-        let began = Instant::now();
-        assert!(!takes(&mut conn, &lacking).await);
-        assert!(began.elapsed() < Duration::from_secs(1), "round {round}: {:?}", began.elapsed());
+    for source in [&source, &another] {
+        sqlx::query("update jobs set source_id = $1::uuid").bind(source).execute(&mut *conn).await.expect("updates");
+        // PostgreSQL may take another plan from the sixth call on. A claim has five seconds, and holds up the others for a part.
+        for round in 0..8 {
+            let began = Instant::now();
+            assert!(!takes(&mut conn, &lacking).await);
+            assert!(began.elapsed() < Duration::from_secs(1), "round {round}: {:?}", began.elapsed());
+        }
     }
     assert!(takes(&mut conn, &whole).await);
 }

@@ -91,6 +91,18 @@ pub(super) async fn stores(conn: &mut PgConnection) -> Result<HashMap<JobId, Vec
     Ok(rows.into_iter().map(|r| (r.job_id, r.stores)).collect())
 }
 
+/// Where the runs go that keep what their job was before it got another source.
+pub(super) async fn pinned(conn: &mut PgConnection) -> Result<HashMap<ExecutionId, Vec<DestinationId>>, sqlx::Error> {
+    let rows = sqlx::query!(
+        r#"select e.id as "id: ExecutionId", p.destination_ids as "stores: Vec<DestinationId>"
+             from execution_pins p join executions e on e.id = p.execution_id join jobs j on j.id = e.job_id and j.source_id <> e.source_id
+            where e.ended_at is null"#
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|r| (r.id, r.stores)).collect())
+}
+
 /// Where the backup of each restore that is not over lies.
 pub(super) async fn copies(conn: &mut PgConnection) -> Result<HashMap<ExecutionId, Vec<DestinationId>>, sqlx::Error> {
     let rows = sqlx::query!(

@@ -103,8 +103,10 @@ pub struct QueueSnapshot {
     workers: Vec<Claimant>,
     /// Engines of the sources that not every worker of their pool can dump: none in most clusters.
     choosy: HashMap<SourceId, String>,
-    /// Where backups of a job go, and where the backup of a restore lies; of none as long as every worker reaches everything.
+    /// Where backups of a job go, where a run with a pin goes, and where the backup of a restore lies; of none as long as
+    /// every worker reaches everything.
     stores: HashMap<JobId, Vec<DestinationId>>,
+    pinned: HashMap<ExecutionId, Vec<DestinationId>>,
     copies: HashMap<ExecutionId, Vec<DestinationId>>,
 }
 
@@ -124,9 +126,10 @@ impl QueueSnapshot {
         let leases = look::leases(conn).await?;
         let workers = look::claimants(conn, &leases).await?;
         let hindered = workers.iter().any(|worker| !worker.out_of_reach.is_empty());
-        let (mut stores, mut copies) = (HashMap::new(), HashMap::new());
+        let (mut stores, mut pinned, mut copies) = (HashMap::new(), HashMap::new(), HashMap::new());
         if hindered {
-            (stores, copies) = (look::stores(conn).await?, look::copies(conn).await?);
+            (stores, pinned, copies) =
+                (look::stores(conn).await?, look::pinned(conn).await?, look::copies(conn).await?);
         }
         Ok(Self {
             asked,
@@ -140,6 +143,7 @@ impl QueueSnapshot {
             workers,
             choosy: look::choosy(conn).await?,
             stores,
+            pinned,
             copies,
         })
     }
@@ -250,7 +254,8 @@ impl QueueSnapshot {
 
     fn reaches(&self, worker: &Claimant, waiting: &Waiting) -> bool {
         let within = |id: Uuid| !worker.out_of_reach.contains(&id);
-        let (copies, stores) = (self.copies.get(&waiting.id), self.stores.get(&waiting.job_id));
+        let copies = self.copies.get(&waiting.id);
+        let stores = self.pinned.get(&waiting.id).or_else(|| self.stores.get(&waiting.job_id));
         let stored = match waiting.kind.as_str() {
             "Restore" => copies.is_none_or(|copies| copies.iter().any(|copy| within(copy.0))),
             _ => stores.is_none_or(|stores| stores.iter().all(|store| within(store.0))),
@@ -303,6 +308,7 @@ mod tests {
             workers: vec![idle_worker()],
             choosy: HashMap::new(),
             stores: HashMap::new(),
+            pinned: HashMap::new(),
             copies: HashMap::new(),
         }
     }
@@ -380,5 +386,11 @@ mod tests {
         assert_eq!(reasons(&queue), [Some(WaitReason::OutOfReach); 2]);
         queue.workers.push(idle_worker());
         assert_eq!(reasons(&queue), [None, None]);
+        // What its job goes to now is nothing to a run that keeps where it was to go.
+        queue.workers.pop();
+        queue.pinned.insert(backup.id, vec![DestinationId::new()]);
+        assert_eq!(reasons(&queue), [None, Some(WaitReason::OutOfReach)]);
+        queue.workers.iter_mut().for_each(|worker| worker.out_of_reach.push(queue.pinned[&backup.id][0].0));
+        assert_eq!(reasons(&queue), [Some(WaitReason::OutOfReach); 2]);
     }
 }
