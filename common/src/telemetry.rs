@@ -72,15 +72,15 @@ impl Telemetry {
         let log = tracing_subscriber::fmt::layer().with_writer(writer);
         let log = match std::env::var("DBACKUP_LOG_FORMAT").as_deref() {
             // The list of spans would repeat the current one in every line.
-            Ok("json") => log.json().with_span_list(false).with_filter(filter).boxed(),
-            Ok("text") | Err(_) => log
-                .with_target(false)
-                .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-                .with_filter(filter)
-                .boxed(),
+            Ok("json") => log.json().with_span_list(false).boxed(),
+            Ok("text") | Err(_) => {
+                log.with_target(false).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).boxed()
+            }
             Ok(other) => return Err(ConfigError(format!("DBACKUP_LOG_FORMAT is '{other}' but must be text or json"))),
         };
+        // The filter of everything, as there is one layer: one of a layer's own costs each line, and each poll of a request.
         tracing_subscriber::registry()
+            .with(filter)
             .with(log)
             .try_init()
             .map_err(|e| ConfigError(format!("logging could not start: {e}")))?;
