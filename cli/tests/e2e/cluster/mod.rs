@@ -169,8 +169,14 @@ async fn the_cluster_shows_its_workers_and_their_tools_every_slot_and_what_waits
     }
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").expect("a name");
     assert_eq!(alpha["host"], host.trim());
-    let time = |key: &str| alpha[key].as_str().and_then(|text| text.parse::<DateTime<Utc>>().ok()).expect("a time");
-    assert!(time("since") <= time("lastSeenAt"), "{alpha:#}");
+    let time =
+        |of: &Value, key: &str| of[key].as_str().and_then(|text| text.parse::<DateTime<Utc>>().ok()).expect("a time");
+    let later = until("it is seen again", SOON, || async {
+        let now = worker_named(&view(&cluster).await, "alpha")?.clone();
+        (time(&now, "lastSeenAt") > time(alpha, "lastSeenAt")).then_some(now)
+    })
+    .await;
+    assert!(later["since"] == alpha["since"] && time(&later, "since") < time(&later, "lastSeenAt"), "{later:#}");
     let beta = worker_named(&seen, "beta").expect("beta");
     assert_eq!((&beta["pools"], &beta["engines"]), (&json!(["far", "near"]), &json!(["postgres"])), "{beta:#}");
     assert!(beta["tools"][0]["version"].as_str().is_some_and(|v| v.contains("99.1")), "{beta:#}");
