@@ -165,7 +165,7 @@ async fn address_of(project: &Project, execution: &str) -> String {
 async fn believed(project: &Project, job: &str) {
     const CLIENT: &str = "203.0.113.9";
     let of_env = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by .dev/cluster-test"));
-    let (network, address) = (format!("{}_edge", project_name()), of_env("DBACKUP_UPSTREAM_PROXIES"));
+    let (network, address) = (format!("{}_front", project_name()), of_env("DBACKUP_UPSTREAM_PROXIES"));
     let image = docker(&["inspect", "--format", "{{.Config.Image}}", &project.containers("api").await[0]]).await;
     let request = format!(
         r"POST /api/jobs/{job}/run HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nX-Forwarded-For: 198.51.100.7, {CLIENT}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
