@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     harness::until,
@@ -21,6 +21,22 @@ const SERVICES: [(&str, usize, bool); 7] = [
     ("worker", 3, true),
     ("proxy", 1, true),
 ];
+/// What each keeps, or may read: where it is mounted, the volume of the project, whether it may be written to. All workers
+/// share the one volume of the backups.
+const VOLUMES: [(&str, &str, &str, bool); 9] = [
+    ("secrets", "/run/dbackup", "dbackup-secrets", true),
+    ("secrets", "/run/postgres", "postgres-secrets", true),
+    ("postgres", "/run/secrets", "postgres-secrets", false),
+    ("postgres", "/var/lib/postgresql/data", "postgres", true),
+    ("migrate", "/run/dbackup", "dbackup-secrets", false),
+    ("api", "/run/dbackup", "dbackup-secrets", false),
+    ("api", BACKUPS, "backups", false),
+    ("worker", "/run/dbackup", "dbackup-secrets", false),
+    ("worker", BACKUPS, "backups", true),
+];
+/// Public images that are built on, or run as they are: plain tags, so that the same files serve where none can be pulled.
+const IMAGES: [&str; 5] =
+    ["rust:1-slim-trixie", "debian:trixie-slim", "postgres:17-trixie", "redis:8-trixie", "haproxy:3.0-trixie"];
 /// They begin as root, to take over folders. What serves in the end does not.
 const BEGIN_AS_ROOT: [&str; 2] = ["secrets", "postgres"];
 /// Longest wait that a client may ask for.
@@ -40,7 +56,7 @@ pub async fn confines(project: &Project) {
         let mode = compose(&["exec", "-T", service, "stat", "-c", "%a", path]).await;
         assert_eq!(mode, "600", "others may read {path}");
     }
-    let mut wrong = Vec::new();
+    let mut wrong = images().await;
     for (service, count, lasts) in SERVICES {
         let containers = compose(&["ps", "--all", "--quiet", service]).await;
         let containers: Vec<&str> = containers.lines().collect();
@@ -61,6 +77,31 @@ pub async fn confines(project: &Project) {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     println!("  {} services confined as promised", SERVICES.len());
+}
+
+/// Images are those of [`IMAGES`] and our own, and what the API's holds.
+async fn images() -> Vec<String> {
+    let dockerfile = include_str!("../../../Dockerfile");
+    let stages = dockerfile.lines().filter_map(|line| line.strip_prefix("FROM ")?.split(' ').next());
+    let own = |image: &str| ["base", "build"].contains(&image) || image.starts_with("dbackup-");
+    let services = compose(&["config", "--images"]).await;
+    let strange = stages.chain(services.lines()).filter(|image| !own(image) && !IMAGES.contains(image));
+    let mut wrong: Vec<String> =
+        strange.map(|image| format!("an image of no plain tag that is known: {image}")).collect();
+    if dockerfile.contains("# syntax=") {
+        wrong.push("the Dockerfile asks for another syntax, which has to be pulled".to_owned());
+    }
+    let tools = "for tool in dbackup pg_dump mariadb-dump; do command -v $tool; done; true";
+    for (service, holds) in [
+        ("api", "/usr/local/bin/dbackup"),
+        ("worker", "/usr/local/bin/dbackup\n/usr/bin/pg_dump\n/usr/bin/mariadb-dump"),
+    ] {
+        let found = compose(&["exec", "-T", service, "sh", "-c", tools]).await;
+        if found != holds {
+            wrong.push(format!("{service} holds {found}"));
+        }
+    }
+    wrong
 }
 
 fn unconfined(service: &str, lasts: bool, about: &Value, secrets: &[String]) -> Vec<String> {
@@ -89,16 +130,13 @@ fn unconfined(service: &str, lasts: bool, about: &Value, secrets: &[String]) -> 
     }
     let environment = config["Env"].to_string();
     must(!secrets.iter().any(|secret| environment.contains(secret.as_str())), "a secret is in its environment");
-    let mounts = about["Mounts"].as_array().into_iter().flatten();
-    let backups: Vec<_> = mounts.filter(|mount| mount["Destination"] == BACKUPS).collect();
-    let (named, writes) = (format!("{}_backups", project_name()), service == "worker");
-    match ["api", "worker"].contains(&service) {
-        true => must(
-            matches!(backups[..], [mount] if mount["Name"] == named.as_str() && mount["RW"] == writes),
-            "the one volume of the backups, which a worker writes to and the API reads",
-        ),
-        false => must(backups.is_empty(), "it sees the backups"),
-    }
+    let mut volumes: Vec<_> =
+        about["Mounts"].as_array().into_iter().flatten().filter(|m| m["Type"] == "volume").collect();
+    volumes.sort_by_key(|mount| mount["Destination"].to_string());
+    let found: Vec<_> = volumes.iter().map(|mount| (&mount["Destination"], &mount["Name"], &mount["RW"])).collect();
+    let due = VOLUMES.iter().filter(|of| of.0 == service);
+    let due: Vec<_> = due.map(|of| (json!(of.1), json!(format!("{}_{}", project_name(), of.2)), json!(of.3))).collect();
+    must(found == due.iter().map(|(at, name, writes)| (at, name, writes)).collect::<Vec<_>>(), "its volumes");
     let sets = |variable: &str| has(&config["Env"], variable);
     must(service != "worker" || sets("DBACKUP_DRAIN_SECONDS=25"), "its drain is not 25 s");
     must(service != "api" || sets("DBACKUP_SHUTDOWN_DELAY_SECONDS=5"), "it serves less than 5 s after its signal");
