@@ -79,7 +79,7 @@ pub async fn confines(project: &Project) {
     println!("  {} services confined as promised", SERVICES.len());
 }
 
-/// Images are those of [`IMAGES`] and our own, and what the API's holds.
+/// Every image is one of [`IMAGES`] or our own, and what our two hold.
 async fn images() -> Vec<String> {
     let dockerfile = include_str!("../../../Dockerfile");
     let stages = dockerfile.lines().filter_map(|line| line.strip_prefix("FROM ")?.split(' ').next());
