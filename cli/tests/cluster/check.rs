@@ -113,13 +113,13 @@ pub async fn everything(project: &Project, local: &str, stages: &[Stage]) -> Vec
     let acknowledged = project.acknowledged.lock().expect("not poisoned").clone();
     let ended: i64 = sqlx::query_scalar(ended).bind(&acknowledged).fetch_one(&project.pool).await.expect("a number");
     none("acknowledged triggers that did not end", i64::try_from(acknowledged.len()).expect("a number") - ended);
+    let rescues = project.number("select coalesce(sum(rescues), 0)::bigint from executions").await;
     for (stage, store) in stages.iter().filter_map(|stage| Some((stage, stage.store()?))) {
         let (open, filled) = (store.open_uploads(), store.filled_uploads());
         if !filled.is_empty() {
             wrong.push(format!("uploads of {} are open: {filled:?}", stage.name));
         }
         // Each of them is a worker that died.
-        let rescues = project.number("select coalesce(sum(rescues), 0)::bigint from executions").await;
         if open.len() as i64 > rescues {
             wrong.push(format!("{} uploads of {} were begun and left, of {rescues} rescues", open.len(), stage.name));
         }

@@ -133,10 +133,10 @@ fn unconfined(service: &str, lasts: bool, about: &Value, secrets: &[String]) -> 
     let mut volumes: Vec<_> =
         about["Mounts"].as_array().into_iter().flatten().filter(|m| m["Type"] == "volume").collect();
     volumes.sort_by_key(|mount| mount["Destination"].to_string());
-    let found: Vec<_> = volumes.iter().map(|mount| (&mount["Destination"], &mount["Name"], &mount["RW"])).collect();
-    let due = VOLUMES.iter().filter(|of| of.0 == service);
-    let due: Vec<_> = due.map(|of| (json!(of.1), json!(format!("{}_{}", project_name(), of.2)), json!(of.3))).collect();
-    must(found == due.iter().map(|(at, name, writes)| (at, name, writes)).collect::<Vec<_>>(), "its volumes");
+    let found = volumes.iter().map(|mount| json!([mount["Destination"], mount["Name"], mount["RW"]]));
+    let due = VOLUMES.iter().filter(|(of, ..)| *of == service);
+    let due = due.map(|(_, at, name, writes)| json!([at, format!("{}_{name}", project_name()), writes]));
+    must(found.eq(due), "its volumes");
     let sets = |variable: &str| has(&config["Env"], variable);
     must(service != "worker" || sets("DBACKUP_DRAIN_SECONDS=25"), "its drain is not 25 s");
     must(service != "api" || sets("DBACKUP_SHUTDOWN_DELAY_SECONDS=5"), "it serves less than 5 s after its signal");

@@ -236,6 +236,12 @@ async fn takes(conn: &mut PgConnection, me: &Claimant) -> bool {
     !claims.is_empty()
 }
 
+/// The folders that workers of a pool look at.
+async fn folders(conn: &mut PgConnection, pool: &str) -> Vec<Uuid> {
+    let folders = destination::folders(conn, &[pool.to_owned()]).await.expect("answers");
+    folders.iter().map(|folder| folder.id.0).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_left_only_to_a_worker_that_can_do_all_of_it() {
     let cluster = Cluster::build().workers(0).start().await;
@@ -309,15 +315,11 @@ async fn a_run_whose_job_has_another_source_now_is_left_by_where_it_goes_itself(
     }
     cluster.ok("PUT", &format!("/api/jobs/{job}"), Some(json!({ "sourceId": another }))).await;
     sqlx::query("delete from job_destinations").execute(&mut *conn).await.expect("deletes");
-    let mut folders = async |pool: &str| {
-        destination::folders(&mut conn, &[pool.to_owned()])
-            .await
-            .expect("answers")
-            .iter()
-            .map(|d| d.id.0)
-            .collect::<Vec<_>>()
-    };
-    assert_eq!((folders("default").await, folders("far").await), (of(&now).out_of_reach, vec![]), "where the run goes");
+    assert_eq!(
+        (folders(&mut conn, "default").await, folders(&mut conn, "far").await),
+        (of(&now).out_of_reach, vec![]),
+        "where the run goes"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -438,17 +440,9 @@ async fn a_restore_needs_one_copy_within_reach() {
     }
     // The folders count though no job names them any more, for the pool of the restore alone.
     sqlx::query("delete from job_destinations").execute(&cluster.pool).await.expect("deletes");
-    let mut folders = async |pool: &str| {
-        destination::folders(&mut conn, &[pool.to_owned()])
-            .await
-            .expect("answers")
-            .iter()
-            .map(|d| d.id.0)
-            .collect::<Vec<_>>()
-    };
-    let mut seen = folders("default").await;
+    let mut seen = folders(&mut conn, "default").await;
     seen.sort();
-    assert_eq!((seen, folders("far").await), (vec![one, other], vec![]));
+    assert_eq!((seen, folders(&mut conn, "far").await), (vec![one, other], vec![]));
     // A copy whose destination is gone is none.
     cluster.ok("DELETE", &format!("/api/destinations/{second}"), None).await;
     takes_beside(&mut conn, &of(&[one]), &of(&[]), false).await;
