@@ -73,6 +73,8 @@ async fn a_worker_that_misses_a_mount_fails_nothing_that_another_can_do() {
     for _ in 0..4 {
         waiting.push(cluster.trigger(&job).await);
     }
+    are_left(&cluster, &waiting).await;
+    // After that: a restore that it claims before it knows what it lacks is out of its reach for ten minutes.
     let into = empty_database(&source).await;
     waiting.push(restore(&cluster, &backup, json!({ "into": into })).await);
     are_left(&cluster, &waiting).await;
