@@ -1,9 +1,20 @@
 //! Much history: it is forgotten in time, and costs nothing while it is there.
 
-use common::execution::history::{self, Batch};
+use common::{
+    execution::{
+        group::find_groups,
+        history::{self, Batch},
+    },
+    id::ExecutionId,
+};
 use serde_json::json;
 
-use crate::harness::{Cluster, SOON, history::assert_nothing_walks, source::PostgresSource, until};
+use crate::harness::{
+    Cluster, SOON,
+    history::assert_nothing_walks,
+    source::{PostgresSource, job_without_workers},
+    until,
+};
 
 /// Failed executions that ended so many days ago, each with two lines of log and a word in its path by which it is known.
 async fn ended(cluster: &Cluster, days: u32, word: &str, count: u32) {
@@ -123,6 +134,45 @@ async fn a_failed_group_does_not_become_a_success_when_its_failures_are_forgotte
     })
     .await;
     assert_eq!(cluster.count("select count(*) from execution_groups").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_is_forgotten_while_it_is_read_is_gone_and_no_success() {
+    let cluster = Cluster::build().workers(0).start().await;
+    let mut jobs = Vec::new();
+    for _ in 0..2 {
+        jobs.push(job_without_workers(&cluster, json!({})).await);
+    }
+    let (status, answer) = cluster.request("POST", "/api/runs", Some(json!({ "jobs": jobs }))).await;
+    assert_eq!(status, 200, "{answer}");
+    let group: [ExecutionId; 1] = [answer["executionId"].as_str().expect("an id").parse().expect("an id")];
+    let end = "with first as (select id from executions order by id limit 1)
+               update executions e
+                  set attempt = 1, started_at = now(), ended_at = now() - interval '400 days',
+                      status = case when first.id is null then 'Success' else 'Failed' end,
+                      error = case when first.id is null then null else 'it failed' end
+                 from executions m left join first on first.id = m.id
+                where e.id = m.id";
+    sqlx::query(end).execute(&cluster.pool).await.expect("updates");
+
+    // The reader has to wait in its midst, at the executions, until they are forgotten.
+    let mut forgetting = cluster.pool.begin().await.expect("begins");
+    sqlx::query("lock table executions").execute(&mut *forgetting).await.expect("locks");
+    let mut conn = cluster.pool.acquire().await.expect("connects");
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut *conn).await.expect("answers");
+    let forget = async {
+        until("the reader waits", SOON, || async {
+            let waiting = format!("select count(*) from pg_locks where pid = {pid} and not granted");
+            (cluster.count(&waiting).await == 1).then_some(())
+        })
+        .await;
+        assert_eq!(history::forget_executions(&mut forgetting, 365).await.expect("forgets"), Batch::Last);
+        forgetting.commit().await.expect("commits");
+    };
+    let (read, ()) = tokio::join!(find_groups(&mut conn, &group), forget);
+    let read = read.expect("reads");
+    assert!(read.is_empty(), "{read:?}");
+    assert_eq!(cluster.count("select count(*) from executions").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -138,18 +138,6 @@ struct GroupRow {
 
 /// Those of `ids` that are groups, each as an execution of type `Group`.
 pub async fn find_groups(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {
-    let groups = sqlx::query_as!(
-        GroupRow,
-        r#"select id as "id: ExecutionId", trigger_kind, trigger_label, labels as "labels: Json<Labels>", traceparent, created_at,
-                  (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template
-             from execution_groups where id = any ($1)"#,
-        ids as _
-    )
-    .fetch_all(&mut *conn)
-    .await?;
-    if groups.is_empty() {
-        return Ok(Vec::new());
-    }
     let rows = sqlx::query!(
         r#"select group_id as "group_id: ExecutionId", execution_id as "execution_id: ExecutionId"
              from execution_group_members where group_id = any ($1) order by group_id, position"#,
@@ -157,9 +145,23 @@ pub async fn find_groups(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result
     )
     .fetch_all(&mut *conn)
     .await?;
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
     let wanted: Vec<ExecutionId> = rows.iter().map(|r| r.execution_id).collect();
     let executions: BTreeMap<ExecutionId, Execution> =
-        find_all(conn, &wanted).await?.into_iter().map(|e| (e.id, e)).collect();
+        find_all(&mut *conn, &wanted).await?.into_iter().map(|e| (e.id, e)).collect();
+    // The groups last: a failure is forgotten together with its group. A group that is still there had all of its
+    // members a moment ago; one that was read first might have lost its failures since.
+    let groups = sqlx::query_as!(
+        GroupRow,
+        r#"select id as "id: ExecutionId", trigger_kind, trigger_label, labels as "labels: Json<Labels>", traceparent, created_at,
+                  (select value #>> '{}' from settings where name = 'traceUrlTemplate') as trace_url_template
+             from execution_groups where id = any ($1)"#,
+        ids as _
+    )
+    .fetch_all(conn)
+    .await?;
     Ok(groups
         .into_iter()
         .map(|group| {
