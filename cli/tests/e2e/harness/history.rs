@@ -178,7 +178,9 @@ const FEW: u64 = 5_000;
 fn assert_no_walks(plans: &[Plan], pending: u32) {
     let mut wrong = BTreeMap::new();
     for plan in plans {
-        let counts = plan.query.contains("count(*)") && plan.query.contains("'Pending'");
+        // A claim counts leases.
+        let counts = ["count(*)", "'Pending'"].iter().all(|part| plan.query.contains(part))
+            && !plan.query.contains("for update");
         let allowed = if counts { FEW + u64::from(pending) } else { FEW };
         let read: u64 = LONG.iter().filter_map(|table| plan.read.get(*table)).sum();
         if read > allowed || plan.walked.iter().any(|table| LONG.contains(&table.as_str())) {
