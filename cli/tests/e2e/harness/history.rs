@@ -21,7 +21,8 @@ const ID: &str = "create or replace function id_at(at timestamptz, n bigint) ret
     select (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '7' || substr(md5(n::text), 1, 3)
             || '8' || substr(md5(n::text), 4, 15))::uuid $$;";
 
-/// Adds so many ended executions, a tenth of them failed, over the last 80 days (none so old as to be forgotten), and so many that wait, in jobs like `job`.
+/// Adds so many ended executions, a tenth of them failed, over the last 80 days (none so old as to be forgotten), and so
+/// many that wait: half of the former are of `job`, the others of jobs like it.
 pub async fn fill(cluster: &Cluster, job: &str, ended: u32, pending: u32) {
     let job: JobId = serde_json::from_value(job.into()).expect("an id");
     let past = unique("past");
@@ -39,7 +40,7 @@ pub async fn fill(cluster: &Cluster, job: &str, ended: u32, pending: u32) {
              insert into executions (id, job_id, job_name, job_slug, source_id, pool, serial, status, outcome, attempt,
                                      max_attempts, last_token, trigger_kind, queued_at, started_at, ended_at, stage,
                                      error, error_code)
-             select id_at(t.at, n), p.id, p.slug, p.slug, p.source_id, 'default', true,
+             select id_at(t.at, n), case when n % 2 = 0 then '{job}' else p.id end, p.slug, p.slug, p.source_id, 'default', true,
                     case when (n / {jobs}) % 10 = 0 then 'Failed' else 'Success' end, case when n % 1000 = 0 then 'TimedOut' end, 1, 3, 0,
                     'Api', t.at, t.at, t.at + interval '1 minute', 'Completed',
                     case when (n / {jobs}) % 10 = 0 then 'it failed' end, case when (n / {jobs}) % 10 = 0 then 'dump_failed' end
@@ -104,7 +105,11 @@ fn requests(job: &str, run: &str, others: &[String]) -> Vec<String> {
         old,
         "from=2099-01-01T00:00:00Z",
         &format!("jobId={job}"),
+        &format!("jobId={job}&status=Pending"),
+        &format!("jobId={job}&status=Running"),
+        &format!("jobId={job}&status=Success"),
         &format!("jobId={job}&status=Failed"),
+        &format!("jobId={job}&outcome=TimedOut"),
         &format!("jobId={job}&{old}"),
         &format!("status=Failed&{old}"),
         &format!("outcome=TimedOut&{old}"),
