@@ -11,7 +11,7 @@ use std::{
 use common::{
     db::{ANSWER_TIMEOUT, DbError},
     destination::{self, Destination},
-    execution::claim,
+    execution::{self, claim},
     id::SourceId,
     store::StoreError,
     worker::OutOfReach,
@@ -71,6 +71,13 @@ impl Reach {
         std::mem::take(&mut found.untold) || forgotten
     }
 
+    fn forget(&self, ids: &[Uuid]) {
+        let mut found = self.found();
+        let before = found.learned.len();
+        found.learned.retain(|id, _| !ids.contains(id));
+        found.untold |= found.learned.len() < before;
+    }
+
     /// Other tools are here now.
     pub fn other_tools(&self) {
         let mut found = self.found();
@@ -116,11 +123,17 @@ pub async fn run(shared: Shared) {
     }
 }
 
-/// Looks at every folder that runs of this worker may need.
+/// Looks at every folder that runs of this worker may need, and forgets the restores that are over.
 pub async fn look(shared: &Shared) -> Result<(), DbError> {
     let (pools, reach) = (&shared.config.pools, &shared.presence.reach);
     let _looking = reach.looking.lock().await;
-    let folders = shared.db.within(ANSWER_TIMEOUT, async |conn| destination::folders(conn, pools).await).await?;
+    let learned: Vec<Uuid> = reach.found().learned.keys().copied().collect();
+    let ask = async |conn: &mut sqlx::PgConnection| {
+        let over = if learned.is_empty() { Vec::new() } else { execution::ended_of(conn, &learned).await? };
+        Ok((destination::folders(conn, pools).await?, over))
+    };
+    let (folders, over) = shared.db.within(ANSWER_TIMEOUT, ask).await?;
+    reach.forget(&over);
     let looks = folders.iter().map(async |folder| Some((folder.id.0, see(shared, folder).await.err()?.message)));
     reach.set_folders(join_all(looks).await.into_iter().flatten().collect());
     Ok(())

@@ -355,6 +355,13 @@ pub async fn find(conn: &mut PgConnection, id: ExecutionId) -> Result<Option<Exe
     Ok(group::find_groups(conn, &[id]).await?.pop())
 }
 
+/// Those of `ids` that are executions and have ended.
+pub async fn ended_of(conn: &mut PgConnection, ids: &[uuid::Uuid]) -> Result<Vec<uuid::Uuid>, sqlx::Error> {
+    sqlx::query_scalar!("select id from executions where id = any ($1) and ended_at is not null", ids)
+        .fetch_all(conn)
+        .await
+}
+
 /// Those of `ids` that are executions, in one statement. (The driver reads from the plan which columns may be null, and
 /// the plan of an array differs from that of one id: hence the marks.)
 pub async fn find_all(conn: &mut PgConnection, ids: &[ExecutionId]) -> Result<Vec<Execution>, sqlx::Error> {

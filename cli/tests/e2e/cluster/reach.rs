@@ -74,7 +74,7 @@ async fn a_worker_that_misses_a_mount_fails_nothing_that_another_can_do() {
         waiting.push(cluster.trigger(&job).await);
     }
     are_left(&cluster, &waiting).await;
-    // After that: a restore that it claims before it knows what it lacks is out of its reach for ten minutes.
+    // After that: a restore that it claims before it knows what it lacks is out of its reach until it is over.
     let into = empty_database(&source).await;
     waiting.push(restore(&cluster, &backup, json!({ "into": into })).await);
     are_left(&cluster, &waiting).await;
@@ -402,6 +402,8 @@ async fn a_restore_is_left_to_a_worker_that_reaches_the_copy_that_is_whole() {
     cluster.ok("POST", "/api/cluster/workers/able/uncordon", None).await;
     cluster.in_status(&run, "Success", SOON).await;
     source.assert_same(&into).await;
+    // What is over is nothing that a worker could lack.
+    worker_is(&cluster, "lacking", "hindered", |worker| !lacks(worker, &run) && lacks(worker, &second)).await;
     // With no such worker it ends, and says what is wrong with both.
     let into = empty_database(&source).await;
     cluster.workers[0].signal(Signal::SIGTERM);
