@@ -275,7 +275,8 @@ pub async fn finds_the_scaled(project: &Project) {
     println!("  a third API process serves alone");
 }
 
-/// The clock of the one worker is an hour ahead, as what it logs shows, and the others' are right.
+/// The clock of the one worker is an hour ahead, as what it logs shows, and the others' are right. Its monotonic clock is
+/// left alone.
 pub async fn skewed() {
     for (service, ahead) in [("worker", 0), ("worker-skewed", 3_600)] {
         let log = compose(&["logs", "--no-log-prefix", "--no-color", "--timestamps", service]).await;
@@ -290,5 +291,13 @@ pub async fn skewed() {
         assert!(!clocks.is_empty(), "a {service} logs");
         assert!(clocks.iter().all(|clock| (clock - ahead).abs() < 30), "{service}: clocks are ahead by {clocks:?} s");
     }
+    // What it measures time-outs by is right.
+    let monotonic = "use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC); print int clock_gettime(CLOCK_MONOTONIC)";
+    let read = async |environment: &[&str]| -> i64 {
+        let command = [&["exec", "-T", "worker-skewed", "env"], environment, &["perl", "-e", monotonic]].concat();
+        compose(&command).await.parse().expect("a number")
+    };
+    let (its, right) = (read(&[]).await, read(&["-u", "LD_PRELOAD"]).await);
+    assert!((right - its).abs() < 30, "its monotonic clock is ahead by {} s", its - right);
     println!("  the clock of one worker is an hour ahead");
 }
