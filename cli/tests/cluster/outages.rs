@@ -201,8 +201,14 @@ pub async fn rolling_restart(project: &Project, stage: &Stage, source: &str, loc
     println!("  {replaced} containers, {runs} triggers, none failed; a run was given back {} times", attempts - 1);
     cancel_waiting(project, &job).await;
     drained(project).await;
-    let counted = format!("select count(*) from executions where seq > {before} and (failures > 0 or rescues > 0)");
-    assert_eq!(project.number(&counted).await, 0, "a restart was counted against a run");
+    let counted = format!(
+        "select e.id || ': ' || e.failures || ' failures, ' || e.rescues || ' rescues;'
+                || coalesce((select string_agg(' ' || l.at || ' ' || l.message, ';' order by l.seq) from execution_logs l where l.execution_id = e.id), '')
+           from executions e where e.seq > {before} and (e.failures > 0 or e.rescues > 0)"
+    );
+    let counted: Vec<String> =
+        sqlx::query_scalar(sqlx::AssertSqlSafe(counted)).fetch_all(&project.pool).await.expect("rows");
+    assert_eq!(counted, Vec::<String>::new(), "a restart was counted against a run");
 }
 
 /// Until nothing waits and nothing runs.
