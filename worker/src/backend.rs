@@ -18,7 +18,10 @@ use common::{
     metrics,
     queue::{Notice, heard},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 use tower::layer::util::Identity;
 
@@ -50,13 +53,14 @@ pub struct LeaseBackend {
 }
 
 impl LeaseBackend {
-    /// Starts claiming, until `stop`.
-    pub fn start(shared: Shared, rescuer: Arc<Rescuer>, stop: CancellationToken) -> Self {
+    /// Starts claiming, until `stop`. The task ends when nothing is claimed any more, and no claim is under way: one that the
+    /// database has begun is committed, whoever hears the answer.
+    pub fn start(shared: Shared, rescuer: Arc<Rescuer>, stop: CancellationToken) -> (Self, JoinHandle<()>) {
         // A claim goes through the channel only with a permit, so this bound is never waited for.
         let (sender, claimed) = mpsc::channel(shared.config.concurrency);
         let slots = Arc::new(Semaphore::new(shared.config.concurrency));
-        tokio::spawn(Claimer { slots, db: shared.db.apart(), shared: shared.clone(), rescuer, stop, sender }.run());
-        Self { claimed, started: false, shared }
+        let claimer = Claimer { slots, db: shared.db.apart(), shared: shared.clone(), rescuer, stop, sender };
+        (Self { claimed, started: false, shared }, tokio::spawn(claimer.run()))
     }
 }
 
@@ -81,7 +85,7 @@ impl Claimer {
                 Ok(0) if self.rescuer.rescue_now().await > 0 => {}
                 Ok(0) => {
                     pause = self.shared.config.timing.poll;
-                    let sleep = self.until_next_look().await;
+                    let Some(sleep) = self.stop.run_until_cancelled(self.until_next_look()).await else { break };
                     if self
                         .stop
                         .run_until_cancelled(heard(&mut notices, sleep, |notice| *notice == Notice::Work))

@@ -12,6 +12,7 @@ use common::{
     queue::Wakeups,
     seal::SealKey,
 };
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -118,7 +119,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
         lease_ms = config.timing.lease.as_millis(), "the worker claims executions"
     );
 
-    let backend = LeaseBackend::start(shared.clone(), rescuer, stop.clone());
+    let (backend, claimer) = LeaseBackend::start(shared.clone(), rescuer, stop.clone());
     let worker = WorkerBuilder::new(config.name.as_str())
         .backend(backend)
         .concurrency(config.concurrency)
@@ -134,7 +135,7 @@ pub async fn serve(config: WorkerConfig, db: Db, key: Arc<SealKey>, wakeups: Wak
     };
     let running = tokio::spawn(worker.run_until(signal));
     stop.cancelled().await;
-    drain(&shared).await;
+    drain(&shared, &claimer).await;
     end.cancel();
     presence.end().await;
     running.abort();
@@ -152,19 +153,20 @@ async fn handle(claimed: Claimed, shared: Data<Shared>) -> Result<(), BoxDynErro
     ended.map_err(Into::into)
 }
 
-/// Waits for the runs; those that need longer than the drain time are given back.
-async fn drain(shared: &Shared) {
+/// Waits for the runs; those that need longer than the drain time are given back. A claim that was under way comes first: it
+/// would hold its lease until that runs out, which counts as a lost worker.
+async fn drain(shared: &Shared, claimer: &JoinHandle<()>) {
     let runs = shared.keeper.all().len();
     if runs > 0 {
         tracing::info!(runs, "waiting at most {} s for runs to end", shared.config.drain.as_secs());
     }
-    if tokio::time::timeout(shared.config.drain, all_gone(shared)).await.is_ok() {
+    if tokio::time::timeout(shared.config.drain, all_gone(shared, claimer)).await.is_ok() {
         return;
     }
     for lease in shared.keeper.all() {
         lease.stop(Stop::Released);
     }
-    if tokio::time::timeout(CLEAN_UP, all_gone(shared)).await.is_err() {
+    if tokio::time::timeout(CLEAN_UP, all_gone(shared, claimer)).await.is_err() {
         for lease in shared.keeper.all() {
             tracing::warn!(parent: &lease.log(), execution = %lease.claim.execution, "not recorded in time; its lease runs out and another worker takes it");
             lease.cut();
@@ -172,8 +174,8 @@ async fn drain(shared: &Shared) {
     }
 }
 
-async fn all_gone(shared: &Shared) {
-    while !shared.keeper.all().is_empty() {
+async fn all_gone(shared: &Shared, claimer: &JoinHandle<()>) {
+    while !claimer.is_finished() || !shared.keeper.all().is_empty() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

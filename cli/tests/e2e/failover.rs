@@ -13,7 +13,7 @@ use crate::harness::{
     held::Held,
     process::is_alive,
     proxy::{Mode, Proxy},
-    source::PostgresSource,
+    source::{PostgresSource, job_without_workers},
     until,
 };
 
@@ -188,6 +188,29 @@ async fn sigterm_lets_runs_end_within_the_drain_and_gives_the_rest_back_uncounte
     cluster.add_worker(&[]).await;
     let ended = cluster.ended(&id, SOON).await;
     assert_eq!((ended["status"].as_str(), ended["attempt"].as_i64()), (Some("Success"), Some(2)), "{ended:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_worker_claims_in_the_moment_of_its_sigterm_is_given_back_uncounted() {
+    let mut cluster = Cluster::build().workers(1).start().await;
+    let job = job_without_workers(&cluster, json!({})).await;
+    let mut gate = cluster.pool.begin().await.expect("begins");
+    sqlx::query("select from queue_gate for update").execute(&mut *gate).await.expect("locks");
+    let id = cluster.trigger(&job).await;
+    let claims = "select count(*) from pg_stat_activity
+                   where datname = current_database() and wait_event_type = 'Lock' and query like '%claim_executions%'";
+    until("its claim is under way", SOON, || async { (cluster.count(claims).await == 1).then_some(()) }).await;
+    cluster.workers[0].signal(Signal::SIGTERM);
+    let stops = "select count(*) from workers where state <> 'Active'";
+    until("the worker stops", SOON, || async { (cluster.count(stops).await == 1).then_some(()) }).await;
+    gate.rollback().await.expect("rolls back");
+    assert_eq!(cluster.workers[0].end(SOON).await.code(), Some(0), "{}", cluster.workers[0].log());
+    // A claim is committed, whoever hears the answer.
+    until("the claim has ended", SOON, || async { (cluster.count(claims).await == 0).then_some(()) }).await;
+    assert_eq!(cluster.count("select count(*) from execution_leases").await, 0, "its lease has to run out");
+    let waiting = cluster.execution(&id).await;
+    assert_eq!((&waiting["status"], &waiting["attempt"]), (&json!("Pending"), &json!(1)), "{waiting:#}");
+    assert_eq!(cluster.count("select (failures + rescues)::bigint from executions").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
