@@ -50,6 +50,14 @@ struct Found {
     untold: bool,
 }
 
+impl Found {
+    fn keep_learned(&mut self, keep: impl Fn(&Uuid, &Instant) -> bool) {
+        let before = self.learned.len();
+        self.learned.retain(|id, (_, since)| keep(id, since));
+        self.untold |= self.learned.len() < before;
+    }
+}
+
 impl Reach {
     fn found(&self) -> MutexGuard<'_, Found> {
         self.found.lock().unwrap_or_else(PoisonError::into_inner)
@@ -65,24 +73,13 @@ impl Reach {
     /// Whether it changed since the last call.
     pub fn take_untold(&self) -> bool {
         let mut found = self.found();
-        let before = found.learned.len();
-        found.learned.retain(|_, (_, since)| since.elapsed() < LEARNED);
-        let forgotten = found.learned.len() < before;
-        std::mem::take(&mut found.untold) || forgotten
-    }
-
-    fn forget(&self, ids: &[Uuid]) {
-        let mut found = self.found();
-        let before = found.learned.len();
-        found.learned.retain(|id, _| !ids.contains(id));
-        found.untold |= found.learned.len() < before;
+        found.keep_learned(|_, since| since.elapsed() < LEARNED);
+        std::mem::take(&mut found.untold)
     }
 
     /// Other tools are here now.
     pub fn other_tools(&self) {
-        let mut found = self.found();
-        found.untold |= !found.learned.is_empty();
-        found.learned.clear();
+        self.found().keep_learned(|_, _| false);
     }
 
     fn learn(&self, id: Uuid, why: String) {
@@ -133,7 +130,7 @@ pub async fn look(shared: &Shared) -> Result<(), DbError> {
         Ok((destination::folders(conn, pools).await?, over))
     };
     let (folders, over) = shared.db.within(ANSWER_TIMEOUT, ask).await?;
-    reach.forget(&over);
+    reach.found().keep_learned(|id, _| !over.contains(id));
     let looks = folders.iter().map(async |folder| Some((folder.id.0, see(shared, folder).await.err()?.message)));
     reach.set_folders(join_all(looks).await.into_iter().flatten().collect());
     Ok(())

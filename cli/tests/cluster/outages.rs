@@ -144,8 +144,7 @@ pub async fn cancel_waiting(project: &Project, job: &str) {
     project.ok("PATCH", "/api/settings", Some(json!({ "paused": true }))).await;
     let query =
         format!("select id::text from executions where job_id = '{job}' and status = 'Pending' and attempt = 0");
-    let waiting: Vec<String> =
-        sqlx::query_scalar(sqlx::AssertSqlSafe(query)).fetch_all(&project.pool).await.expect("rows");
+    let waiting = project.texts(query).await;
     let cancel = async |execution: String| {
         let path = format!("/api/executions/{execution}/cancel");
         project.request("POST", &path, None).send().await.expect("answers");
@@ -206,9 +205,7 @@ pub async fn rolling_restart(project: &Project, stage: &Stage, source: &str, loc
                 || coalesce((select string_agg(' ' || l.at || ' ' || l.message, ';' order by l.seq) from execution_logs l where l.execution_id = e.id), '')
            from executions e where e.seq > {before} and (e.failures > 0 or e.rescues > 0)"
     );
-    let counted: Vec<String> =
-        sqlx::query_scalar(sqlx::AssertSqlSafe(counted)).fetch_all(&project.pool).await.expect("rows");
-    assert_eq!(counted, Vec::<String>::new(), "a restart was counted against a run");
+    assert_eq!(project.texts(counted).await, Vec::<String>::new(), "a restart was counted against a run");
 }
 
 /// Until nothing waits and nothing runs.

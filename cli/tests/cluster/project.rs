@@ -244,6 +244,11 @@ impl Project {
         sqlx::query_scalar(query).bind(execution).bind(stage).fetch_optional(&self.pool).await.expect("answers")
     }
 
+    /// The one column of text that a query gives.
+    pub async fn texts(&self, query: String) -> Vec<String> {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(query)).fetch_all(&self.pool).await.expect("rows")
+    }
+
     /// How often an execution's lease ended, by the audit.
     pub async fn leases_ended(&self, execution: &str) -> i64 {
         self.number(&format!("select count(*) from lease_audit where change = -1 and execution_id = '{execution}'"))
