@@ -158,6 +158,7 @@ impl Claimer {
 /// Returns a claim that will not be run; its lease would run out by itself, only later.
 async fn give_back(shared: &Shared, lease: &Lease) {
     let claim = lease.claim;
+    lease.begin_record();
     let released = shared.finisher.ask((claim, Arc::new(Ending::Released))).await;
     if let Err(error) = released {
         tracing::warn!(execution = %claim.execution, error = %common::error::Chain(&*error), "a claim could not be given back; its lease runs out");

@@ -60,6 +60,7 @@ pub async fn record(shared: &Shared, lease: &Lease, ending: Ending) -> Option<Fi
     let give_up = tokio::time::Instant::now() + RECORD_PATIENCE.max(shared.config.freeze);
     let mut pause = Duration::from_millis(100);
     let ending = Arc::new(ending);
+    lease.begin_record();
     let mut tried = shared.finisher.ask((claim, ending.clone())).await;
     let finished = loop {
         match tried {

@@ -156,15 +156,15 @@ impl Keeper {
                         lease.stop(Stop::Cancelled);
                     }
                 }
-                // It may have finished while we asked: then it is no longer kept, and cutting it does nothing.
-                None if self.leases().contains_key(&lease.claim.token) => {
+                // Its end may have been committed while the answer to that is on its way. The record tells of a loss, too.
+                None if lease.is_being_recorded() => {}
+                None => {
                     tracing::error!(
                         parent: &lease.log(), execution = %lease.claim.execution, token = %lease.claim.token,
                         "the lease was lost: the run was ended, since another worker may have it"
                     );
                     lease.cut();
                 }
-                None => {}
             }
         }
     }

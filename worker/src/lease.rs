@@ -123,6 +123,7 @@ pub struct Lease {
     pub groups: ProcessGroups,
     stop: CancellationToken,
     reason: OnceLock<Stop>,
+    recording: std::sync::atomic::AtomicBool,
     progress: Mutex<(Stage, i16)>,
     bytes: std::sync::atomic::AtomicU64,
     pace: Mutex<Pace>,
@@ -170,6 +171,7 @@ impl Lease {
             groups: ProcessGroups::default(),
             stop: CancellationToken::new(),
             reason: OnceLock::new(),
+            recording: false.into(),
             progress: Mutex::new((Stage::Initializing, 0)),
             bytes: 0.into(),
             pace: Mutex::new(Pace { at: Instant::now(), bytes: 0, per_second: None }),
@@ -234,6 +236,16 @@ impl Lease {
     /// Why the run must stop, if it must.
     pub fn stop_reason(&self) -> Option<Stop> {
         self.stop.is_cancelled().then(|| self.reason.get().copied().unwrap_or(Stop::Lost))
+    }
+
+    /// The run is over, and its end is being recorded from now on: whether that was in time, the record itself tells.
+    pub fn begin_record(&self) {
+        self.recording.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// See [`Lease::begin_record`].
+    pub fn is_being_recorded(&self) -> bool {
+        self.recording.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Notes where the bytes are.

@@ -137,6 +137,26 @@ async fn a_worker_cut_off_from_postgres_publishes_nothing_although_its_dump_is_w
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_heartbeat_between_the_commit_of_an_end_and_its_answer_tells_of_no_lost_lease() {
+    let mut cluster = Cluster::build().env("DBACKUP_METRICS_LISTEN", "127.0.0.1:0").workers(0).start().await;
+    let database = cluster.add_worker_behind_a_proxy().await;
+    let held = Held::new(&cluster, json!({})).await;
+    let id = held.run(&cluster).await;
+    database.set(Mode::HoldCommitted);
+    held.proxy.set(Mode::Pass);
+    cluster.in_status(&id, "Success", SOON).await;
+    let heartbeats = async || cluster.told_by_workers("dbackup_heartbeats_total", &[]).await;
+    let before = heartbeats().await;
+    // Of the second one after the commit it is certain that it was sent after it, and that the one before was learned.
+    until("heartbeats are answered", SOON, || async { (heartbeats().await >= before + 3.0).then_some(()) }).await;
+    assert_eq!(cluster.told_by_workers("dbackup_worker_runs", &[]).await, 1.0, "the worker has heard of the end");
+    database.set(Mode::Pass);
+    cluster.workers[0].says("the run ended", SOON).await;
+    assert!(!cluster.workers[0].log().contains("the lease was lost"), "{}", cluster.workers[0].log());
+    assert_eq!(cluster.told_by_workers("dbackup_leases_lost_total", &[]).await, 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_clock_of_the_database_that_is_set_forward_takes_no_run_from_a_worker_that_lives() {
     let cluster = Cluster::start().await;
     let held = Held::new(&cluster, json!({})).await;

@@ -6,7 +6,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -30,6 +30,8 @@ pub enum Mode {
     HoldAfter(u64),
     /// The same of the bytes that each client sends.
     HoldAfterSent(u64),
+    /// Pass every COMMIT, and hold the answers of its connection from there on: what was done is done, and nobody hears of it.
+    HoldCommitted,
     /// Close every connection, also new ones.
     Cut,
 }
@@ -109,8 +111,9 @@ async fn connection(
     let Ok(server) = TcpStream::connect(target).await else { return };
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
-    let mut there = pin!(pump(client_read, server_write, mode.clone(), None));
-    let mut back = pin!(pump(server_read, client_write, mode, Some(passed)));
+    let committed = AtomicBool::new(false);
+    let mut there = pin!(pump(client_read, server_write, mode.clone(), None, &committed));
+    let mut back = pin!(pump(server_read, client_write, mode, Some(passed), &committed));
     tokio::select! {
         () = &mut there => {}
         () = &mut back => {}
@@ -123,6 +126,7 @@ async fn pump(
     mut to: tokio::net::tcp::OwnedWriteHalf,
     mut mode: watch::Receiver<Mode>,
     passed: Option<Arc<AtomicU64>>,
+    committed: &AtomicBool,
 ) {
     let mut buffer = vec![0; 16 << 10];
     let mut count = 0;
@@ -148,6 +152,13 @@ async fn pump(
             },
             result = read => match result {
                 Ok(n) if n > 0 => {
+                    if passed.is_none() && *mode.borrow() == Mode::HoldCommitted {
+                        committed.fetch_or(buffer[..n].windows(6).any(|sent| sent == b"COMMIT"), Ordering::SeqCst);
+                    }
+                    let held = |mode: &Mode| passed.is_some() && committed.load(Ordering::SeqCst) && *mode == Mode::HoldCommitted;
+                    if mode.wait_for(|mode| !held(mode)).await.is_err() {
+                        return;
+                    }
                     if to.write_all(&buffer[..n]).await.is_err() {
                         return;
                     }
