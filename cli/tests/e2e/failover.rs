@@ -147,7 +147,7 @@ async fn a_heartbeat_between_the_commit_of_an_end_and_its_answer_tells_of_no_los
     cluster.in_status(&id, "Success", SOON).await;
     let heartbeats = async || cluster.told_by_workers("dbackup_heartbeats_total", &[]).await;
     let before = heartbeats().await;
-    // Of the second one after the commit it is certain that it was sent after it, and that the one before was learned.
+    // The second was sent after the commit, and once the third is counted, that one's answer has been looked at.
     until("heartbeats are answered", SOON, || async { (heartbeats().await >= before + 3.0).then_some(()) }).await;
     assert_eq!(cluster.told_by_workers("dbackup_worker_runs", &[]).await, 1.0, "the worker has heard of the end");
     database.set(Mode::Pass);
