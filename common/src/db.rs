@@ -124,9 +124,10 @@ impl Db {
         Ok(answer?)
     }
 
-    /// Whether the database answers within `limit`.
+    /// Whether the database answers within `limit`, the wait for a connection included: a probe has a time-out of its own.
     pub async fn ping(&self, limit: Duration) -> Result<(), DbError> {
-        self.within(limit, async |conn| sqlx::query("select 1").execute(conn).await).await?;
+        let asked = self.within(limit, async |conn| sqlx::query("select 1").execute(conn).await);
+        tokio::time::timeout(limit, asked).await.map_err(|_| DbError::Timeout(limit))??;
         Ok(())
     }
 

@@ -68,6 +68,29 @@ async fn a_transaction_that_came_to_nothing_lets_its_locks_go_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_probe_is_answered_before_a_proxy_gives_it_up_however_the_database_is_away() {
+    let database = Proxy::start(postgres_port()).await;
+    let cluster = Cluster::build().workers(0).database_at(database.port).start().await;
+    let ready = async |api: &String| cluster.http.get(format!("{api}/readyz")).send().await.expect("answers").status();
+    for away in [Mode::Hold, Mode::Cut] {
+        for (_, api) in &cluster.apis {
+            until("it is ready", SOON, || async { (ready(api).await == 200).then_some(()) }).await;
+        }
+        database.set(away);
+        // The first one may have a connection that was made before.
+        for probe in 1..=3 {
+            for (_, api) in &cluster.apis {
+                let begin = Instant::now();
+                assert_eq!(ready(api).await, 503);
+                // `timeout check` of .compose/haproxy.cfg: when all processes are late, it says that none is there.
+                assert!(begin.elapsed() < Duration::from_secs(3), "{away:?}, probe {probe}: {:?}", begin.elapsed());
+            }
+        }
+        database.set(Mode::Pass);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_behind_pgbouncer_in_session_mode_runs_waits_and_hears() {
     let bouncer = PgBouncer::start(100).await;
     // What is not heard of is seen after a minute only.
