@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -32,6 +33,8 @@ pub struct Process {
     child: Child,
     name: String,
     log: Arc<Mutex<Vec<String>>>,
+    /// Who reads its output, each to its end.
+    readers: Vec<JoinHandle<()>>,
     ended: Option<ExitStatus>,
 }
 
@@ -57,9 +60,11 @@ impl Process {
             .process_group(0);
         let mut child = command.spawn().unwrap_or_else(|e| panic!("{name}: {e}"));
         let log = Arc::new(Mutex::new(Vec::new()));
-        collect(child.stdout.take().expect("piped"), log.clone());
-        collect(child.stderr.take().expect("piped"), log.clone());
-        Self { child, name, log, ended: None }
+        let readers = vec![
+            collect(child.stdout.take().expect("piped"), log.clone()),
+            collect(child.stderr.take().expect("piped"), log.clone()),
+        ];
+        Self { child, name, log, readers, ended: None }
     }
 
     /// Its process id.
@@ -106,16 +111,22 @@ impl Process {
         kill(self.pid(), signal).expect("it runs");
     }
 
-    /// Waits for its end and gives its exit status.
+    /// Waits for its end and its last words, and gives its exit status.
     pub async fn end(&mut self, limit: Duration) -> ExitStatus {
         let end = Instant::now() + limit;
-        loop {
+        let status = loop {
             if let Some(status) = self.try_end() {
-                return status;
+                break status;
             }
             assert!(Instant::now() < end, "{} did not end within {limit:?}:\n{}", self.name, self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        // Not for ever: a process that it has left behind may hold its output open.
+        let patience = Instant::now() + Duration::from_secs(5);
+        while !self.readers.iter().all(JoinHandle::is_finished) && Instant::now() < patience {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        status
     }
 
     fn try_end(&mut self) -> Option<ExitStatus> {
@@ -147,12 +158,12 @@ impl Drop for Process {
     }
 }
 
-fn collect(stream: impl std::io::Read + Send + 'static, log: Arc<Mutex<Vec<String>>>) {
+fn collect(stream: impl std::io::Read + Send + 'static, log: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
     std::thread::spawn(move || {
         for line in BufReader::new(stream).lines().map_while(Result::ok) {
             log.lock().expect("not poisoned").push(line);
         }
-    });
+    })
 }
 
 /// Variables that make a program's wall clock wrong by so many seconds and leave its monotonic clock alone.
