@@ -124,10 +124,18 @@ impl Db {
         Ok(answer?)
     }
 
-    /// Whether the database answers within `limit`, the wait for a connection included: a probe has a time-out of its own.
+    /// The same with the wait for a connection in the limit, for those to whom an answer that comes later says nothing.
+    pub async fn at_once<T>(
+        &self,
+        limit: Duration,
+        ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, DbError> {
+        tokio::time::timeout(limit, self.within(limit, ask)).await.map_err(|_| DbError::Timeout(limit))?
+    }
+
+    /// Whether the database answers within `limit`: a probe has a time-out of its own.
     pub async fn ping(&self, limit: Duration) -> Result<(), DbError> {
-        let asked = self.within(limit, async |conn| sqlx::query("select 1").execute(conn).await);
-        tokio::time::timeout(limit, asked).await.map_err(|_| DbError::Timeout(limit))??;
+        self.at_once(limit, async |conn| sqlx::query("select 1").execute(conn).await).await?;
         Ok(())
     }
 

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use chrono::Utc;
 use common::{
+    config::Timing,
+    db::Db,
     execution::{
         self, Stage,
         cancel::{self, Cancelled},
@@ -12,14 +14,18 @@ use common::{
         finish::{Ending, Failure, Finished, Published, finish},
         idempotency::forget_old_keys,
         lease::{self, Progress, Rescue},
+        ticker::Rescuer,
     },
     id::{DestinationId, JobId},
+    queue::Wakeups,
     staged_object,
 };
+use nix::sys::signal::Signal;
 use serde_json::json;
 use sqlx::PgConnection;
+use tokio_util::sync::CancellationToken;
 
-use crate::harness::{Cluster, LEASE, SOON, claimant, source::PostgresSource, until};
+use crate::harness::{Cluster, LEASE, SOON, claimant, postgres_url, source::PostgresSource, until};
 
 /// Between a rescuer's look at the clock and its rescue.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -52,6 +58,67 @@ async fn rescue(conn: &mut PgConnection) -> Result<Vec<Rescue>, sqlx::Error> {
 async fn expire(conn: &mut PgConnection) {
     let sql = "update execution_leases set expires_at = clock_timestamp() - interval '1 ms'";
     sqlx::query(sql).execute(conn).await.expect("updates");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_that_had_to_wait_for_its_connection_counts_as_an_outage_and_takes_nothing() {
+    let cluster = with_pending(2).await;
+    let mut conn = cluster.pool.acquire().await.expect("a connection");
+    let (dead, live) = (claim_one(&mut conn).await, claim_one(&mut conn).await);
+    // The rescuer of this process is the only one.
+    cluster.apis.iter().for_each(|(api, _)| api.signal(Signal::SIGSTOP));
+    let db = Db::new(&postgres_url(&cluster.database).into(), "rescuer", 1).expect("a URL");
+    let stop = CancellationToken::new();
+    let wakeups = Wakeups::start(db.apart(), stop.clone());
+    let quick = Duration::from_millis(300);
+    let timing = Timing {
+        lease: LEASE,
+        heartbeat: quick,
+        heartbeat_timeout: quick,
+        fence: LEASE / 2,
+        poll: quick,
+        ticker: quick,
+    };
+    let _rescuer = Rescuer::start(db.clone(), timing, wakeups, stop.clone());
+    let beat = async |conn: &mut PgConnection| lease::heartbeat(conn, LEASE, &[progress(live)]).await.expect("beats");
+    let is_held = format!("select count(*) from execution_leases where token = {}", dead.token.0);
+    until("it has been in contact for a lease, and takes the one that is dead", SOON, || async {
+        assert_eq!(beat(&mut *cluster.pool.acquire().await.expect("a connection")).await.len(), 1);
+        (cluster.count(&is_held).await == 0).then_some(())
+    })
+    .await;
+
+    // It sees the lease as it stays from now on: a whole look after the last beat.
+    for _ in 0..2 {
+        let now = cluster.text("select clock_timestamp()::text").await;
+        let looks = format!(
+            "select count(*) from pg_stat_activity
+              where application_name = 'rescuer' and query like '%start_by < now()%' and query_start > '{now}'"
+        );
+        until("it looks", SOON, || async { (cluster.count(&looks).await == 1).then_some(()) }).await;
+    }
+
+    // Its only connection is lent until the other lease is over, too: it hears nothing of the database.
+    let mut gate = cluster.pool.begin().await.expect("begins");
+    sqlx::query("select pg_advisory_xact_lock(1)").execute(&mut *gate).await.expect("locks");
+    let lent = tokio::spawn({
+        let db = db.clone();
+        async move { db.within(SOON, async |conn| sqlx::query("select pg_advisory_xact_lock(1)").execute(conn).await).await }
+    });
+    let waits = "select count(*) from pg_stat_activity where application_name = 'rescuer' and wait_event = 'advisory'";
+    until("it is lent", SOON, || async { (cluster.count(waits).await == 1).then_some(()) }).await;
+    let seen_to_be_over = format!(
+        "select count(*) from execution_leases where token = {} and expires_at < clock_timestamp() - interval '1 s'",
+        live.token.0
+    );
+    until("the lease is over", SOON, || async { (cluster.count(&seen_to_be_over).await == 1).then_some(()) }).await;
+    gate.rollback().await.expect("rolls back");
+    lent.await.expect("no panic").expect("answers");
+    let looked = "select count(*) from pg_stat_activity
+                   where application_name = 'rescuer' and state = 'idle' and query like '%start_by < now()%'";
+    until("it has looked", SOON, || async { (cluster.count(looked).await == 1).then_some(()) }).await;
+    assert_eq!(beat(&mut conn).await.len(), 1, "a run that lives was taken back at the end of an outage");
+    stop.cancel();
 }
 
 fn progress(claim: Claim) -> Progress {

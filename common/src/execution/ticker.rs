@@ -88,7 +88,7 @@ impl Rescuer {
     }
 
     async fn expire(&self) -> Result<(), DbError> {
-        let expired = self.db.within(self.timing.heartbeat_timeout, async |conn| expire(conn).await).await?;
+        let expired = self.db.at_once(self.timing.heartbeat_timeout, async |conn| expire(conn).await).await?;
         if !expired.is_empty() {
             metrics::get().expired.inc_by(expired.len() as u64);
             tracing::info!(count = expired.len(), "ended runs that were not started in time");
@@ -99,12 +99,13 @@ impl Rescuer {
 
     async fn rescue(&self, asked: Instant) -> Result<usize, DbError> {
         let (limit, may) = (self.timing.heartbeat_timeout, self.may_rescue(asked));
-        let leases = self.db.within(limit, async |conn| lease::all(conn).await).await?;
+        // At once: a look that waits for its connection as long as an outage lasts would not notice the outage.
+        let leases = self.db.at_once(limit, async |conn| lease::all(conn).await).await?;
         let due = self.contact().sight(leases, self.timing.lease, Instant::now());
         if !may || due.is_empty() {
             return Ok(0);
         }
-        let rescued = self.db.within(limit, async |conn| lease::rescue(conn, &due, limit).await).await?;
+        let rescued = self.db.at_once(limit, async |conn| lease::rescue(conn, &due, limit).await).await?;
         for rescued in &rescued {
             close(rescued, self.timing.lease);
             tell(rescued, &self.wakeups);
