@@ -28,9 +28,20 @@ pub async fn migrate(data: Option<PathBuf>) -> Result<(), StartError> {
     Ok(done?)
 }
 
+/// Longest time for all answers of the database: less than what the health check of the `Dockerfile` gives, so that it
+/// learns why.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(8);
+
 /// `dbackup health`; with `--worker` also a worker that hangs, or cannot register, is not healthy.
 pub async fn health(data: Option<PathBuf>, worker: bool) -> Result<(), StartError> {
     let instance = Instance::open(data)?;
+    let asked = tokio::time::timeout(HEALTH_TIMEOUT, look_after(&instance, worker)).await;
+    asked.map_err(|_| DbError::Timeout(HEALTH_TIMEOUT))??;
+    println!("healthy");
+    Ok(())
+}
+
+async fn look_after(instance: &Instance, worker: bool) -> Result<(), StartError> {
     let mut conn = instance.db.connect_apart().await.map_err(PrepareError::Away)?;
     if let Some(key) = &instance.key {
         seal::check_canary(&mut conn, key).await?;
@@ -41,7 +52,6 @@ pub async fn health(data: Option<PathBuf>, worker: bool) -> Result<(), StartErro
             return Err(std::io::Error::other(format!("no worker of {host} was seen within its lease")).into());
         }
     }
-    println!("healthy");
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 
 use crate::harness::{
-    Cluster, Process, SOON, binary, postgres_url,
+    Cluster, Process, SOON, binary, postgres_port, postgres_url,
     proxy::{Mode, Proxy},
     source::{PostgresSource, psql},
     sql, unique, until,
@@ -62,12 +62,17 @@ async fn health_tells_by_its_exit_status_what_is_wrong() {
     // Of a process, without a word about the database.
     assert_eq!(said(&dbackup(&["health", "--api", cluster.url(0)], &[])), healthy);
 
+    // Not a packet comes back from this one: the health check of a container would be killed after 10 s, and not say why.
+    let database = Proxy::start(postgres_port()).await;
+    let silent = cluster.database_url_at(database.port);
+    database.set(Mode::Hold);
     let wrong = common::seal::SealKey::generate();
     let (nowhere, empty) = (postgres_url("no_such_database"), unique("no-instance"));
     for (args, env, status, words) in [
         (vec!["health"], vec![("DATABASE_URL", url), ("DBACKUP_ENCRYPTION_KEY", &wrong)], 2, "DBACKUP_ENCRYPTION_KEY"),
         (vec!["health"], vec![("DATABASE_URL", &nowhere)], 1, "no_such_database"),
         (vec!["health"], vec![("DATABASE_URL", "postgres://127.0.0.1:1/x")], 1, "DATABASE_URL"),
+        (vec!["health", "--worker"], vec![("DATABASE_URL", &silent)], 1, "did not answer within 8000 ms"),
         (vec!["health"], vec![], 2, "--data"),
         (vec!["health", "--api", "http://127.0.0.1:1"], vec![], 1, "127.0.0.1:1 does not answer"),
         (vec!["health", "--api", "https://127.0.0.1"], vec![], 2, "--api"),
