@@ -152,12 +152,13 @@ async fn pump(
             },
             result = read => match result {
                 Ok(n) if n > 0 => {
-                    if passed.is_none() && *mode.borrow() == Mode::HoldCommitted {
-                        committed.fetch_or(buffer[..n].windows(6).any(|sent| sent == b"COMMIT"), Ordering::SeqCst);
-                    }
-                    let held = |mode: &Mode| passed.is_some() && committed.load(Ordering::SeqCst) && *mode == Mode::HoldCommitted;
-                    if mode.wait_for(|mode| !held(mode)).await.is_err() {
-                        return;
+                    match &passed {
+                        None => note_commit(&buffer[..n], *mode.borrow(), committed),
+                        Some(_) => {
+                            if !may_answer(&mut mode, committed).await {
+                                return;
+                            }
+                        }
                     }
                     if to.write_all(&buffer[..n]).await.is_err() {
                         return;
@@ -171,4 +172,16 @@ async fn pump(
             },
         }
     }
+}
+
+fn note_commit(sent: &[u8], mode: Mode, committed: &AtomicBool) {
+    if mode == Mode::HoldCommitted {
+        committed.fetch_or(sent.windows(6).any(|sent| sent == b"COMMIT"), Ordering::SeqCst);
+    }
+}
+
+/// Waits while the answers of a connection that has committed are held; `false` when the proxy ends before.
+async fn may_answer(mode: &mut watch::Receiver<Mode>, committed: &AtomicBool) -> bool {
+    let held = |mode: &Mode| *mode == Mode::HoldCommitted && committed.load(Ordering::SeqCst);
+    mode.wait_for(|mode| !held(mode)).await.is_ok()
 }
