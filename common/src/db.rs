@@ -116,12 +116,8 @@ impl Db {
         limit: Duration,
         ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, DbError> {
-        // Boxed: several kilobytes that would otherwise be part of every future above, up to the request's, and move with it.
-        let mut lent = Box::pin(self.0.acquire()).await?;
-        let answer = tokio::time::timeout(limit, Box::pin(ask(&mut lent.conn))).await;
-        let answer = answer.map_err(|_| DbError::Timeout(limit))?;
-        lent.give_back(answer.as_ref().err());
-        Ok(answer?)
+        let lent = Box::pin(self.0.acquire()).await?;
+        limited(limit, lent.ask(ask)).await
     }
 
     /// The same with the wait for a connection in the limit, for those to whom an answer that comes later says nothing.
@@ -130,7 +126,7 @@ impl Db {
         limit: Duration,
         ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, DbError> {
-        tokio::time::timeout(limit, self.within(limit, ask)).await.map_err(|_| DbError::Timeout(limit))?
+        limited(limit, async { self.0.acquire().await?.ask(ask).await }).await
     }
 
     /// Whether the database answers within `limit`: a probe has a time-out of its own.
@@ -168,6 +164,12 @@ impl Db {
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
     }
+}
+
+async fn limited<T>(limit: Duration, answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, DbError> {
+    // Boxed: several kilobytes that would otherwise be part of every future above, up to the request's, and move with it.
+    let answer = tokio::time::timeout(limit, Box::pin(answer)).await;
+    Ok(answer.map_err(|_| DbError::Timeout(limit))??)
 }
 
 /// `cannot_connect_now` while PostgreSQL starts or recovers, and too many connections: both pass.

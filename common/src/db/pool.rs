@@ -152,15 +152,25 @@ impl Pool {
 
 /// A connection that is lent. One that is dropped is closed: who was interrupted leaves it in a state that nobody knows.
 pub(super) struct Lent {
-    pub(super) conn: PgConnection,
+    conn: PgConnection,
     made: Instant,
     pool: Pool,
     place: OwnedSemaphorePermit,
 }
 
 impl Lent {
+    /// Asks, and gives the connection back.
+    pub(super) async fn ask<T>(
+        mut self,
+        ask: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        let answer = ask(&mut self.conn).await;
+        self.give_back(answer.as_ref().err());
+        answer
+    }
+
     /// After a question that came to its end, or `failed`.
-    pub(super) fn give_back(mut self, failed: Option<&sqlx::Error>) {
+    fn give_back(mut self, failed: Option<&sqlx::Error>) {
         if matches!(failed, Some(sqlx::Error::Io(_) | sqlx::Error::Protocol(_))) {
             // The others have most likely lost the same server, and would show it one question at a time.
             return self.pool.idle().clear();
