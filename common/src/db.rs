@@ -166,10 +166,14 @@ impl Db {
     }
 }
 
-async fn limited<T>(limit: Duration, answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, DbError> {
-    // Boxed: several kilobytes that would otherwise be part of every future above, up to the request's, and move with it.
-    let answer = tokio::time::timeout(limit, Box::pin(answer)).await;
-    Ok(answer.map_err(|_| DbError::Timeout(limit))??)
+fn limited<T>(
+    limit: Duration,
+    answer: impl Future<Output = Result<T, sqlx::Error>>,
+) -> impl Future<Output = Result<T, DbError>> {
+    // Boxed before anything waits for it: several kilobytes that would otherwise be part of every future above, up to the
+    // request's, and move with it.
+    let answer = tokio::time::timeout(limit, Box::pin(answer));
+    async move { Ok(answer.await.map_err(|_| DbError::Timeout(limit))??) }
 }
 
 /// `cannot_connect_now` while PostgreSQL starts or recovers, and too many connections: both pass.
@@ -268,5 +272,24 @@ impl DbError {
                     | sqlx::Error::Protocol(_)
             ),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_asks_the_database_does_not_carry_the_question_in_its_future() {
+        let db = Db::new(&"postgres://127.0.0.1:1/x".to_owned().into(), "test", 1).expect("a URL");
+        let question = async |_: &mut PgConnection| {
+            let much = [0_u8; 16 << 10];
+            tokio::task::yield_now().await;
+            Ok(much.len())
+        };
+        let limit = Duration::from_secs(1);
+        let (within, at_once) = (db.within(limit, question), db.at_once(limit, question));
+        let sizes = (size_of_val(&within), size_of_val(&at_once));
+        assert!(sizes.0 < 1024 && sizes.1 < 1024, "{sizes:?} bytes");
     }
 }
