@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::process::Command;
 
 use crate::{
-    harness::{audit::Audited, until},
+    harness::{audit::Audited, readme, until},
     load::Load,
     project::{A_WHILE, Project, compose, docker, project_name},
     stages::Stage,
@@ -155,11 +155,8 @@ pub async fn cancel_waiting(project: &Project, job: &str) {
 
 /// README's `roll`, as it is pasted from there, of these services.
 async fn roll(services: &str) {
-    let readme = include_str!("../../../README.md");
-    let body = readme.split_once("\nroll() (").and_then(|(_, rest)| rest.split_once("\n)\n")).expect("README has it").0;
-    assert!(body.contains("in api worker;"), "{body}");
-    let script = format!("roll() ({}\n)\nroll", body.replace("in api worker;", &format!("in {services};")));
-    let output = Command::new("bash").args(["-c", &script]).output().await.expect("bash runs");
+    let script = readme::roll().replace("in api worker;", &format!("in {services};"));
+    let output = Command::new("bash").args(["-c", &format!("{script}\nroll")]).output().await.expect("bash runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 

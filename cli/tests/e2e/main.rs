@@ -38,6 +38,7 @@ mod pool;
 mod protocol;
 mod queue;
 mod rate_limits;
+mod readme;
 mod restores;
 mod samples;
 mod schedules;

@@ -15,6 +15,7 @@ pub mod plans;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
+pub mod readme;
 pub mod redis;
 pub mod s3;
 pub mod source;
