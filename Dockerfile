@@ -48,7 +48,7 @@ RUN apt-get update && \
     apt-get install -y --no-install-recommends postgresql-client mariadb-client && \
     if [ -n "$POSTGRES_MAJORS" ]; then \
       /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y && \
-      for major in $POSTGRES_MAJORS; do apt-get install -y --no-install-recommends "postgresql-client-$major"; done; \
+      apt-get install -y --no-install-recommends $(printf 'postgresql-client-%s ' $POSTGRES_MAJORS); \
     fi && \
     rm -rf /var/lib/apt/lists/*
 COPY --from=build /programs/dbackup /programs/dbackup-worker /usr/local/bin/
