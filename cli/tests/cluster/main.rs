@@ -86,6 +86,7 @@ async fn main() -> ExitCode {
         }
         println!("{part:?}, {:.0} s after the start", began.elapsed().as_secs_f64());
         let restarts = project.restarts().await;
+        let (failed, refused) = (beside.tally.failed().len(), beside.tally.refused());
         match part {
             Part::Shape => {
                 shape::confines(&project).await;
@@ -112,6 +113,14 @@ async fn main() -> ExitCode {
             project.restarts().await.into_iter().filter(|(id, n)| restarts.get(id).is_some_and(|before| before < n));
         let died: Vec<_> = died.collect();
         assert!(*part == Part::Shape || died.is_empty(), "{part:?}: processes died: {died:?}");
+        // Where no API process is killed, nobody hears of what befalls the others; of PostgreSQL by 503 with Retry-After.
+        if !matches!(part, Part::Shape | Part::Api | Part::Proxy) {
+            let heard = &beside.tally.failed()[failed..];
+            assert!(heard.is_empty(), "{part:?}: a client beside it heard of it: {heard:#?}");
+        }
+        if matches!(part, Part::Workers | Part::CutOff | Part::Redis | Part::Rolling) {
+            assert_eq!(beside.tally.refused(), refused, "{part:?}: requests were refused beside it");
+        }
     }
     beside.end().await;
     let changes = limits.so_far();
