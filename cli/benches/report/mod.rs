@@ -24,10 +24,10 @@ impl Report {
     /// Writes it in place of the section of the last run.
     pub fn write(self) {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../BENCHMARKS.md");
-        let before = std::fs::read_to_string(&file).unwrap_or_else(|_| HEAD.to_owned());
+        let before = std::fs::read_to_string(&file).unwrap_or_default();
         let mut sections: Vec<String> = before.split("\n## ").map(|s| s.trim_end().to_owned()).collect();
         // What all have in common may have changed since.
-        sections[0] = HEAD.to_owned();
+        sections[0] = HEAD.replace("VERSION", &postgres_major());
         let section = format!("{}\n\n{}", self.title, self.text.trim_end());
         let same = |s: &&mut String| s.lines().next() == Some(self.title);
         match sections.iter_mut().skip(1).find(same) {
@@ -38,8 +38,17 @@ impl Report {
     }
 }
 
+/// Of the server that `make bench` has started.
+fn postgres_major() -> String {
+    let program = Path::new(&std::env::var("DBACKUP_PG_BIN").expect("DBACKUP_PG_BIN")).join("postgres");
+    let output = std::process::Command::new(program).arg("--version").output().expect("PostgreSQL says its version");
+    let version = String::from_utf8(output.stdout).expect("text");
+    let number = version.split_whitespace().nth(2).expect("a version").to_owned();
+    number.split('.').next().expect("a major").to_owned()
+}
+
 const HEAD: &str = "# Benchmarks
 
-Written by `make bench`: ratios of what is measured side by side in one run on one PostgreSQL (15, `fsync` on), since
+Written by `make bench`: ratios of what is measured side by side in one run on one PostgreSQL (VERSION, `fsync` on), since
 absolute figures are those of the machine. Build profile `release`, as it ships; clients, servers and PostgreSQL
 share the machine's cores.";
