@@ -122,6 +122,37 @@ async fn a_failed_run_leaves_no_object_and_no_open_upload_in_s3_also_with_put_an
     assert_eq!(server.aborts() - aborts, 2);
 }
 
+/// A store may be completing an upload for as long as minutes when its client is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_store_completes_although_it_was_aborted_goes_with_the_second_sweep() {
+    const ALSO_DELETE: &[&str] = &[
+        "CreateMultipartUpload",
+        "UploadPart",
+        "CompleteMultipartUpload",
+        "PutObject",
+        "AbortMultipartUpload",
+        "DeleteObjects",
+    ];
+    let cluster = Cluster::build().workers(1).start().await;
+    for (rights, folder) in [(None, "all"), (Some(ALSO_DELETE), "no-read")] {
+        let server = S3Server::start(cluster.scratch.join(folder), rights).await;
+        let (proxy, id) = held_upload(&cluster, &server).await;
+        proxy.set(Mode::Cut);
+        assert_eq!(cluster.ended(&id, SOON).await["status"], "Failed");
+        let aborted = "select path from staged_objects where swept_at is not null";
+        let path = until("its upload is aborted", SOON, || async {
+            sqlx::query_scalar::<_, String>(aborted).fetch_optional(&cluster.pool).await.expect("answers")
+        })
+        .await;
+        let late = server.file(&format!("nightly/{path}"));
+        std::fs::create_dir_all(late.parent().expect("a folder")).expect("makes");
+        std::fs::write(&late, "completed late").expect("writes");
+        assert_eq!(server.objects().len(), 1);
+        a_minute_later(&cluster).await;
+        assert_eq!(server.objects(), Vec::<PathBuf>::new(), "{folder}");
+    }
+}
+
 /// Moves what was swept once into the past instead of waiting, until the second sweep has ended the record.
 async fn a_minute_later(cluster: &Cluster) {
     let moved =

@@ -57,14 +57,14 @@ impl S3Store {
         Ok(())
     }
 
-    /// Aborts an open upload. One that is not open any more was aborted before, or completed and not published:
-    /// then the object goes, unless it went (`again`) before. To delete is more than a backup needs the right to.
+    /// Aborts an open upload. One that is not open any more was completed and not published: then the object goes. `again`
+    /// it may only be that it was aborted before.
     pub async fn remove(&self, path: &str, upload_id: Option<&str>, again: bool) -> Result<(), StoreError> {
         let key = self.0.key(path);
         if let Some(id) = upload_id {
             match self.0.client().abort_multipart(&key, &id.to_owned()).await {
                 Ok(()) => return Ok(()),
-                Err(Error::NotFound { .. }) if again => return Ok(()),
+                Err(Error::NotFound { .. }) if again => return self.remove_late(&key).await,
                 Err(Error::NotFound { .. }) => {}
                 Err(error) => return Err(self.0.error(&error, "abort an upload to")),
             }
@@ -75,10 +75,30 @@ impl S3Store {
         }
     }
 
+    /// Of an upload that was aborted before: the store may have been completing it just then, which takes it up to minutes,
+    /// and have answered the abort all the same. To look and to delete are more than a backup needs the right to.
+    async fn remove_late(&self, key: &Path) -> Result<(), StoreError> {
+        let blind = match self.0.client().head(key).await {
+            Ok(_) => false,
+            Err(Error::NotFound { .. }) => return Ok(()),
+            Err(error) if is_denied(&error) => true,
+            Err(error) => return Err(self.0.error(&error, "look at an object in")),
+        };
+        match self.0.client().delete(key).await {
+            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) if blind && is_denied(&error) => Ok(()),
+            Err(error) => Err(self.0.error(&error, "delete from")),
+        }
+    }
+
     /// As a URL.
     pub fn describe(&self, path: &str) -> String {
         self.0.describe(path)
     }
+}
+
+fn is_denied(error: &Error) -> bool {
+    matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. })
 }
 
 /// Fixed at the start, since stores want equal parts: twice the estimate must fit into the parts allowed.
@@ -181,7 +201,7 @@ impl S3Upload {
             )),
             Err(error) => match failed {
                 Some(failed) => Err(self.store.0.error(&failed, "complete an upload to")),
-                None if matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) => Ok(Some(
+                None if is_denied(&error) => Ok(Some(
                     "the stored size could not be compared, because this key may not read; each part was confirmed"
                         .to_owned(),
                 )),
