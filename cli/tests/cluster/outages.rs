@@ -11,6 +11,7 @@ use crate::{
     harness::{audit::Audited, readme, until},
     load::Load,
     project::{A_WHILE, Project, compose, docker, project_name},
+    shape,
     stages::Stage,
 };
 
@@ -176,12 +177,15 @@ pub async fn rolling_restart(project: &Project, stage: &Stage, source: &str, loc
         }
         all
     };
+    // More than the Compose file says: a roll keeps the number.
+    shape::scale("worker", 4).await;
     let before_it = all().await;
     roll("api worker").await;
     roll("worker-skewed").await;
     let after_it = all().await;
     assert!(after_it.len() == before_it.len() && after_it.iter().all(|now| !before_it.contains(now)), "{after_it:?}");
     let replaced = before_it.len();
+    shape::scale("worker", 3).await;
     let tally = load.end().await;
     stage.open();
     let end = project.ended(&held).await;

@@ -216,7 +216,8 @@ async fn believed(project: &Project, job: &str) {
     assert_eq!(address_of(project, &execution).await, CLIENT);
 }
 
-async fn scale(service: &str, count: usize) {
+/// So many containers of a service.
+pub async fn scale(service: &str, count: usize) {
     let flags = ["up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale"];
     compose(&[&flags[..], &[&format!("{service}={count}"), service]].concat()).await;
 }

@@ -10,7 +10,7 @@ fn rolled(fails: &str) -> (Vec<String>, bool) {
     let docker = r#"docker() {
         echo "$*" >&2
         [ "$*" != "$FAILS" ] || return 1
-        case "$*" in "compose ps -q api") echo a; echo b ;; "compose ps -q worker") echo w ;; esac
+        case "$*" in "compose ps -aq api") echo a; echo b ;; "compose ps -aq worker") echo w ;; esac
     }"#;
     let script = format!("{docker}\n{}\nroll && echo reached", roll());
     let output = Command::new("bash").args(["-c", &script]).env("FAILS", fails).output().expect("bash runs");
@@ -22,20 +22,22 @@ fn rolled(fails: &str) -> (Vec<String>, bool) {
 
 #[test]
 fn a_roll_replaces_one_container_after_the_other_and_ends_at_its_first_failure() {
-    let up = "compose up -d --no-deps --no-recreate --wait";
+    let up = |service: &str, count: usize| {
+        format!("compose up -d --no-deps --no-recreate --wait --scale {service}={count} {service}")
+    };
     let (all, reached) = rolled("nothing");
     let wanted = [
-        "compose ps -q api".to_owned(),
+        "compose ps -aq api".to_owned(),
         "stop a".to_owned(),
         "rm a".to_owned(),
-        format!("{up} api"),
+        up("api", 2),
         "stop b".to_owned(),
         "rm b".to_owned(),
-        format!("{up} api"),
-        "compose ps -q worker".to_owned(),
+        up("api", 2),
+        "compose ps -aq worker".to_owned(),
         "stop w".to_owned(),
         "rm w".to_owned(),
-        format!("{up} worker"),
+        up("worker", 1),
     ];
     assert_eq!((&all[..], reached), (&wanted[..], true));
     for fails in &all {
