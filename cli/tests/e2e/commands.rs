@@ -207,6 +207,35 @@ async fn migrate_lets_others_go_on_while_it_waits_for_a_dump_of_the_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn migrate_asks_for_no_more_of_executions_while_it_holds_some_of_it_so_that_nobody_deadlocks_with_it() {
+    let database = unique("upgraded");
+    sql("postgres", &format!("create database {database}")).await;
+    let url = postgres_url(&database);
+    let mut conn = PgConnection::connect(&url).await.expect("connects");
+    let mut before = sqlx::migrate!("../migrations");
+    before.migrations.to_mut().retain(|migration| migration.version < 22);
+    before.run(&mut conn).await.expect("migrates");
+    // A trigger in its midst: it has looked at a row, and is going to insert one.
+    sqlx::raw_sql("begin; lock table executions in row share mode").execute(&mut conn).await.expect("locks");
+    let env = BTreeMap::from([("DATABASE_URL".to_owned(), url.clone())]);
+    let mut migrate = Process::start("dbackup", &["migrate"], &env, &[]);
+    let locks = |granted: &str| {
+        let of = format!(
+            "database = (select oid from pg_database where datname = '{database}') and relation = 'executions'::regclass"
+        );
+        psql(
+            &database,
+            &format!("select count(*) from pg_locks where {of} and granted = {granted} and mode <> 'RowShareLock'"),
+        )
+    };
+    until("it waits for the lock", SOON, || async { (locks("false") == "1\n").then_some(()) }).await;
+    assert_eq!(locks("true"), "0\n", "it holds some of it meanwhile");
+    sqlx::raw_sql("lock table executions in row exclusive mode; commit").execute(&mut conn).await.expect("goes on");
+    assert_eq!(migrate.end(SOON).await.code(), Some(0), "{}", migrate.log());
+    assert_eq!(psql(&database, "select to_regclass('executions_active_by_job') is null"), "t\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn migrate_brings_an_empty_database_up_to_date_and_may_be_repeated() {
     let database = unique("empty");
     sql("postgres", &format!("create database {database}")).await;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use sqlx::{
-    PgConnection,
-    migrate::{Migrate, MigrateError},
+    Connection, PgConnection,
+    migrate::{Migrate, MigrateError, Migrator},
 };
 use tokio::time::Instant;
 
@@ -29,7 +29,7 @@ pub(super) async fn migrate(conn: &mut PgConnection) -> Result<(), PrepareError>
     migrator.set_ignore_missing(true).set_locking(false);
     let give_up = Instant::now() + PATIENCE;
     loop {
-        match migrator.run(&mut *conn).await {
+        match apply(&migrator, conn).await {
             Ok(()) => return Ok(()),
             Err(error) if !is_locked(&error) => return Err(error.into()),
             Err(error) if Instant::now() >= give_up => return Err(PrepareError::Locked(error)),
@@ -41,13 +41,27 @@ pub(super) async fn migrate(conn: &mut PgConnection) -> Result<(), PrepareError>
     }
 }
 
+/// Migration 22 makes an index and then drops one, which asks for a stronger lock than it holds by then: with whoever had
+/// read of the table before, and then waits to write, it would deadlock. Before it, so while that index is there, the
+/// stronger lock is taken first and kept to the end.
+async fn apply(migrator: &Migrator, conn: &mut PgConnection) -> Result<(), MigrateError> {
+    let old = "select to_regclass('executions_active_by_job') is not null";
+    if !sqlx::query_scalar::<_, bool>(old).fetch_one(&mut *conn).await? {
+        return migrator.run(conn).await;
+    }
+    let mut all = conn.begin().await?;
+    sqlx::query("lock table executions in access exclusive mode").execute(&mut *all).await?;
+    migrator.run(&mut *all).await?;
+    Ok(all.commit().await?)
+}
+
 async fn set(conn: &mut PgConnection, what: &'static str) -> Result<(), PrepareError> {
     sqlx::query(what).execute(conn).await.map_err(PrepareError::Away)?;
     Ok(())
 }
 
-/// `lock_not_available`.
+/// `lock_not_available`, or `deadlock_detected`.
 fn is_locked(error: &MigrateError) -> bool {
     let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else { return false };
-    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("55P03"))
+    error.as_database_error().is_some_and(|error| matches!(error.code().as_deref(), Some("55P03" | "40P01")))
 }
