@@ -201,6 +201,9 @@ async fn migrate_lets_others_go_on_while_it_waits_for_a_dump_of_the_database() {
     sqlx::query("delete from staged_objects").execute(&mut other).await.expect("goes on");
     assert!(begin.elapsed() < Duration::from_secs(5), "held for {:?}", begin.elapsed());
     migrate.says("is this database being dumped?", SOON).await;
+    let held = "select count(*) from pg_locks where relation = 'executions'::regclass and mode = 'AccessExclusiveLock'
+                   and database = (select oid from pg_database where datname = current_database())";
+    assert_eq!(psql(&database, held), "0\n", "between two tries");
     sqlx::raw_sql("rollback").execute(&mut conn).await.expect("lets go");
     assert_eq!(migrate.end(SOON).await.code(), Some(0), "{}", migrate.log());
     assert_eq!(psql(&database, "select count(*) from spent_refresh_tokens"), "0\n");

@@ -50,9 +50,18 @@ async fn apply(migrator: &Migrator, conn: &mut PgConnection) -> Result<(), Migra
         return migrator.run(conn).await;
     }
     let mut all = conn.begin().await?;
-    sqlx::query("lock table executions in access exclusive mode").execute(&mut *all).await?;
-    migrator.run(&mut *all).await?;
-    Ok(all.commit().await?)
+    let done = async {
+        sqlx::query("lock table executions in access exclusive mode").execute(&mut *all).await?;
+        migrator.run(&mut *all).await
+    };
+    match done.await {
+        Ok(()) => Ok(all.commit().await?),
+        Err(error) => {
+            // At once, and not with what is said next: nothing is locked in the pause before the next try.
+            all.rollback().await?;
+            Err(error)
+        }
+    }
 }
 
 async fn set(conn: &mut PgConnection, what: &'static str) -> Result<(), PrepareError> {
