@@ -13,6 +13,7 @@ use sqlx::{Connection, PgConnection};
 use crate::harness::{
     Cluster, Process, SOON, binary, postgres_port, postgres_url,
     proxy::{Mode, Proxy},
+    readme::README,
     source::{PostgresSource, psql},
     sql, unique, until,
 };
@@ -181,29 +182,43 @@ async fn what_is_no_answer_of_an_instance_is_not_taken_for_one() {
     assert!(code == Some(2) && stderr.contains("--expires-in-days"), "{code:?} {stderr}");
 }
 
+/// A database as it was before a migration, and a connection to it.
+async fn before_migration(version: i64) -> (String, PgConnection) {
+    let database = unique("before");
+    sql("postgres", &format!("create database {database}")).await;
+    let mut conn = PgConnection::connect(&postgres_url(&database)).await.expect("connects");
+    let mut before = sqlx::migrate!("../migrations");
+    before.migrations.to_mut().retain(|migration| migration.version < version);
+    before.run(&mut conn).await.expect("migrates");
+    (database, conn)
+}
+
+fn migrating(database: &str) -> Process {
+    let env = BTreeMap::from([("DATABASE_URL".to_owned(), postgres_url(database))]);
+    Process::start("dbackup", &["migrate"], &env, &[])
+}
+
+/// How many locks of that table, held or waited for, are such.
+fn locks_of_executions(database: &str, such: &str) -> String {
+    let of = "relation = 'executions'::regclass
+              and database = (select oid from pg_database where datname = current_database())";
+    psql(database, &format!("select count(*) from pg_locks where {of} and {such}"))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn migrate_lets_others_go_on_while_it_waits_for_a_dump_of_the_database() {
-    let database = unique("dumped");
-    sql("postgres", &format!("create database {database}")).await;
-    let url = postgres_url(&database);
-    let mut conn = PgConnection::connect(&url).await.expect("connects");
-    let mut before = sqlx::migrate!("../migrations");
-    before.migrations.to_mut().retain(|migration| migration.version < 17);
-    before.run(&mut conn).await.expect("migrates");
+    let (database, mut conn) = before_migration(17).await;
     // As pg_dump holds every table, for hours perhaps.
     sqlx::raw_sql("begin; lock table staged_objects in access share mode").execute(&mut conn).await.expect("locks");
-    let env = BTreeMap::from([("DATABASE_URL".to_owned(), url.clone())]);
-    let mut migrate = Process::start("dbackup", &["migrate"], &env, &[]);
-    let mut other = PgConnection::connect(&url).await.expect("connects");
+    let mut migrate = migrating(&database);
+    let mut other = PgConnection::connect(&postgres_url(&database)).await.expect("connects");
     let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event = 'relation'";
     until("it waits for the lock", SOON, || async { (psql(&database, waits) == "1\n").then_some(()) }).await;
     let begin = Instant::now();
     sqlx::query("delete from staged_objects").execute(&mut other).await.expect("goes on");
     assert!(begin.elapsed() < Duration::from_secs(5), "held for {:?}", begin.elapsed());
     migrate.says("is this database being dumped?", SOON).await;
-    let held = "select count(*) from pg_locks where relation = 'executions'::regclass and mode = 'AccessExclusiveLock'
-                   and database = (select oid from pg_database where datname = current_database())";
-    assert_eq!(psql(&database, held), "0\n", "between two tries");
+    assert_eq!(locks_of_executions(&database, "mode = 'AccessExclusiveLock'"), "0\n", "between two tries");
     sqlx::raw_sql("rollback").execute(&mut conn).await.expect("lets go");
     assert_eq!(migrate.end(SOON).await.code(), Some(0), "{}", migrate.log());
     assert_eq!(psql(&database, "select count(*) from spent_refresh_tokens"), "0\n");
@@ -211,26 +226,12 @@ async fn migrate_lets_others_go_on_while_it_waits_for_a_dump_of_the_database() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrate_asks_for_no_more_of_executions_while_it_holds_some_of_it_so_that_nobody_deadlocks_with_it() {
-    let database = unique("upgraded");
-    sql("postgres", &format!("create database {database}")).await;
-    let url = postgres_url(&database);
-    let mut conn = PgConnection::connect(&url).await.expect("connects");
-    let mut before = sqlx::migrate!("../migrations");
-    before.migrations.to_mut().retain(|migration| migration.version < 22);
-    before.run(&mut conn).await.expect("migrates");
+    let (database, mut conn) = before_migration(22).await;
     // A trigger in its midst: it has looked at a row, and is going to insert one.
     sqlx::raw_sql("begin; lock table executions in row share mode").execute(&mut conn).await.expect("locks");
-    let env = BTreeMap::from([("DATABASE_URL".to_owned(), url.clone())]);
-    let mut migrate = Process::start("dbackup", &["migrate"], &env, &[]);
-    let locks = |granted: &str| {
-        let of = format!(
-            "database = (select oid from pg_database where datname = '{database}') and relation = 'executions'::regclass"
-        );
-        psql(
-            &database,
-            &format!("select count(*) from pg_locks where {of} and granted = {granted} and mode <> 'RowShareLock'"),
-        )
-    };
+    let mut migrate = migrating(&database);
+    let locks =
+        |granted: &str| locks_of_executions(&database, &format!("granted = {granted} and mode <> 'RowShareLock'"));
     until("it waits for the lock", SOON, || async { (locks("false") == "1\n").then_some(()) }).await;
     assert_eq!(locks("true"), "0\n", "it holds some of it meanwhile");
     sqlx::raw_sql("lock table executions in row exclusive mode; commit").execute(&mut conn).await.expect("goes on");
@@ -279,7 +280,6 @@ async fn a_flag_wins_over_its_variable_and_every_flag_has_one() {
     let by_flag = Process::start("dbackup-worker", &flags, cluster.env(), &variables);
     by_flag.says(r#""concurrency":7,"pools":"[\"a\", \"b\"]""#, SOON).await;
 
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).expect("the README");
     for program in [vec!["dbackup-api"], vec!["dbackup-worker"], vec!["dbackup", "up"]] {
         let output = Command::new(binary(program[0])).args(&program[1..]).arg("--help").output().expect("it runs");
         let help = String::from_utf8(output.stdout).expect("text");
@@ -291,7 +291,7 @@ async fn a_flag_wins_over_its_variable_and_every_flag_has_one() {
             let own = ["--help", "--version"].iter().any(|flag| text.contains(flag));
             let variable = text.split_once("[env: ").map(|(_, rest)| rest.split(['=', ']']).next().unwrap_or_default());
             let told =
-                variable.is_some_and(|v| v.starts_with("DBACKUP_") && readme.contains(&format!("| `{v}` | `--")));
+                variable.is_some_and(|v| v.starts_with("DBACKUP_") && README.contains(&format!("| `{v}` | `--")));
             assert!(own || told, "not a variable, or not in the README's table: {program:?}: {text}");
         }
     }
